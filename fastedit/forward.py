@@ -1,0 +1,230 @@
+"""Passes over packed rows: a prefix tree of token sequences, and the live rows above the value layer.
+
+Two savings, both exact because attention is causal. Sequences that begin alike share rows (`RowTree`), so a context
+template is computed once for all edits. And when only the lookup token changes, everything before it is constant:
+its keys and values are kept, and only *live* rows, from the lookup token on, are run again (`LiveRows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from fastedit.adapter import ModelAdapter
+from fastedit.attention import AttentionPlan, plan_live, plan_sequences
+from fastedit.tokens import TokenSequence
+
+
+class RowTree:
+    """Unique prefixes of token sequences, one row each.
+
+    paths: per sequence, the row of each of its tokens
+    token_ids, positions: (n_rows,) int64
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
+        children: dict[tuple[int, int], int] = {}
+        tokens: list[int] = []
+        positions: list[int] = []
+        self.paths: list[list[int]] = []
+        owned: list[list[int]] = []
+        for sequence in sequences:
+            path: list[int] = []
+            new: list[int] = []
+            for position, token in enumerate(sequence):
+                edge = (path[-1] if path else -1, token)
+                row = children.get(edge)
+                if row is None:
+                    row = children[edge] = len(tokens)
+                    tokens.append(token)
+                    positions.append(position)
+                    new.append(row)
+                path.append(row)
+            self.paths.append(path)
+            owned.append(new)
+        self._owned = owned
+        self.n_rows = len(tokens)
+        self.token_ids = torch.tensor(tokens, dtype=torch.int64, device=device)
+        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
+
+    def plan(self) -> AttentionPlan:
+        """Every row attends to its ancestors and itself."""
+        return plan_sequences(self._owned, self.paths, self.n_rows).to(self.positions.device)
+
+
+@dataclass
+class TreePass:
+    """Rows of a tree on their way through the layers, so that a sweep can stop, change a weight and go on."""
+
+    tree: RowTree
+    plan: AttentionPlan
+    rotary: tuple[Tensor, Tensor]
+    rows: Tensor
+
+    @classmethod
+    def start(cls, model: ModelAdapter, sequences: Sequence[Sequence[int]]) -> TreePass:
+        """Rows entering layer 0."""
+        tree = RowTree(sequences, model.device)
+        return cls(tree, tree.plan(), model.rotary(tree.positions), model.embed(tree.token_ids))
+
+    def subset(self, model: ModelAdapter, sequences: Sequence[Sequence[int]], sources: Sequence[int]) -> TreePass:
+        """The rows of `sequences` alone; sequences[i] must be a prefix of the tree's sequence sources[i]."""
+        tree = RowTree(sequences, model.device)
+        index = torch.zeros(tree.n_rows, dtype=torch.int64)
+        for path, source in zip(tree.paths, sources, strict=True):
+            index[torch.tensor(path, dtype=torch.int64)] = torch.tensor(
+                self.tree.paths[source][: len(path)], dtype=torch.int64
+            )
+        rows = self.rows[index.to(model.device)]
+        return TreePass(tree, tree.plan(), model.rotary(tree.positions), rows)
+
+    def run(self, model: ModelAdapter, layers: range) -> TreePass:
+        """The rows after `layers`."""
+        rows = model.run(self.rows, layers, self.plan, self.rotary)
+        return TreePass(self.tree, self.plan, self.rotary, rows)
+
+
+@dataclass
+class LiveRows:
+    """Live rows of many sequences above one layer, with the constant keys and values before them.
+
+    rows: (n_live, d_model), entering layer `first`; lookup: (n_sequences,) live row of each lookup token
+    scored: (n_scored,) live rows whose next-token distribution is read, sequence by sequence
+    """
+
+    first: int
+    rows: Tensor
+    positions: Tensor
+    lengths: list[int]
+    prefix_lengths: list[int]
+    scored_counts: list[int]
+    lookup: Tensor
+    scored: Tensor
+    plan: AttentionPlan
+    rotary: tuple[Tensor, Tensor]
+
+    def run(self, model: ModelAdapter, change: Tensor) -> Tensor:
+        """Add `change` (n_sequences, d_model) at the lookup tokens and run all layers from `first` on; returns the
+        normed rows at the scored positions, (n_scored, d_model). Differentiable in `change`."""
+        rows = self.rows.index_add(0, self.lookup, change.to(self.rows.dtype))
+        layers = range(self.first, model.n_layers)
+        return model.final_norm(model.run(rows, layers, self.plan, self.rotary, tail=self.scored))
+
+    def select(self, model: ModelAdapter, keep: Sequence[int]) -> LiveRows:
+        """The same for the sequences `keep` (ascending) alone."""
+        starts = [0, *accumulate(self.lengths)]
+        rows = [row for s in keep for row in range(starts[s], starts[s + 1])]
+        first_scored = [0, *accumulate(self.scored_counts)]
+        local = self.scored.tolist()
+        picked = [[row - starts[s] for row in local[first_scored[s] : first_scored[s + 1]]] for s in keep]
+        index = torch.tensor(rows, device=self.rows.device)
+        chosen = torch.tensor(list(keep), device=self.rows.device)
+        n_seq = len(self.lengths)
+        prefix = {
+            layer: tuple(part.view(-1, n_seq, *part.shape[1:])[:, chosen].flatten(0, 1) for part in parts)
+            for layer, parts in self.plan.prefix.items()
+        }
+        return _assemble(
+            model,
+            self.first,
+            self.rows[index],
+            self.positions[index],
+            [self.lengths[s] for s in keep],
+            [self.prefix_lengths[s] for s in keep],
+            picked,
+            prefix,  # type: ignore[arg-type]
+            max(self.prefix_lengths, default=0),
+        )
+
+
+def live_rows(model: ModelAdapter, sequences: Sequence[TokenSequence], layer: int) -> tuple[LiveRows, Tensor]:
+    """Run everything that a change at the lookup token after `layer` cannot touch, once.
+
+    Returns the live rows above `layer`, and the hidden state after `layer` at each lookup token,
+    (n_sequences, d_model)."""
+    below = TreePass.start(model, [sequence.ids for sequence in sequences]).run(model, range(layer + 1))
+    prefixes = [sequence.ids[: sequence.lookup] for sequence in sequences]
+    with_prefix = [s for s, prefix in enumerate(prefixes) if prefix]
+    prefix: dict[int, tuple[Tensor, Tensor]] = {}
+    if with_prefix and layer + 1 < model.n_layers:
+        constant = below.subset(model, [prefixes[s] for s in with_prefix], with_prefix)
+        prefix = _prefix_states(model, constant, layer + 1, len(sequences), with_prefix)
+    live = [path[sequence.lookup :] for path, sequence in zip(below.tree.paths, sequences, strict=True)]
+    index = torch.tensor([row for rows in live for row in rows], device=model.device)
+    hidden = below.rows[torch.tensor([rows[0] for rows in live], device=model.device)]
+    assembled = _assemble(
+        model,
+        layer + 1,
+        below.rows[index],
+        below.tree.positions[index],
+        [len(rows) for rows in live],
+        [len(tokens) for tokens in prefixes],
+        [[position - sequence.lookup for position in sequence.scored] for sequence in sequences],
+        prefix,
+        max(len(tokens) for tokens in prefixes),
+    )
+    return assembled, hidden
+
+
+def _prefix_states(
+    model: ModelAdapter, constant: TreePass, first: int, n_sequences: int, with_prefix: Sequence[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values of the prefix rows for every layer from `first`, padded per sequence."""
+    width = max(len(path) for path in constant.tree.paths)
+    index = torch.zeros(n_sequences, width, dtype=torch.int64)
+    for s, path in zip(with_prefix, constant.tree.paths, strict=True):
+        index[s, : len(path)] = torch.tensor(path)
+    flat = index.flatten().to(model.device)
+    prefix: dict[int, tuple[Tensor, Tensor]] = {}
+    rows = constant.rows
+    for layer in range(first, model.n_layers):
+        constant.plan.keep = {}
+        mixed = model.mix(layer, rows, constant.plan, constant.rotary)
+        if layer + 1 < model.n_layers:
+            rows = model.feed_forward(layer, mixed)
+        key, value = constant.plan.keep[layer]
+        prefix[layer] = (
+            key.index_select(1, flat).view(-1, width, key.shape[-1]),
+            value.index_select(1, flat).view(-1, width, value.shape[-1]),
+        )
+    return prefix
+
+
+def _assemble(
+    model: ModelAdapter,
+    first: int,
+    rows: Tensor,
+    positions: Tensor,
+    lengths: list[int],
+    prefix_lengths: list[int],
+    scored: list[list[int]],
+    prefix: dict[int, tuple[Tensor, Tensor]],
+    prefix_width: int,
+) -> LiveRows:
+    """Plan the live rows; `scored` is relative to each sequence's lookup token."""
+    width = max(prefix_lengths)
+    # A selection may no longer hold the longest prefix: the padding beyond the new longest is cut.
+    if width == 0:
+        prefix = {}
+    elif width < prefix_width:
+        prefix = {k: (a[:, :width].contiguous(), b[:, :width].contiguous()) for k, (a, b) in prefix.items()}
+    plan = plan_live(lengths, prefix_lengths).to(model.device)
+    plan.prefix = prefix
+    starts = [0, *accumulate(lengths)][:-1]
+    flat = [start + position for start, local in zip(starts, scored, strict=True) for position in local]
+    return LiveRows(
+        first,
+        rows,
+        positions,
+        lengths,
+        prefix_lengths,
+        [len(local) for local in scored],
+        torch.tensor(starts, device=model.device),
+        torch.tensor(flat, device=model.device),
+        plan,
+        model.rotary(positions),
+    )

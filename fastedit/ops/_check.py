@@ -1,0 +1,24 @@
+"""One wording for wrong arguments of ops: the op, the argument, what was wanted and what was got."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def require(op: str, name: str, value: Tensor, shape: Sequence[int | None], like: Tensor | None = None) -> None:
+    """Check a tensor's shape (None = any size) and, with `like`, its dtype and device.
+
+    Raises ValueError for shape or device, TypeError for dtype.
+    """
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    fits = value.dim() == len(shape) and all(
+        size is None or size == got for size, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{op}: {name} must be ({wanted}), got {tuple(value.shape)}")
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {like.dtype}, got {value.dtype}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")

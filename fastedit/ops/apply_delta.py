@@ -1,0 +1,52 @@
+"""The update of a weight on selected neurons, W[:, S] += R^T X^T, rounded once.
+
+R holds the residuals, row per edit; X the solution of the system, column per edit. A weight in half precision may
+come with a float32 master, which takes the update; the weight is then the rounded master.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastedit.ops._check import require
+
+
+def apply_delta(
+    weight: Tensor,
+    residual: Tensor,
+    solution: Tensor,
+    index: Tensor | None = None,
+    master: Tensor | None = None,
+) -> None:
+    """Add the update in place. The product is taken in float32 (float64 for float64 weights).
+
+    weight: (d_model, d_ff) float32, float64, bf16 or fp16
+    residual: (n_edits, d_model); solution: (k, n_edits), float32 or float64
+    index: (k,) int64 selected neurons, or None for all; repeated indices add up
+    master: (d_model, d_ff) float32 or None
+    Raises ValueError for shapes.
+    """
+    n_edits, d_model = residual.shape
+    require("apply_delta", "weight", weight, (d_model, None))
+    width = weight.shape[1] if index is None else index.shape[0]
+    require("apply_delta", "solution", solution, (width, n_edits))
+    if master is not None:
+        require("apply_delta", "master", master, weight.shape)
+    new = apply_delta_ref(weight if master is None else master, residual, solution, index)
+    if master is not None:
+        master.copy_(new)
+    # Only selected columns are written: the others must keep their bits, -0.0 and NaN payloads included.
+    if index is None:
+        weight.copy_(new)
+    else:
+        weight[:, index] = new[:, index].to(weight.dtype)
+
+
+def apply_delta_ref(weight: Tensor, residual: Tensor, solution: Tensor, index: Tensor | None = None) -> Tensor:
+    """The updated weight, (d_model, d_ff), in float32 or wider."""
+    working = torch.promote_types(weight.dtype, torch.float32)
+    delta = residual.to(working).T @ solution.to(working).T
+    if index is None:
+        return weight.to(working) + delta
+    return weight.to(working).index_add(1, index, delta)

@@ -1,0 +1,68 @@
+"""Keys of edits from the gate and up rows of their lookup tokens.
+
+key_i = sum_t weight_t * activation(gate_{i,t}) * up_{i,t}      mean over context templates
+mass_a = sum_i |key_{i,a}|                                       over the active edits
+A key is the input of the down-projection at the lookup token. Without an up projection, activation(gate) alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastedit.ops._check import require
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+class Keys(NamedTuple):
+    """keys: (n_edits, d_ff), one row per edit; mass: (d_ff,), summed |key| of the active edits."""
+
+    keys: Tensor
+    mass: Tensor
+
+
+def capture_keys(
+    gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None = None
+) -> Keys:
+    """Keys and mass in float32.
+
+    gate, up: (n_edits, n_templates, d_ff) float32, bf16 or fp16, the outputs of the two projections; up may be None
+    weights: (n_templates,) float32, weight of each template in the mean
+    activation: one of ACTIVATIONS
+    active: (n_edits,) bool, the edits counted in the mass; None = all
+    Raises ValueError for shapes or an unknown activation, TypeError for mixed dtypes.
+    """
+    require("capture_keys", "gate", gate, (None, None, None))
+    if up is not None:
+        require("capture_keys", "up", up, gate.shape, gate)
+    require("capture_keys", "weights", weights, gate.shape[1:2])
+    if active is not None:
+        require("capture_keys", "active", active, gate.shape[:1])
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"capture_keys: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return capture_keys_ref(gate, up, weights.to(gate.device), activation, active)
+
+
+def capture_keys_ref(
+    gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None = None
+) -> Keys:
+    """The definition; computes in float32, or in float64 for float64 inputs."""
+    working = torch.promote_types(gate.dtype, torch.float32)
+    product = _activate(gate.to(working), activation)
+    if up is not None:
+        product = product * up.to(working)
+    keys = torch.einsum("itn,t->in", product, weights.to(working))
+    counted = keys if active is None else keys[active]
+    return Keys(keys, counted.abs().sum(0))
+
+
+def _activate(gate: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(gate)
+    if activation == "relu":
+        return F.relu(gate)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")

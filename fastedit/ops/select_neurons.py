@@ -1,0 +1,62 @@
+"""Exact neuron selection by score: the k largest, or a prefix of the descending order by cumulative mass.
+
+Order: descending score, smallest index first among equal scores. Result: ascending indices.
+Three rules, exactly one of which is asked for:
+  top_k     the k first
+  reaching  the smallest prefix whose summed score is at least p * total (the NSE paper)
+  within    the longest prefix whose summed score is at most p * total (the released NSE code); at least one neuron,
+            where the released code fails
+Sums are taken in float64. p = 1 selects every neuron.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastedit.ops._check import require
+
+
+def select_neurons(
+    score: Tensor, *, top_k: int | None = None, reaching: float | None = None, within: float | None = None
+) -> Tensor:
+    """Indices of the selected neurons, (n_selected,) int64, ascending.
+
+    score: (d_ff,) float, finite and not negative (negative scores are allowed with top_k)
+    Raises ValueError for NaN or Inf scores, a share outside (0, 1], k outside [1, d_ff], or not exactly one rule.
+    """
+    require("select_neurons", "score", score, (None,))
+    if sum(rule is not None for rule in (top_k, reaching, within)) != 1:
+        raise ValueError("select_neurons: give exactly one of top_k, reaching, within")
+    if not bool(torch.isfinite(score).all()):
+        bad = int((~torch.isfinite(score)).sum())
+        raise ValueError(f"select_neurons: scores must be finite, got {bad} NaN or Inf of {score.numel()}")
+    if top_k is not None:
+        if not 1 <= top_k <= score.numel():
+            raise ValueError(f"select_neurons: top_k must be in [1, {score.numel()}], got {top_k}")
+    else:
+        share = reaching if reaching is not None else within
+        if share is None or not 0 < share <= 1:
+            raise ValueError(f"select_neurons: the share must be in (0, 1], got {share}")
+        if bool((score < 0).any()):
+            raise ValueError("select_neurons: scores must not be negative when selecting by mass")
+    return select_neurons_ref(score, top_k=top_k, reaching=reaching, within=within)
+
+
+def select_neurons_ref(
+    score: Tensor, *, top_k: int | None = None, reaching: float | None = None, within: float | None = None
+) -> Tensor:
+    """The definition, by a full stable sort."""
+    order = torch.argsort(score, descending=True, stable=True)
+    if top_k is not None:
+        return order[:top_k].sort().values
+    share = reaching if reaching is not None else within
+    if share is None or share >= 1:
+        return torch.arange(score.numel(), device=score.device)
+    cumulative = score[order].double().cumsum(0)
+    bound = share * cumulative[-1:]
+    if reaching is not None:
+        count = int((cumulative < bound).sum()) + 1
+    else:
+        count = max(1, int((cumulative <= bound).sum()))
+    return order[:count].sort().values

@@ -1,0 +1,83 @@
+"""One Adam step over the rows of (n, d) deltas, with the norm penalty and the norm bound folded in.
+
+g = grad + decay * delta / ||delta||          gradient of decay * ||delta||, 0 at delta = 0
+m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+delta -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+delta *= min(1, radius / ||delta||)           the moments are left as they are
+Adam: Kingma & Ba 2015. Penalty and bound: value optimisation of MEMIT and its successors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastedit.ops._check import require
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """Constants of the step: learning rate, decay rates of the two moments, and the denominator's floor."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+def sparse_adam(
+    delta: Tensor,
+    grad: Tensor,
+    moment1: Tensor,
+    moment2: Tensor,
+    step: int,
+    settings: AdamSettings,
+    decay: Tensor | None = None,
+    radius: Tensor | None = None,
+) -> None:
+    """Update delta, moment1 and moment2 in place.
+
+    delta, grad, moment1, moment2: (n, d) float32 or float64, same dtype and device
+    step: number of this step, counted from 1
+    decay: (n,) weight of the norm penalty per row, or None
+    radius: (n,) largest norm of a row after the step, or None
+    Raises ValueError for wrong shapes or step < 1, TypeError for mixed dtypes.
+    """
+    require("sparse_adam", "grad", grad, delta.shape, delta)
+    require("sparse_adam", "moment1", moment1, delta.shape, delta)
+    require("sparse_adam", "moment2", moment2, delta.shape, delta)
+    for name, value in (("decay", decay), ("radius", radius)):
+        if value is not None:
+            require("sparse_adam", name, value, delta.shape[:1], delta)
+    if step < 1:
+        raise ValueError(f"sparse_adam: step must be at least 1, got {step}")
+    new_delta, new_moment1, new_moment2 = sparse_adam_ref(delta, grad, moment1, moment2, step, settings, decay, radius)
+    delta.copy_(new_delta)
+    moment1.copy_(new_moment1)
+    moment2.copy_(new_moment2)
+
+
+def sparse_adam_ref(
+    delta: Tensor,
+    grad: Tensor,
+    moment1: Tensor,
+    moment2: Tensor,
+    step: int,
+    settings: AdamSettings,
+    decay: Tensor | None = None,
+    radius: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step out of place, in the dtype of its inputs; returns (delta, moment1, moment2)."""
+    if decay is not None:
+        norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+        grad = grad + torch.where(norm > 0, decay[:, None] * delta / norm, torch.zeros_like(delta))
+    moment1 = settings.beta1 * moment1 + (1 - settings.beta1) * grad
+    moment2 = settings.beta2 * moment2 + (1 - settings.beta2) * grad * grad
+    denominator = (moment2 / (1 - settings.beta2**step)).sqrt() + settings.eps
+    delta = delta - settings.lr * (moment1 / (1 - settings.beta1**step)) / denominator
+    if radius is not None:
+        norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+        delta = torch.where(norm > radius[:, None], delta * (radius[:, None] / norm), delta)
+    return delta, moment1, moment2

@@ -1,0 +1,95 @@
+"""Next-token distributions at scored rows only: losses with their gradient, and what evaluation reads.
+
+The vocabulary projection is the largest single product of a step, so logits are computed once, for the rows that are
+scored and no others, in one buffer that is reused and turned into their own gradient in place. float32 throughout.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowScores(NamedTuple):
+    """Per scored row: log-probability of its target (float32), and the arg-max token (int64)."""
+
+    log_prob: Tensor
+    best: Tensor
+
+
+class LossRows(NamedTuple):
+    """Per scored row its weighted loss and whether its target ranks first; grad: (n_rows, d_model), of their sum."""
+
+    losses: Tensor
+    top1: Tensor
+    grad: Tensor
+
+
+class LogitBuffer:
+    """Scratch for (n_rows, n_vocabulary) logits: a fresh one of this size costs as much in page faults as the
+    product that fills it."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def product(self, rows: Tensor, head_weight: Tensor) -> Tensor:
+        """rows (n_rows, d_model) x head_weight^T as float32, valid until the next call."""
+        n_rows, n_vocabulary = rows.shape[0], head_weight.shape[0]
+        if self._flat.numel() < n_rows * n_vocabulary or self._flat.device != rows.device:
+            self._flat = torch.empty(n_rows * n_vocabulary, device=rows.device)
+        out = self._flat[: n_rows * n_vocabulary].view(n_rows, n_vocabulary)
+        if rows.dtype == torch.float32 and head_weight.dtype == torch.float32:
+            return torch.mm(rows, head_weight.T, out=out)
+        return out.copy_(torch.mm(rows, head_weight.T))
+
+
+def score_rows(rows: Tensor, head_weight: Tensor, targets: Tensor, buffer: LogitBuffer) -> RowScores:
+    """Score targets (n_rows,) int64 under the distributions of rows (n_rows, d_model)."""
+    logits = buffer.product(rows, head_weight)
+    picked = logits.gather(1, targets[:, None])[:, 0]
+    return RowScores(picked - torch.logsumexp(logits, 1), logits.argmax(1))
+
+
+def loss_rows(
+    rows: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    kl_factor: float,
+    reference: Tensor,
+    buffer: LogitBuffer,
+) -> LossRows:
+    """Losses of the rows and the gradient of their sum with respect to the rows.
+
+    rows: (n_scored + n_drift, d_model): first the rows scored against a target, then those whose drift is measured
+    targets, weights: (n_scored,) token ids and factors of -log p(target)
+    reference: (n_drift, n_vocabulary) log-probabilities; loss kl_factor * KL(p_now || reference)
+    """
+    n_scored = targets.shape[0]
+    logits = buffer.product(rows, head_weight)
+    scored, drift = logits[:n_scored], logits[n_scored:]
+    picked = scored.gather(1, targets[:, None])[:, 0]
+    highest = scored.amax(1)
+    torch.softmax(scored, dim=1, out=scored)
+    # The largest probability gives back log sum exp without another pass over the row.
+    log_sum = highest - scored.amax(1).log()
+    scored_losses = (log_sum - picked) * weights
+    scored[torch.arange(n_scored, device=rows.device), targets] -= 1
+
+    torch.log_softmax(drift, dim=1, out=drift)
+    gap = drift - reference
+    probability = drift.exp_()
+    divergence = (probability * gap).sum(1)
+    probability.mul_(gap.sub_(divergence[:, None]))
+
+    factors = torch.cat([weights, weights.new_full((drift.shape[0],), kl_factor)])
+    grad = torch.mm(logits.to(head_weight.dtype), head_weight).float() * factors[:, None]
+    losses = torch.cat([scored_losses, divergence * kl_factor])
+    return LossRows(losses, picked >= highest, grad)
+
+
+def log_probabilities(rows: Tensor, head_weight: Tensor, buffer: LogitBuffer) -> Tensor:
+    """log p over the vocabulary, (n_rows, n_vocabulary) float32, as a copy."""
+    return torch.log_softmax(buffer.product(rows, head_weight), dim=1)

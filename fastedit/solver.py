@@ -1,0 +1,107 @@
+"""Ridge systems of the closed-form updates: (weight * C + H + K^T K)[S, S] X = K_S^T, keys row per edit.
+
+Past edits stand as their keys while these are fewer than half the neurons, and as the dense sum H afterwards.
+With every neuron selected and past keys as rows, the Cholesky factor L of weight * C is made once per layer and
+    X = L^-T U (I + U^T U)^-1 E,   U = L^-1 [past keys, keys]^T,   E the columns of this batch
+(Woodbury), so no d_ff x d_ff system is ever factored again. All in float64: C has a long tail of small eigenvalues.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from fastedit.ops.masked_gram import gram_update_, masked_gram
+
+log = logging.getLogger(__name__)
+
+JITTERS = (0.0, 1e-12, 1e-10, 1e-8)
+
+
+class NotPositiveDefinite(ValueError):
+    """A system could not be factored even with the largest jitter: the second moment or a key is broken."""
+
+
+class PastKeys:
+    """Keys of all committed edits of one layer: rows while few, their sum of outer products H after."""
+
+    def __init__(self, d_ff: int, device: torch.device | str = "cpu") -> None:
+        self.n_edits = 0
+        self.rows: Tensor | None = torch.zeros(0, d_ff, device=device)
+        self.dense: Tensor | None = None
+
+    def add(self, keys: Tensor) -> None:
+        """Append keys (n, d_ff)."""
+        self.n_edits += keys.shape[0]
+        keys = keys.float()
+        if self.rows is not None:
+            self.rows = torch.cat([self.rows, keys])
+            d_ff = keys.shape[1]
+            if self.rows.shape[0] > d_ff // 2:
+                self.dense = gram_update_(self.rows.new_zeros(d_ff, d_ff), self.rows)
+                self.rows = None
+        elif self.dense is not None:
+            gram_update_(self.dense, keys)
+
+    def snapshot(self) -> tuple[int, Tensor | None, Tensor | None]:
+        """What `restore` needs to come back here bit for bit."""
+        return self.n_edits, self.rows, None if self.dense is None else self.dense.clone()
+
+    def restore(self, snapshot: tuple[int, Tensor | None, Tensor | None]) -> None:
+        """Go back to a snapshot, which is used up by it."""
+        self.n_edits, self.rows, self.dense = snapshot
+
+
+class RidgeSolver:
+    """Solves one layer's systems.
+
+    moment: (d_ff, d_ff) second moment C; weight: its factor lambda > 0
+    """
+
+    def __init__(self, moment: Tensor, weight: float) -> None:
+        self.moment, self.weight = moment, weight
+        self._factor: Tensor | None = None
+
+    def solve(self, keys: Tensor, past: PastKeys, index: Tensor | None = None) -> Tensor:
+        """X, (k, n_edits) float64, for keys (n_edits, d_ff) on the neurons `index` (None = all).
+
+        Raises NotPositiveDefinite."""
+        if index is None and past.rows is not None:
+            return self._solve_low_rank(keys.double(), past.rows.double())
+        rows = keys if past.rows is None else torch.cat([past.rows, keys.float()])
+        system = masked_gram(self.moment, self.weight, rows, past.dense, index)
+        chosen = keys if index is None else keys[:, index]
+        return torch.cholesky_solve(chosen.double().T, cholesky(system))
+
+    def _solve_low_rank(self, keys: Tensor, past: Tensor) -> Tensor:
+        if self._factor is None:
+            self._factor = cholesky(self.weight * self.moment.double())
+        whitened = torch.linalg.solve_triangular(self._factor, torch.cat([past, keys]).T, upper=False)
+        inner = whitened.T @ whitened
+        inner.diagonal().add_(1)
+        columns = torch.zeros(inner.shape[0], keys.shape[0], dtype=inner.dtype, device=inner.device)
+        columns[past.shape[0] :].fill_diagonal_(1)
+        combined = whitened @ torch.cholesky_solve(columns, cholesky(inner))
+        return torch.linalg.solve_triangular(self._factor.T, combined, upper=True)
+
+
+def cholesky(system: Tensor) -> Tensor:
+    """Lower Cholesky factor of a symmetric (n, n) matrix; a growing share of the mean diagonal is added when it is
+    not positive definite in its precision, and the share is logged. Raises NotPositiveDefinite."""
+    scale = float(system.diagonal().mean())
+    for jitter in JITTERS:
+        shifted = system
+        if jitter:
+            shifted = system.clone()
+            shifted.diagonal().add_(jitter * scale)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0 and bool(torch.isfinite(factor).all()):
+            if jitter:
+                log.warning("system of size %d needed jitter %.0e of its mean diagonal", system.shape[0], jitter)
+            return factor
+    raise NotPositiveDefinite(
+        f"a system of size {system.shape[0]} is not positive definite with jitter up to {JITTERS[-1]:.0e}"
+        f" (mean diagonal {scale:.3g}); the second moments or the keys are broken"
+    )
