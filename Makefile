@@ -67,8 +67,22 @@ bench: $(MODEL)
 	@test -n "$(DATA)" || { echo "name the edits to time: make bench DATA=counterfact.jsonl"; exit 1; }
 	$(PY) bench/editing.py --data "$(DATA)"
 
+# pdoc shows what __all__ names and what the module's dict holds; the public names get there only on first use.
+define BUILD_DOCS
+import pathlib, pkgutil, warnings
+import fastedit, pdoc
+warnings.filterwarnings("ignore", "Error parsing type annotation")
+vars(fastedit).update({name: getattr(fastedit, name) for name in fastedit.__all__})
+fastedit.__all__ += [found.name for found in pkgutil.iter_modules(fastedit.__path__)]
+pdoc.render.configure(docformat="google")
+pdoc.pdoc("fastedit", output_directory=pathlib.Path("build/docs"))
+endef
+export BUILD_DOCS
+
 docs: $(PDOC)
-	$(PY) -W "ignore:Error parsing type annotation" -m pdoc --docformat google -o build/docs fastedit
+	@echo "building build/docs"
+	@rm -rf build/docs
+	@$(PY) -c "$$BUILD_DOCS"
 	@echo "open build/docs/index.html"
 
 clean:

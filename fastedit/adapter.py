@@ -236,20 +236,23 @@ class ModelAdapter:
         """The norm before the head, on (n_rows, d_model)."""
         return _get(self.model, self.family.final_norm)(rows)
 
+    @torch.no_grad()
     def generate(self, token_ids: Tensor, n_new: int, top_k: int) -> Tensor:
-        """Continue (n_sequences, length) token ids by exactly n_new tokens; top_k = 1 is greedy."""
-        return self.model.generate(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            do_sample=top_k > 1,
-            top_k=top_k if top_k > 1 else None,
-            top_p=None,
-            temperature=1.0 if top_k > 1 else None,
-            repetition_penalty=1.0,
-            min_new_tokens=n_new,
-            max_new_tokens=n_new,
-            pad_token_id=0,
-        )
+        """Continue (n_sequences, length) token ids by exactly n_new tokens, (n_sequences, length + n_new).
+
+        top_k = 1 is greedy; otherwise one of the top_k is drawn by its probability. End-of-text never comes. Unlike
+        transformers' own loop it draws among top_k numbers and not the whole vocabulary, a fifth of the time here."""
+        ids, cache, new = token_ids, None, token_ids
+        for _ in range(n_new):
+            out = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits = out.past_key_values, out.logits[:, -1].float()
+            if self.tokenizer.eos_token_id is not None:
+                logits[:, self.tokenizer.eos_token_id] = -torch.inf
+            scores, tokens = logits.topk(min(top_k, logits.shape[1]), dim=1)
+            drawn = torch.multinomial(torch.softmax(scores, dim=1), 1) if top_k > 1 else scores.argmax(1, keepdim=True)
+            new = tokens.gather(1, drawn)
+            ids = torch.cat([ids, new], dim=1)
+        return ids
 
     def check_forward(self, tolerance: float = 1e-3) -> None:
         """Compare packed logits with the model's own on a short text; raise UnsupportedModel when they differ.

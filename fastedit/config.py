@@ -1,7 +1,7 @@
 """Typed settings of the methods, and the presets that ship as data.
 
-A preset is a YAML file `presets/<method>/<name>.yaml`: `model` is the shape it was made for, `config` the fields of the
-method's config; anything else is an error naming the field.
+A preset is a YAML file `presets/<method>/<name>.yaml`: `origin` says where its numbers come from, `model` is the shape
+it was made for, `config` the fields of the method's config; an unknown field is an error naming it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MomentConfig(_Config):
 
     tokens: int = Field(100_000, ge=1)
     window: int = Field(256, ge=8)
-    token_budget: int = Field(2048, ge=8)
+    token_budget: int = Field(1024, ge=8)
 
 
 class NSEConfig(_Config):
@@ -88,7 +88,9 @@ CONFIGS: dict[str, type[NSEConfig]] = {"nse": NSEConfig}
 
 
 def presets(method: str) -> list[str]:
-    """Names of the presets that ship for `method`."""
+    """Names of the presets that ship for `method`. Raises ValueError for an unknown method."""
+    if method not in CONFIGS:
+        raise ValueError(f"method must be one of {', '.join(sorted(CONFIGS))}, got {method!r}")
     folder = resources.files("fastedit") / "presets" / method
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -97,8 +99,6 @@ def load_preset(method: str, name: str, **changes: Any) -> NSEConfig:
     """The preset `name` of `method` with `changes` applied.
 
     Raises ValueError for an unknown method or preset (listing those that exist) or a value that does not fit."""
-    if method not in CONFIGS:
-        raise ValueError(f"method must be one of {', '.join(sorted(CONFIGS))}, got {method!r}")
     if name not in presets(method):
         raise ValueError(f"{method}: no preset {name!r}; there are {', '.join(presets(method))}")
     return CONFIGS[method].model_validate({**_read(method, name)["config"], **changes})

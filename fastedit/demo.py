@@ -17,7 +17,7 @@ from fastedit.readers import load_edits
 from fastedit.sampling import sample_background
 
 SHOWN = 6
-MOMENT_TOKENS = 30_000
+MOMENT_TOKENS = 16_000
 
 
 def demo_edits(limit: int | None = None) -> EditSet:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import RejectedUpdate
 from fastedit.config import CONFIGS, NSEConfig, load_preset, preset_for
-from fastedit.edits import Edit, EditSet, assign_case_ids, check_batch, check_edits
+from fastedit.edits import Edit, EditSet, InvalidEdits, Problem, assign_case_ids, check_batch, check_edits
 from fastedit.journal import Journal
 from fastedit.loading import load_model
 from fastedit.progress import track
@@ -203,6 +203,8 @@ class Editor:
 
     def _check(self, edits: Sequence[Edit], batch_size: int) -> list[EditSet]:
         """Everything that can be wrong with the edits, found before a weight is touched."""
+        if len(edits) == 0:
+            raise InvalidEdits([Problem("no edits to write")])
         named = assign_case_ids(edits)
         tokenizer = self.model.tokenizer
         # A template is at most its configured length, and its full stop.

@@ -24,7 +24,7 @@ def sample_tokens(
     length: int,
     top_k: int,
     seed: int,
-    batch_size: int = 64,
+    batch_size: int = 128,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """One continuation per prompt, `length` tokens in all with the prompt's, as token ids.

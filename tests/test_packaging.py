@@ -98,10 +98,11 @@ def test_wheel_has_every_file_of_the_package(unpacked: Path) -> None:
     assert any(name.startswith("fastedit/presets/") for name in packed)
 
 
-def test_wheel_says_what_it_is(wheel: Path, unpacked: Path) -> None:
+def test_wheel_says_what_it_is(wheel: Path, unpacked: Path, tmp_path: Path) -> None:
     (folder,) = unpacked.glob("*.dist-info")
     about = importlib.metadata.PathDistribution(folder)
     assert about.metadata["Name"] == "fastedit-engine"
+    assert about.version == python("import fastedit; print(fastedit.__version__)", cwd=tmp_path, path=unpacked)
     assert about.metadata["License-Expression"] == "Apache-2.0"
     assert wheel.name.endswith("-py3-none-any.whl")
     assert [(entry.name, entry.value) for entry in about.entry_points] == [("fastedit", "fastedit.cli:main")]

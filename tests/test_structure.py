@@ -21,17 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("kernels",),
     ("ops",),
-    ("edits", "config", "attention"),
-    ("adapter",),
-    ("tokens", "scoring"),
+    ("edits", "config", "attention", "progress"),
+    ("adapter", "readers"),
+    ("tokens", "scoring", "sampling", "loading"),
     ("forward",),
     ("weights",),
     ("journal",),
     ("capture", "selection", "solver", "apply"),
     ("target", "columns", "stats"),
     ("recipes",),
-    ("editor", "evaluate"),
+    ("editor",),
+    ("evaluation",),
     ("fastedit",),
+    ("demo", "doctor"),
     ("cli", "compat", "testing"),
 )
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}

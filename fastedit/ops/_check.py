@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+
+def require_dtype(op: str, name: str, value: Tensor, *allowed: torch.dtype) -> None:
+    """Raise TypeError unless the tensor has one of the allowed dtypes."""
+    if value.dtype not in allowed:
+        wanted = " or ".join(str(dtype) for dtype in allowed)
+        raise TypeError(f"{op}: {name} must be {wanted}, got {value.dtype}")
 
 
 def require(op: str, name: str, value: Tensor, shape: Sequence[int | None], like: Tensor | None = None) -> None:

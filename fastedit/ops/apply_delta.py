@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastedit.ops._check import require
+from fastedit.ops._check import require, require_dtype
+
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def apply_delta(
@@ -25,14 +27,20 @@ def apply_delta(
     residual: (n_edits, d_model); solution: (k, n_edits), float32 or float64
     index: (k,) int64 selected neurons, or None for all; repeated indices add up
     master: (d_model, d_ff) float32 or None
-    Raises ValueError for shapes.
+    Raises ValueError for shapes, TypeError for dtypes.
     """
+    require("apply_delta", "residual", residual, (None, None))
     n_edits, d_model = residual.shape
     require("apply_delta", "weight", weight, (d_model, None))
+    require_dtype("apply_delta", "weight", weight, *WEIGHT_DTYPES)
+    if index is not None:
+        require("apply_delta", "index", index, (None,))
+        require_dtype("apply_delta", "index", index, torch.int64)
     width = weight.shape[1] if index is None else index.shape[0]
     require("apply_delta", "solution", solution, (width, n_edits))
     if master is not None:
         require("apply_delta", "master", master, weight.shape)
+        require_dtype("apply_delta", "master", master, torch.float32)
     new = apply_delta_ref(weight if master is None else master, residual, solution, index)
     if master is not None:
         master.copy_(new)

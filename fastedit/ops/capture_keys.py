@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastedit.ops._check import require
+from fastedit.ops._check import require, require_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -42,6 +42,8 @@ def capture_keys(
     require("capture_keys", "weights", weights, gate.shape[1:2])
     if active is not None:
         require("capture_keys", "active", active, gate.shape[:1])
+        # An int64 tensor would be taken as positions, silently.
+        require_dtype("capture_keys", "active", active, torch.bool)
     if activation not in ACTIVATIONS:
         raise ValueError(f"capture_keys: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return capture_keys_ref(gate, up, weights.to(gate.device), activation, active)

@@ -3,7 +3,7 @@
 Order: descending score, smallest index first among equal scores. Result: ascending indices.
 Three rules, exactly one of which is asked for:
   top_k     the k first
-  reaching  the smallest prefix whose summed score is at least p * total (the NSE paper)
+  reaching  the smallest prefix whose summed score is at least p * total (the NSE paper); at least one neuron
   within    the longest prefix whose summed score is at most p * total (the released NSE code); at least one neuron,
             where the released code fails
 Sums are taken in float64. p = 1 selects every neuron.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastedit.ops._check import require
+from fastedit.ops._check import require, require_dtype
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ def sparse_adam(
     step: number of this step, counted from 1
     decay: (n,) weight of the norm penalty per row, or None
     radius: (n,) largest norm of a row after the step, or None
-    Raises ValueError for wrong shapes or step < 1, TypeError for mixed dtypes.
+    Raises ValueError for wrong shapes or step < 1, TypeError for other or mixed dtypes.
     """
+    require("sparse_adam", "delta", delta, (None, None))
+    require_dtype("sparse_adam", "delta", delta, torch.float32, torch.float64)
     require("sparse_adam", "grad", grad, delta.shape, delta)
     require("sparse_adam", "moment1", moment1, delta.shape, delta)
     require("sparse_adam", "moment2", moment2, delta.shape, delta)

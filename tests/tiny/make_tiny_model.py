@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 SEED = 11
 BOS, EOS = "<s>", "</s>"
 VOCABULARY = 1000
-LAYERS, D_FF = 8, 192
+LAYERS, D_MODEL, D_FF = 8, 64, 192
 STEPS = 700
 LEARNING_RATE = 4e-3
 WARMUP = 40
@@ -75,7 +75,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The untrained model."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=D_MODEL,
         intermediate_size=D_FF,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,

@@ -1,0 +1,207 @@
+"""This engine against the published NSE procedure (published.py): same records, templates, settings and steps.
+
+Both edit fresh copies of one model. Edits of the baseline and batches of the engine take turns, so that a change of
+the machine's speed meets both. No ratio is printed unless values and updates agree (cosine of the value's change above
+0.999, loss within 1e-3, update within 1e-4).
+
+    python bench/editing.py --data counterfact-edit.json --start 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import published
+import torch
+from timing import append_row, machine_line, matmul_rate, peak_mb, reset_peak
+from torch import Tensor
+
+from fastedit import Editor, EditSet, Source, load_edits
+from fastedit.loading import load_model
+from fastedit.target import optimise_values
+
+
+@dataclass
+class Baseline:
+    """The published procedure's results: seconds per edit of each value, of the closed form, and what came out."""
+
+    value_seconds: list[float] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    update_seconds: float = 0.0
+    totals: dict[int, Tensor] = field(default_factory=dict)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="edit records, .jsonl or .json")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--start", type=int, default=500, help="first record")
+    parser.add_argument("--edits", type=int, default=100, help="records the engine edits as one batch")
+    parser.add_argument("--baseline-edits", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=2, help="batches of the engine")
+    parser.add_argument("--moments", type=Path, help="text for second moments; default: sampled from the model")
+    parser.add_argument("--moment-tokens", type=int, default=20_000)
+    parser.add_argument("--token-budget", type=int, help="live rows optimised together; default: the preset's")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-rows", action="store_true", help="do not append to bench/results")
+    return parser.parse_args()
+
+
+def make_editor(options: argparse.Namespace) -> Editor:
+    adapter = load_model(options.model)
+    editor = Editor(adapter, moments=Source(options.moments), progress=False)
+    config = editor.config
+    moments = config.moments.model_copy(update={"tokens": options.moment_tokens})
+    value = config.value
+    if options.token_budget:
+        value = value.model_copy(update={"token_budget": options.token_budget})
+    editor.config = config.model_copy(update={"moments": moments, "value": value})
+    return editor
+
+
+def settings_of(config: Any) -> published.PublishedSettings:
+    return published.PublishedSettings(
+        layers=config.layers,
+        steps=config.value.steps,
+        lr=config.value.lr,
+        covariance_weight=config.covariance_weight,
+        mass=config.mass,
+        residual_min=config.residual_min,
+        residual_max=config.residual_max,
+        rounds=config.rounds,
+        weight_decay=config.value.weight_decay,
+        kl_factor=config.value.kl_factor,
+        clamp=config.value.clamp,
+        stop_loss=config.value.stop_loss,
+    )
+
+
+def baseline_values(found: Baseline, editor: Editor, twin: Any, requests: list[Any]) -> None:
+    for request in requests:
+        started = time.perf_counter()
+        result = published.optimise_value(
+            twin, editor.model.tokenizer, request, editor.state.templates, settings_of(editor.config)
+        )
+        found.value_seconds.append(time.perf_counter() - started)
+        found.values.append(result.value)
+        found.hidden.append(result.hidden0)
+        found.losses.append(result.losses)
+
+
+def baseline_update(found: Baseline, editor: Editor, twin: Any, requests: list[Any]) -> None:
+    config, state, width = editor.config, editor.state, editor.model.d_ff
+    history = {layer: torch.zeros(width, width) for layer in config.layers}
+    moments = {layer: state.solvers[layer].moment for layer in config.layers}
+    started = time.perf_counter()
+    found.totals = published.nse_batch(
+        twin, editor.model.tokenizer, requests, torch.stack(found.values), state.templates, moments, history,
+        settings_of(config),
+    )  # fmt: skip
+    found.update_seconds = (time.perf_counter() - started) / len(requests)
+
+
+def disagreement(editor: Editor, found: Baseline, edits: EditSet) -> list[str]:
+    """Why no ratio may be printed; empty when the engine's values and updates are the published ones."""
+    ours = optimise_values(editor.model, edits, editor.state.templates, editor.config.layers[-1], editor.config.value)
+    problems = []
+    for i, edit in enumerate(edits):
+        change = torch.cosine_similarity(ours.values[i] - ours.hidden[i], found.values[i] - found.hidden[i], dim=0)
+        if not float(change) > 0.999:
+            problems.append(f"case {edit.case_id}: cosine of the value's change is {float(change):.6f}")
+        losses = found.losses[i]
+        last = losses[-1] if len(losses) < editor.config.value.steps else losses[-2]
+        if not abs(float(ours.losses[i]) - last) < 1e-3:
+            problems.append(f"case {edit.case_id}: loss {float(ours.losses[i]):.5f}, published {last:.5f}")
+    before = {layer: editor.weights.current(layer).clone() for layer in editor.config.layers}
+    editor.edit(edits)
+    for layer, total in found.totals.items():
+        error = float((editor.weights.current(layer) - before[layer] - total).norm() / total.norm())
+        print(f"  layer {layer}: update differs by {error:.1e} of its norm")
+        # Values came out of twenty sign-like Adam steps in float32 each: the update inherits their difference.
+        if not error < 1e-2:
+            problems.append(f"layer {layer}: update differs by {error:.1e} of its norm")
+    editor.undo()
+    return problems
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    print(machine_line())
+    editor = make_editor(options)
+    edits = load_edits(options.data, start=options.start, limit=options.edits)
+    few = edits[: options.baseline_edits]
+    requests = [published.Request(e.prompt, e.subject_span[1], e.subject, e.target_new) for e in few]
+    twin = copy.deepcopy(editor.model.model)
+    _ = editor.state
+    found, engine, peaks, rates = Baseline(), [], [], [matmul_rate()]
+    pieces = options.repeats + 1
+    for piece in range(pieces):
+        share = requests[len(requests) * piece // pieces : len(requests) * (piece + 1) // pieces]
+        baseline_values(found, editor, twin, share)
+        rates.append(matmul_rate())
+        if piece < options.repeats:
+            reset_peak()
+            run = editor.edit(edits, batch_size=len(edits))
+            peaks.append(peak_mb())
+            engine.append(run.seconds_per_edit)
+            print(f"  engine: {run.seconds_per_edit:.2f} s per edit, written {run.batches[0].written}")
+            editor.undo()
+            rates.append(matmul_rate())
+    baseline_update(found, editor, twin, requests)
+    report(options, editor, found, engine, peaks, rates, disagreement(editor, found, few))
+
+
+def report(
+    options: argparse.Namespace,
+    editor: Editor,
+    found: Baseline,
+    engine: list[float],
+    peaks: list[float],
+    rates: list[float],
+    problems: list[str],
+) -> None:
+    value = statistics.median(found.value_seconds)
+    baseline = statistics.mean(found.value_seconds) + found.update_seconds
+    ours = statistics.median(engine)
+    print(
+        f"published: {baseline:.2f} s per edit (values {statistics.mean(found.value_seconds):.2f}, median {value:.2f},"
+    )
+    print(
+        f"           {min(found.value_seconds):.2f} to {max(found.value_seconds):.2f}; rest {found.update_seconds:.2f})"
+    )
+    print(f"engine:    {ours:.3f} s per edit ({min(engine):.3f} to {max(engine):.3f}), peak {max(peaks):.0f} MB")
+    print(f"float32 matmul during the run: {min(rates):.0f} to {max(rates):.0f} GFLOP/s")
+    if problems:
+        raise SystemExit("no ratio, results disagree:\n" + "\n".join(problems))
+    print(f"ratio:     {baseline / ours:.1f}")
+    if not options.no_rows:
+        shape = f"{options.model} B={options.edits} steps={editor.config.value.steps}"
+        shared = {"benchmark": "editing", "shape": shape, "dtype": "float32", "gemm_gflops": round(max(rates))}
+        for backend, times in (
+            ("published", [t + found.update_seconds for t in found.value_seconds]),
+            ("engine", engine),
+        ):
+            path = append_row(
+                **shared,
+                backend=backend,
+                metric="seconds per edit",
+                median=round(statistics.median(times), 3),
+                low=round(min(times), 3),
+                high=round(max(times), 3),
+                unit="s",
+                peak_mb=round(max(peaks)) if backend == "engine" else "",
+            )
+        print(f"rows appended to {path}")
+
+
+if __name__ == "__main__":
+    main()

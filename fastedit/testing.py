@@ -1,0 +1,304 @@
+"""Inputs and yardsticks for the tests and benchmarks of the ops: one input factory, one table of tolerances.
+
+Products     error(found) <= 2 * error(torch in the same dtype) + floor, both against a float64 result
+Solves       ||A X - B|| / (||A|| ||X|| + ||B||) <= floor
+Selections   the index lists are equal
+error = max |x - expected| / max |expected|. NaN or Inf anywhere fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class Tolerance(NamedTuple):
+    """floor: allowed beside twice torch's error; ceiling: a larger error of torch makes it no yardstick."""
+
+    floor: float
+    ceiling: float
+
+
+# By op and dtype of the result. A rounded result is off by up to one unit roundoff (2^-8 in bf16, 2^-11 in fp16).
+TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
+    ("capture_keys", torch.float32): Tolerance(1e-6, 1e-5),
+    ("capture_keys", torch.float64): Tolerance(1e-14, 1e-13),
+    ("masked_gram", torch.float32): Tolerance(1e-6, 1e-5),
+    ("masked_gram", torch.float64): Tolerance(1e-14, 1e-13),
+    ("gram_update_", torch.float32): Tolerance(1e-6, 1e-5),
+    ("gram_update_", torch.float64): Tolerance(1e-14, 1e-13),
+    ("apply_delta", torch.float32): Tolerance(1e-6, 1e-5),
+    ("apply_delta", torch.float64): Tolerance(1e-14, 1e-13),
+    ("apply_delta", torch.bfloat16): Tolerance(2**-8, 2**-8 + 1e-5),
+    ("apply_delta", torch.float16): Tolerance(2**-11, 2**-11 + 1e-5),
+    ("sparse_adam", torch.float32): Tolerance(1e-6, 1e-5),
+    ("sparse_adam", torch.float64): Tolerance(1e-14, 1e-13),
+    ("solve", torch.float32): Tolerance(1e-6, 1e-6),
+    ("solve", torch.float64): Tolerance(1e-14, 1e-14),
+}
+
+
+def assert_close(found: Tensor, expected: Tensor, same_dtype: Tensor, op: str) -> None:
+    """Hold a result against the float64 one, with torch's result in the same dtype as the yardstick.
+
+    found, same_dtype: one shape and dtype, which with `op` picks the tolerance; expected: float64, same shape
+    Logs both errors on success. Raises AssertionError, for NaN or Inf too.
+    """
+    if found.dtype != same_dtype.dtype:
+        raise AssertionError(f"{op}: result is {found.dtype}, wanted {same_dtype.dtype}")
+    for name, value in (("result", found), ("torch's result", same_dtype)):
+        if value.shape != expected.shape:
+            raise AssertionError(f"{op}: {name} is {tuple(value.shape)}, wanted {tuple(expected.shape)}")
+    tolerance = TOLERANCES[op, found.dtype]
+    torch_error = relative_error(same_dtype, expected)
+    if not torch_error <= tolerance.ceiling:
+        raise AssertionError(f"{op}: torch's own error is {torch_error:.3g}, more than {tolerance.ceiling:.3g}")
+    error, bound = relative_error(found, expected), _bound(expected, same_dtype, op)
+    if not error <= bound:
+        raise AssertionError(f"{op}: error {error:.3g} in {found.dtype}, at most {bound:.3g} (torch {torch_error:.3g})")
+    log.info("%s %s %s: error %.3g, torch %.3g", op, tuple(found.shape), found.dtype, error, torch_error)
+
+
+def assert_solves(system: Tensor, solution: Tensor, right: Tensor) -> None:
+    """Hold a solution of A X = B by its residual norm, taken in float64; the dtype of X picks the tolerance.
+
+    system: (k, k); solution, right: (k, n). Logs the residual on success. Raises AssertionError.
+    """
+    wide, x, b = in_float64((system, solution, right))
+    size = wide.norm() * x.norm() + b.norm()
+    residual = float((wide @ x - b).norm() / size) if size > 0 or not size.isfinite() else 0.0
+    bound = TOLERANCES["solve", solution.dtype].floor
+    if not residual <= bound:
+        raise AssertionError(f"solve: residual {residual:.3g} in {solution.dtype}, at most {bound:.3g}")
+    log.info("solve %s %s: residual %.3g", tuple(solution.shape), solution.dtype, residual)
+
+
+def assert_same_indices(found: Tensor, expected: Iterable[int], op: str) -> None:
+    """Hold a selection against the exact list. Raises AssertionError; the order counts."""
+    wanted = list(expected)
+    if found.dtype != torch.int64 or found.tolist() != wanted:
+        missing, extra = sorted(set(wanted) - set(found.tolist())), sorted(set(found.tolist()) - set(wanted))
+        raise AssertionError(f"{op}: {found.dtype} indices; missing {missing[:9]}, extra {extra[:9]}, or out of order")
+    log.info("%s: %d indices equal", op, len(wanted))
+
+
+def assert_tolerance_bites(found: Tensor, expected: Tensor, same_dtype: Tensor, op: str) -> None:
+    """Check the tolerance itself: `found` passes; zeroed, with a NaN, an Inf or an element past the bound, it fails.
+
+    Arguments as for `assert_close`; `expected` must have elements, not all zero.
+    """
+    assert_close(found, expected, same_dtype, op)
+    push = 2 * _bound(expected, same_dtype, op) * float(expected.abs().max())
+    broken = {"zeroed": torch.zeros_like(found)}
+    for place in {0, found.numel() // 2, found.numel() - 1}:
+        index = torch.unravel_index(torch.tensor(place), found.shape)
+        for value in (float(expected[index]) + push, float(expected[index]) - push, float("nan"), float("inf")):
+            broken[f"{value} at {place}"] = found.clone().index_put_(index, found.new_tensor(value))
+    for name, wrong in broken.items():
+        try:
+            assert_close(wrong, expected, same_dtype, op)
+        except AssertionError:
+            continue
+        raise AssertionError(f"{op}: the tolerance lets a broken result pass: {name}")
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """max |found - expected| / max |expected| in float64, NaN or Inf where either has one; 0 for empty tensors."""
+    if expected.numel() == 0:
+        return 0.0
+    difference = (found.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _bound(expected: Tensor, same_dtype: Tensor, op: str) -> float:
+    return 2 * relative_error(same_dtype, expected) + TOLERANCES[op, same_dtype.dtype].floor
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one test or benchmark.
+
+    selected: number of neurons in the index, None = no index
+    strided: every tensor is a non-contiguous slice of a wider one that holds NaN (or an impossible index) elsewhere
+    optional: whether optional arguments other than the index are given
+    """
+
+    name: str
+    n_edits: int
+    d_ff: int
+    d_model: int = 8
+    n_templates: int = 3
+    selected: int | None = None
+    strided: bool = False
+    optional: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = (
+    Case("tiny", 1, 1, d_model=1, n_templates=1, selected=1),
+    Case("odd", 7, 61, d_model=13, n_templates=5, selected=23),
+    Case("strided", 5, 34, d_model=6, selected=11, strided=True),
+    Case("no_edits", 0, 9, selected=4),
+    Case("none_selected", 3, 9, selected=0),
+    Case("one_neuron", 3, 17, n_templates=1, selected=1),
+    Case("every_neuron", 4, 33, d_model=5),
+    Case("bare", 6, 40, d_model=11, optional=False),
+    Case("smollm2", 24, 1536, d_model=576, n_templates=6, selected=700),
+)
+
+
+class CaptureInputs(NamedTuple):
+    """Arguments of `capture_keys`; the activation goes between weights and active."""
+
+    gate: Tensor
+    up: Tensor | None
+    weights: Tensor
+    active: Tensor | None
+
+
+class GramInputs(NamedTuple):
+    """Arguments of `masked_gram`, in its order."""
+
+    moment: Tensor
+    weight: float
+    keys: Tensor
+    history: Tensor | None
+    chosen: Tensor | None
+
+
+class DeltaInputs(NamedTuple):
+    """Arguments of `apply_delta`, in its order."""
+
+    weight: Tensor
+    residual: Tensor
+    solution: Tensor
+    chosen: Tensor | None
+    master: Tensor | None
+
+
+class AdamInputs(NamedTuple):
+    """State and gradient of `sparse_adam`; every third row of delta and the moments is zero, as before step 1."""
+
+    delta: Tensor
+    grad: Tensor
+    moment1: Tensor
+    moment2: Tensor
+    decay: Tensor | None
+    radius: Tensor | None
+
+
+class Factory:
+    """Seeded inputs of the ops for a case, made on the CPU and moved to `device`."""
+
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> None:
+        self.case = case
+        self.dtype = dtype
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def capture(self) -> CaptureInputs:
+        """Rows of gate and up, uneven template weights that sum to 1, and every edit but each third active."""
+        case = self.case
+        shape = (case.n_edits, case.n_templates, case.d_ff)
+        weights = self._uniform(case.n_templates) + 0.1
+        active = torch.arange(case.n_edits) % 3 != 2
+        return CaptureInputs(
+            self._place(3 * self._normal(*shape)),
+            self._place(self._normal(*shape)) if case.optional else None,
+            self._place(weights / weights.sum(), torch.float32),
+            self._place(active, torch.bool) if case.optional else None,
+        )
+
+    def score(self, ties: bool = False) -> Tensor:
+        """Scores, (d_ff,), heavy-tailed like the mass of keys; with `ties`, of five values only."""
+        mass = self._normal(self.case.d_ff).abs() ** 3
+        return self._place((mass.clamp_max(2) * 2).round() if ties else mass)
+
+    def gram(self) -> GramInputs:
+        """Keys, the second moment and the history of others, lambda."""
+        case = self.case
+        return GramInputs(
+            self._place(self._second_moment()),
+            12.5,
+            self._place(self._normal(case.n_edits, case.d_ff)),
+            self._place(7 * self._second_moment()) if case.optional else None,
+            self._index(),
+        )
+
+    def delta(self) -> DeltaInputs:
+        """A weight in the dtype, its float32 master with the bits that the weight has lost, a float32 update."""
+        case = self.case
+        width = case.d_ff if case.selected is None else case.selected
+        wide = self.dtype if self.dtype == torch.float64 else torch.float32
+        master = self._normal(case.d_model, case.d_ff).to(wide)
+        return DeltaInputs(
+            self._place(master),
+            self._place(self._normal(case.n_edits, case.d_model), wide),
+            self._place(self._normal(width, case.n_edits) / max(case.n_edits, 1) ** 0.5, wide),
+            self._index(),
+            self._place(master, wide) if case.optional else None,
+        )
+
+    def adam(self) -> AdamInputs:
+        """State in mid-run; the radius binds about half of the rows."""
+        case = self.case
+        shape = (case.n_edits, case.d_model)
+        running = (torch.arange(case.n_edits) % 3 != 0).to(torch.float64)[:, None]
+        delta = running * self._normal(*shape)
+        norm = delta.norm(dim=1)
+        return AdamInputs(
+            self._place(delta),
+            self._place(self._normal(*shape)),
+            self._place(running * 0.1 * self._normal(*shape)),
+            self._place(running * (0.001 + 0.01 * self._uniform(*shape))),
+            self._place(0.5 * self._uniform(case.n_edits)) if case.optional else None,
+            self._place((norm + 0.1) * (0.5 + self._uniform(case.n_edits))) if case.optional else None,
+        )
+
+    def _index(self) -> Tensor | None:
+        if self.case.selected is None:
+            return None
+        chosen = torch.randperm(self.case.d_ff, generator=self.generator)[: self.case.selected]
+        return self._place(chosen.sort().values, torch.int64)
+
+    def _second_moment(self) -> Tensor:
+        rows = self._normal(self.case.d_ff // 2 + 3, self.case.d_ff)
+        return rows.T @ rows / rows.shape[0]
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def _place(self, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        value = value.to(self.device, dtype or self.dtype, copy=True)
+        return strided(value) if self.case.strided else value
+
+
+def strided(value: Tensor) -> Tensor:
+    """The same content as a view of every second element of a tensor that holds NaN (or 2^40, or True) elsewhere."""
+    filler = float("nan") if value.is_floating_point() else 2**40 if value.dtype == torch.int64 else True
+    wide = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 1), filler, dtype=value.dtype, device=value.device)
+    view = wide[..., 1::2]
+    view.copy_(value)
+    return view
+
+
+def in_float64(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Copies of the floating-point tensors in float64, of the other tensors as they are; the rest is passed on."""
+    return tuple(
+        value.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
+        if isinstance(value, Tensor)
+        else value
+        for value in values
+    )

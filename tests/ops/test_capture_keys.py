@@ -1,0 +1,108 @@
+"""capture_keys against the formula written out edit by edit, in every input dtype."""
+
+import math
+
+import pytest
+import torch
+
+from fastedit.ops.capture_keys import ACTIVATIONS, capture_keys, capture_keys_ref
+from fastedit.testing import CASES, Case, Factory, assert_close, assert_tolerance_bites, in_float64
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = Case("small", 4, 10)
+SCALAR = {
+    "silu": lambda x: x / (1 + math.exp(-x)),
+    "gelu": lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: max(x, 0.0),
+}
+
+
+def formula(gate, up, weights, activation, active):
+    """The docstring's two sums, in float64: one edit and one template at a time, the activation by `math`."""
+    gate, up, weights = in_float64((gate, up, weights))
+    keys = torch.zeros(gate.shape[0], gate.shape[2], dtype=torch.float64)
+    for edit in range(gate.shape[0]):
+        for template in range(gate.shape[1]):
+            row = gate[edit, template].clone().apply_(SCALAR[activation])
+            keys[edit] += weights[template] * (row if up is None else row * up[edit, template])
+    mass = torch.zeros(gate.shape[2], dtype=torch.float64)
+    for edit in range(gate.shape[0]):
+        if active is None or active[edit]:
+            mass += keys[edit].abs()
+    return keys, mass
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_keys_and_mass_follow_the_formula(case, dtype):
+    gate, up, weights, active = Factory(case, dtype).capture()
+    found = capture_keys(gate, up, weights, "silu", active)
+    torch_result = capture_keys_ref(gate, up, weights, "silu", active)
+    for value, expected, same_dtype in zip(
+        found, formula(gate, up, weights, "silu", active), torch_result, strict=True
+    ):
+        assert value.dtype == torch.float32
+        assert_close(value, expected, same_dtype, "capture_keys")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_follows_its_formula_and_is_told_apart_from_the_others(activation):
+    gate, up, weights, active = Factory(SMALL).capture()
+    found = capture_keys(gate, up, weights, activation, active).keys
+    for other in ACTIVATIONS:
+        expected = formula(gate, up, weights, other, active)[0]
+        if other == activation:
+            assert_tolerance_bites(found, expected, found, "capture_keys")
+        else:
+            with pytest.raises(AssertionError, match="error"):
+                assert_close(found, expected, found, "capture_keys")
+
+
+def test_the_reference_in_float64_is_the_formula():
+    inputs = in_float64(Factory(SMALL).capture())
+    gate, up, weights, active = inputs
+    found = capture_keys_ref(gate, up, weights, "silu", active)
+    for value, expected in zip(found, formula(gate, up, weights, "silu", active), strict=True):
+        assert_tolerance_bites(value, expected, value, "capture_keys")
+
+
+def test_an_edit_that_is_not_active_has_a_key_but_no_mass():
+    gate, up, weights, _ = Factory(SMALL).capture()
+    active = torch.tensor([True, False, True, False])
+    everyone, counted = capture_keys(gate, up, weights, "silu"), capture_keys(gate, up, weights, "silu", active)
+    assert torch.equal(everyone.keys, counted.keys)
+    assert torch.equal(counted.mass, counted.keys[[0, 2]].abs().sum(0))
+    assert torch.equal(everyone.mass, everyone.keys.abs().sum(0))
+    gate[1] = float("nan")
+    assert torch.equal(capture_keys(gate, up, weights, "silu", active).mass, counted.mass)
+
+
+def test_nothing_active_has_no_mass():
+    gate, up, weights, _ = Factory(SMALL).capture()
+    assert not capture_keys(gate, up, weights, "silu", torch.zeros(4, dtype=torch.bool)).mass.any()
+
+
+def test_the_inputs_are_left_alone():
+    inputs = Factory(SMALL).capture()
+    before = [value.clone() for value in inputs]
+    gate, up, weights, active = inputs
+    capture_keys(gate, up, weights, "relu", active)
+    assert all(torch.equal(value, copy) for value, copy in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "argument"),
+    [
+        pytest.param({"gate": torch.zeros(4, 10)}, ValueError, "gate", id="gate_2d"),
+        pytest.param({"up": torch.zeros(4, 3, 9)}, ValueError, "up", id="up_narrow"),
+        pytest.param({"up": torch.zeros(4, 3, 10).half()}, TypeError, "up", id="up_half"),
+        pytest.param({"weights": torch.zeros(4)}, ValueError, "weights", id="weights_long"),
+        pytest.param({"active": torch.ones(3, dtype=torch.bool)}, ValueError, "active", id="active_short"),
+        pytest.param({"activation": "tanh"}, ValueError, "activation", id="activation_unknown"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, error, argument):
+    arguments = {**Factory(SMALL).capture()._asdict(), "activation": "silu", **changes}
+    with pytest.raises(error, match=f"capture_keys: {argument} must be"):
+        capture_keys(**arguments)

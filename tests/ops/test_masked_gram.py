@@ -1,0 +1,192 @@
+"""masked_gram and gram_update_ against sums written out in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastedit.ops.masked_gram import gram_update_, gram_update_ref, masked_gram, masked_gram_ref
+from fastedit.testing import (
+    CASES,
+    Case,
+    Factory,
+    assert_close,
+    assert_solves,
+    assert_tolerance_bites,
+    in_float64,
+    strided,
+)
+
+DTYPES = (torch.float32, torch.float64)
+SMALL = Case("small", 4, 10, selected=6)
+
+
+def formula(moment, weight, keys, history, chosen):
+    """A[i, j] = weight * C[s_i, s_j] + H[s_i, s_j] + sum over edits of key[s_i] * key[s_j], in float64."""
+    moment, keys, history = in_float64((moment, keys, history))
+    rows = torch.arange(keys.shape[1]) if chosen is None else chosen
+    at = (rows[:, None], rows[None, :])
+    gram = weight * moment[at]
+    for key in keys:
+        gram = gram + torch.outer(key, key)[at]
+    return gram if history is None else gram + history[at]
+
+
+def symmetric(width, dtype=torch.float32, seed=0):
+    rows = torch.randn(5, width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    sums = rows.T @ rows
+    return (sums + sums.T) / 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_system_matrix_follows_the_formula(case, dtype):
+    inputs = Factory(case).gram()
+    found = masked_gram(*inputs, dtype=dtype)
+    assert found.dtype == dtype
+    assert_close(found, formula(*inputs), masked_gram_ref(*inputs, dtype=dtype), "masked_gram")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_tolerance_of_the_system_matrix_bites(dtype):
+    inputs = Factory(SMALL).gram()
+    found = masked_gram(*inputs, dtype=dtype)
+    assert_tolerance_bites(found, formula(*inputs), masked_gram_ref(*inputs, dtype=dtype), "masked_gram")
+
+
+def test_float64_is_the_default_and_sums_are_taken_in_it():
+    keys = torch.tensor([[1.0], [2.0**-13]])
+    found = masked_gram(torch.zeros(1, 1), 1.0, keys)
+    assert found.dtype == torch.float64
+    assert found.item() == 1 + 2.0**-26
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), d_ff=st.integers(1, 24), n_edits=st.integers(0, 5), optional=st.booleans())
+def test_any_ascending_index_takes_its_rows_and_columns(data, d_ff, n_edits, optional):
+    chosen = torch.tensor(sorted(data.draw(st.sets(st.integers(0, d_ff - 1)))), dtype=torch.int64)
+    moment, weight, keys, history, _ = Factory(Case("drawn", n_edits, d_ff, optional=optional)).gram()
+    inputs = (moment, weight, keys, history, chosen)
+    found = masked_gram(*inputs)
+    assert_close(found, formula(*inputs), found, "masked_gram")
+
+
+@pytest.mark.parametrize("selected", [6, None])
+def test_the_arguments_are_left_alone(selected):
+    inputs = Factory(Case("small", 4, 10, selected=selected), torch.float64).gram()
+    before = in_float64(inputs)
+    masked_gram(*inputs)
+    for value, copy in zip(inputs, before, strict=True):
+        assert torch.equal(value, copy) if isinstance(value, torch.Tensor) else value == copy
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_its_systems_are_solved_to_a_small_residual(dtype):
+    inputs = Factory(Case("system", 20, 64, selected=40)).gram()
+    system = masked_gram(*inputs, dtype=dtype)
+    right = inputs.keys[:, inputs.chosen].T.to(dtype)
+    solution = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+    assert_solves(system, solution, right)
+    push = torch.zeros_like(solution)
+    push[3, 3] = 1e-3 * solution.abs().max()
+    for wrong in (torch.zeros_like(solution), solution + push, solution * float("nan"), solution / 0):
+        with pytest.raises(AssertionError, match="residual"):
+            assert_solves(system, wrong, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_history_grows_by_the_products_of_the_keys(case, dtype):
+    history, _, keys, _, _ = Factory(case, dtype).gram()
+    history.copy_((history + history.T) / 2)
+    expected, torch_result = formula(history, 1.0, keys, None, None), gram_update_ref(history, keys)
+    assert gram_update_(history, keys) is history
+    assert_close(history, expected, torch_result, "gram_update_")
+
+
+@pytest.mark.parametrize("spread", [lambda tensor: tensor, strided], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("width", [1, 2, 511, 512, 513, 1100])
+def test_every_tile_is_written_once_at_any_width(width, spread):
+    history = spread(symmetric(width))
+    keys = spread(torch.randn(3, width, generator=torch.Generator().manual_seed(1)))
+    expected, torch_result = formula(history, 1.0, keys, None, None), gram_update_ref(history, keys)
+    gram_update_(history, keys)
+    assert_tolerance_bites(history, expected, torch_result, "gram_update_")
+    mirrored = history.T
+    assert_close(mirrored, expected, history, "gram_update_")
+
+
+def test_the_upper_tiles_are_taken_from_the_lower():
+    history = torch.zeros(1100, 1100)
+    history[:512, 512:] = float("nan")
+    gram_update_(history, torch.ones(2, 1100))
+    assert torch.equal(history, torch.full((1100, 1100), 2.0))
+
+
+def test_a_million_rows_in_batches_stay_at_the_float64_sum():
+    generator = torch.Generator().manual_seed(0)
+    history, exact = torch.zeros(48, 48), torch.zeros(48, 48, dtype=torch.float64)
+    mean = torch.randn(48, generator=generator)
+    for _ in range(1_000_000 // 4096 + 1):
+        keys = torch.randn(4096, 48, generator=generator) + mean
+        gram_update_(history, keys)
+        exact.addmm_(keys.double().T, keys.double())
+    assert float((history.double() - exact).norm() / exact.norm()) <= 1e-5
+
+
+def test_the_keys_are_left_alone():
+    keys = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    before = keys.clone()
+    gram_update_(symmetric(20), keys)
+    assert torch.equal(keys, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [
+        pytest.param({"keys": torch.zeros(10)}, "keys", id="keys_1d"),
+        pytest.param({"keys": torch.zeros(2, 9)}, "moment", id="keys_narrow"),
+        pytest.param({"moment": torch.zeros(10, 9)}, "moment", id="moment_not_square"),
+        pytest.param({"history": torch.zeros(9, 9)}, "history", id="history_narrow"),
+        pytest.param({"index": torch.zeros(2, 2, dtype=torch.int64)}, "index", id="index_2d"),
+    ],
+)
+def test_wrong_arguments_of_the_system_matrix_are_named(changes, argument):
+    moment, weight, keys, history, chosen = Factory(SMALL).gram()
+    arguments = {"moment": moment, "weight": weight, "keys": keys, "history": history, "index": chosen, **changes}
+    with pytest.raises(ValueError, match=f"masked_gram: {argument} must be"):
+        masked_gram(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("history", "keys", "error", "argument"),
+    [
+        pytest.param(torch.zeros(3, 4), torch.zeros(2, 4), ValueError, "history", id="not_square"),
+        pytest.param(torch.zeros(4, 4), torch.zeros(4), ValueError, "keys", id="keys_1d"),
+        pytest.param(torch.zeros(4, 4), torch.zeros(2, 5), ValueError, "history", id="keys_wide"),
+        pytest.param(torch.zeros(4, 4), torch.zeros(2, 4).double(), TypeError, "keys", id="mixed"),
+    ],
+)
+def test_wrong_arguments_of_the_history_are_named(history, keys, error, argument):
+    with pytest.raises(error, match=f"gram_update_: {argument} must be"):
+        gram_update_(history, keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 7, 33, 100, 511, 512, 513, 1100])
+def test_the_history_stays_symmetric_bit_for_bit(width, dtype):
+    history = torch.zeros(width, width, dtype=dtype)
+    generator = torch.Generator().manual_seed(width)
+    for n_rows in (3, 24, 257):
+        gram_update_(history, torch.randn(n_rows, width, generator=generator, dtype=dtype))
+        assert torch.equal(history, history.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 7, 33, 100, 513])
+def test_the_system_matrix_is_symmetric_bit_for_bit(width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    for n_edits in (3, 24, 257):
+        keys = torch.randn(n_edits, width, generator=generator, dtype=dtype)
+        found = masked_gram(torch.eye(width), 1.0, keys, dtype=dtype)
+        assert torch.equal(found, found.T)
