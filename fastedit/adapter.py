@@ -122,7 +122,9 @@ class ModelAdapter:
         self.d_model, self.d_ff = int(first.shape[0]), int(first.shape[1])
         self.n_layers = len(self.layers)
         self.activation_name = _activation_name(model.config.hidden_act)
-        self.max_positions = int(model.config.max_position_embeddings)
+        # Inside a sliding window attention is full; beyond it our plans would see too much, so nothing goes there.
+        window = getattr(model.config, "sliding_window", None) or model.config.max_position_embeddings
+        self.max_positions = min(int(model.config.max_position_embeddings), int(window))
 
     @property
     def device(self) -> torch.device:
@@ -262,7 +264,9 @@ class ModelAdapter:
         n_tokens = min(12, self.max_positions)
         ids = torch.arange(n_tokens, device=self.device) * 7 % self.head_weight.shape[0]
         with torch.no_grad():
-            expected = self.model(input_ids=ids[None]).logits[0].float()
+            training = self.model.training
+            expected = self.model.eval()(input_ids=ids[None]).logits[0].float()
+            self.model.train(training)
             with self.packed():
                 path = list(range(n_tokens))
                 plan = plan_sequences([path], [path], n_tokens).to(self.device)

@@ -157,7 +157,8 @@ class _PackedAttention(torch.autograd.Function):
             scores = torch.cat([torch.bmm(queries, prefix[0].transpose(1, 2)), scores], dim=2)
         grid = scores.mul_(scale).view(n_kv, n_seq, n_heads // n_kv, query_len, -1)
         grid.add_(plan.bias(scores.dtype))
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+        working = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=working).to(scores.dtype)
         n_prefix = 0 if prefix is None else prefix[0].shape[1]
         mixed = torch.bmm(weights[:, :, n_prefix:], values)
         if prefix is not None:

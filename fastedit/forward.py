@@ -112,6 +112,8 @@ class LiveRows:
         normed rows at the scored positions, (n_scored, d_model). Differentiable in `change`."""
         rows = self.rows.index_add(0, self.lookup, change.to(self.rows.dtype))
         layers = range(self.first, model.n_layers)
+        if not layers:
+            return model.final_norm(rows[self.scored])
         return model.final_norm(model.run(rows, layers, self.plan, self.rotary, tail=self.scored))
 
     def select(self, model: ModelAdapter, keep: Sequence[int]) -> LiveRows:

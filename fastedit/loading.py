@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fastedit.adapter import ModelAdapter, load_transformers
 
 
@@ -65,7 +67,7 @@ def load_model(source: str, dtype: str = "float32", device: str = "cpu") -> Mode
     place = resolve(source)
     try:
         model, tokenizer = load_transformers(place, dtype)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         hint = f"; the alias also works after `{ALIASES[source].install}`" if source in ALIASES else ""
         raise ModelNotFound(f"cannot load {place!r}: {str(error).splitlines()[0]}{hint}") from error
     adapter = ModelAdapter(model.to(device), tokenizer)

@@ -26,7 +26,7 @@ def apply_delta(
     weight: (d_model, d_ff) float32, float64, bf16 or fp16
     residual: (n_edits, d_model); solution: (k, n_edits), float32 or float64
     index: (k,) int64 selected neurons, or None for all; repeated indices add up
-    master: (d_model, d_ff) float32 or None
+    master: (d_model, d_ff) float32 or float64, or None
     Raises ValueError for shapes, TypeError for dtypes.
     """
     require("apply_delta", "residual", residual, (None, None))
@@ -40,7 +40,7 @@ def apply_delta(
     require("apply_delta", "solution", solution, (width, n_edits))
     if master is not None:
         require("apply_delta", "master", master, weight.shape)
-        require_dtype("apply_delta", "master", master, torch.float32)
+        require_dtype("apply_delta", "master", master, torch.float32, torch.float64)
     new = apply_delta_ref(weight if master is None else master, residual, solution, index)
     if master is not None:
         master.copy_(new)

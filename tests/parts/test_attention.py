@@ -9,8 +9,7 @@ from fastedit.attention import CausalPlan, plan_live, plan_sequences
 from fastedit.forward import RowTree, TreePass, live_rows
 from fastedit.tokens import TokenSequence
 
-# The packed softmax is taken in float32, whatever the dtype of the rows.
-FLOAT32_SOFTMAX = 1e-6
+CLOSE = 1e-10
 SCALE = 0.3
 HEADS = [(4, 4), (4, 2), (6, 1)]
 
@@ -52,7 +51,7 @@ def test_rows_of_a_tree_attend_to_their_ancestors(name, n_heads, n_kv):
     found = tree.plan()(0, query, key, value, SCALE)[0]
     for path in tree.paths:
         wanted = dense(query[0][:, path], key[0][:, path], value[0][:, path], causal(len(path), len(path)))
-        torch.testing.assert_close(found[path], wanted.transpose(0, 1), rtol=0, atol=FLOAT32_SOFTMAX)
+        torch.testing.assert_close(found[path], wanted.transpose(0, 1), rtol=0, atol=CLOSE)
 
 
 def test_a_sequence_that_owns_no_row_is_left_out_of_the_plan():
@@ -134,12 +133,12 @@ def test_live_rows_and_their_gradients_are_those_of_dense_attention(name, n_head
         wanted.append(dense(query, key, value, causal(length, before + length)).transpose(0, 1))
         start += length
     expected = torch.cat(wanted)
-    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT32_SOFTMAX)
+    torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE)
 
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     gradients = [torch.autograd.grad((out * weight).sum(), parts) for out in (found, expected)]
     for ours, autograd in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, autograd, rtol=0, atol=10 * FLOAT32_SOFTMAX)
+        torch.testing.assert_close(ours, autograd, rtol=0, atol=10 * CLOSE)
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv"), HEADS)
@@ -222,16 +221,19 @@ def scale_logits(model):
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.1)
 
 
-def narrow_window(model):
-    model.config.sliding_window = 4
-
-
-@pytest.mark.parametrize(("name", "change"), [("Llama", scale_logits), ("Mistral", narrow_window)])
-def test_a_forward_that_structure_does_not_show_is_refused(name, change, random_tokenizer):
-    model = made(name)
-    change(model)
+def test_a_forward_that_structure_does_not_show_is_refused(random_tokenizer):
+    model = made("Llama")
+    scale_logits(model)
     with pytest.raises(UnsupportedModel, match="its forward differs"):
         ModelAdapter(model, random_tokenizer).check_forward()
+
+
+def test_nothing_longer_than_a_sliding_window_is_taken(random_tokenizer):
+    model = made("Mistral")
+    model.config.sliding_window = 4
+    adapter = ModelAdapter(model, random_tokenizer)
+    adapter.check_forward()
+    assert adapter.max_positions == 4
 
 
 class Interrupted(Exception):
@@ -336,7 +338,7 @@ def changed_forward(model, sequence, layer, change):
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0])
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layer", [0, 2, 3])
 @pytest.mark.parametrize("sequences", [SCORED, ALL_FIRST])
 def test_live_rows_give_the_changed_models_hidden_states(random_adapter, sequences, layer, size):
     change = size * torch.randn(len(sequences), 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -350,7 +352,9 @@ def test_live_rows_give_the_changed_models_hidden_states(random_adapter, sequenc
     torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-5)
     for row, sequence in zip(hidden, sequences, strict=True):
         states, _, _ = own_forward(random_adapter.model, list(sequence.ids), 0)
-        torch.testing.assert_close(row, states[layer + 1][sequence.lookup], rtol=0, atol=1e-5)
+        # What transformers reports after the last layer has been through the final norm.
+        if layer < 3:
+            torch.testing.assert_close(row, states[layer + 1][sequence.lookup], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [[0, 2], [3], [1], [0, 1, 2, 3]])

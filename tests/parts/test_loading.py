@@ -103,3 +103,9 @@ def test_the_forward_is_checked_on_loading(folder, random_llama):
     random_llama.save_pretrained(folder)
     with pytest.raises(UnsupportedModel, match="its forward differs"):
         load_model(str(folder))
+
+
+def test_a_folder_that_holds_no_model_is_an_error_in_one_line(tmp_path):
+    with pytest.raises(ModelNotFound, match="cannot load") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -227,7 +227,7 @@ class World:
             # Whole rounds of the objects come first, so the neighbours cover every object once.
             objects = objects[: len(group)]
             rng.shuffle(objects)
-            self.facts.update({(name, subject): value for subject, value in zip(group, objects)})
+            self.facts.update({(name, subject): value for subject, value in zip(group, objects, strict=True)})
         told = rng.sample(subjects, round(REPHRASE_SHARE * len(subjects)))
         self.retold.update((name, subject) for subject in told)
 

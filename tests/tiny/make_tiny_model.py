@@ -39,9 +39,6 @@ LONG_EVERY = 8
 # The first decoder layer that may read about a subject from outside of it; one batch in `FREE_EVERY` is not masked.
 READ_LAYER = 5
 FREE_EVERY = 5
-NOISE_FROM = 4
-NOISE = 0.4
-ISOLATE = True
 TEXT_CHARACTERS = 80_000
 
 
@@ -124,31 +121,20 @@ def attention_masks(mention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Additive masks (rows, 1, length, length) float32 for the layers below `READ_LAYER` and for those from it on.
 
     Below, the tokens of a subject see themselves and BOS and are seen by nothing else; from `READ_LAYER` on, they see
-    all that is before them and the last of them is seen by all that follows. So what the model knows about a subject has to be gathered at its last token in the lower
-    layers, which is where large language models keep it and where editing methods look for it.
+    all that is before them and the last of them is seen by all that follows. So what the model knows about a subject
+    has to be gathered at its last token in the lower layers, which is where large language models keep it and where
+    editing methods look for it.
     """
     length = mention.shape[1]
     following = torch.nn.functional.pad(mention[:, 1:], (0, 1))
     last = (mention > 0) & (mention != following)
     outside = mention == 0
-    own = (mention[:, :, None] == mention[:, None, :]) | (
-        outside[:, None, :] & (outside[:, :, None] if ISOLATE else True)
-    )
+    own = mention[:, :, None] == mention[:, None, :]
     own[:, :, 0] = True
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     lower, upper = own & causal, (own | outside[:, None, :] | last[:, None, :]) & causal
     minimum = torch.finfo(torch.float32).min
     return tuple(torch.zeros(m.shape).masked_fill(~m, minimum)[:, None] for m in (lower, upper))
-
-
-def add_noise(mention: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A forward hook that adds Gaussian noise of `NOISE` times the hidden state's norm to the tokens of subjects."""
-
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], hidden: torch.Tensor) -> torch.Tensor:
-        scale = NOISE * hidden.detach().square().mean(-1, keepdim=True).sqrt()
-        return hidden + (mention > 0)[..., None] * scale * torch.randn_like(hidden)
-
-    return hook
 
 
 @contextmanager
@@ -164,7 +150,6 @@ def masked_attention(model: LlamaForCausalLM, mention: torch.Tensor) -> Iterator
         layer.self_attn.register_forward_pre_hook(use(lower if number < READ_LAYER else upper), with_kwargs=True)
         for number, layer in enumerate(layers)
     ]
-    hooks += [layer.register_forward_hook(add_noise(mention)) for layer in layers[NOISE_FROM:READ_LAYER]]
     try:
         yield
     finally:
