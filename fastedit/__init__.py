@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastedit.readers import load_edits
     from fastedit.recipes import RECIPES
     from fastedit.stats import Source
+    from fastedit.watch import Watch
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOME = {
     "load_edits": "fastedit.readers",
     "RECIPES": "fastedit.recipes",
     "Source": "fastedit.stats",
+    "Watch": "fastedit.watch",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "InvalidEdits",
     "Probe",
     "Source",
+    "Watch",
     "__version__",
     "evaluate",
     "load_edits",

@@ -1,99 +1,46 @@
-"""One row per model family: where its parts are, found by structure. The only importer of transformers.
+"""A model seen through its family's row (:mod:`fastedit.families`), the same for every family.
 
-Everything above this module sees a model as: embed -> per layer (mix, feed-forward) -> final norm -> head, on packed
-rows (see :mod:`fastedit.attention`), with the down-projection weight W of every layer as (d_model, d_ff).
+Everything above this module sees: embed -> per layer (mix, feed-forward) -> final norm -> head, on packed rows (see
+:mod:`fastedit.attention`), with the down-projection weight W of every layer as (d_model, d_ff). Parts may lie on
+several devices: rows go to a layer's device before it runs, and what leaves a pass is on `ModelAdapter.device`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastedit.attention import Plan, plan_sequences
+from fastedit.attention import Plan, Rotary, plan_sequences
+from fastedit.families import (
+    FAMILIES,
+    Family,
+    UnsupportedModel,
+    activation_name,
+    attend_by_interface,
+    check_weights,
+    choose,
+    find,
+    max_positions,
+    text_config,
+)
+from fastedit.ops.capture_keys import activate
+from fastedit.scoring import Head, LogitBuffer
 
 PACKED_ATTENTION = "fastedit_packed"
 
-ACTIVATION_NAMES = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names of a family's modules. Paths are relative to the model, layer paths to one decoder layer.
-
-    layer_modules are exactly the children a decoder layer must have: an unknown extra (a norm after the
-    feed-forward, say) changes the mathematics, so such a model is not of this family.
-    """
-
-    name: str
-    layers: str
-    embedding: str
-    final_norm: str
-    rotary: str
-    attention_norm: str
-    attention: str
-    ffn_norm: str
-    ffn: str
-    gate: str
-    up: str
-    down: str
-    layer_modules: frozenset[str]
-
-    def matches(self, model: nn.Module) -> bool:
-        """True when every path exists in `model` and its decoder layers have no other parts."""
-        paths = (self.layers, self.embedding, self.final_norm, self.rotary)
-        if any(_find(model, path) is None for path in paths):
-            return False
-        layers = _find(model, self.layers)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            return False
-        names = {name for name, _ in layers[0].named_children()}
-        parts = (self.gate, self.up, self.down)
-        return names == self.layer_modules and all(_find(layers[0], path) is not None for path in parts)
-
-
-FAMILIES = (
-    Family(
-        name="llama",
-        layers="model.layers",
-        embedding="model.embed_tokens",
-        final_norm="model.norm",
-        rotary="model.rotary_emb",
-        attention_norm="input_layernorm",
-        attention="self_attn",
-        ffn_norm="post_attention_layernorm",
-        ffn="mlp",
-        gate="mlp.gate_proj",
-        up="mlp.up_proj",
-        down="mlp.down_proj",
-        layer_modules=frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}),
-    ),
-)
-
 
 class Mixed(NamedTuple):
-    """A decoder layer after its attention: output = residual + feed_forward(ffn_input), each (n_rows, d_model)."""
+    """A decoder layer after its attention, each (n_rows, d_model): what the feed-forward is added to, and reads."""
 
     residual: Tensor
     ffn_input: Tensor
-
-
-class UnsupportedModel(ValueError):
-    """The model is of no known family, or its own forward differs from ours."""
 
 
 class ModelAdapter:
@@ -101,52 +48,91 @@ class ModelAdapter:
 
     model: a transformers causal language model; its weights are the ones edited
     tokenizer: the matching fast tokenizer (character offsets are needed)
-    Raises UnsupportedModel when no row of `families` fits.
+    families: the rows to choose from, the first that fits; put a row of your own in front for another family
+    Raises UnsupportedModel when no row fits, and for a model that is quantised or has offloaded weights.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, families: tuple[Family, ...] = FAMILIES) -> None:
-        family = next((row for row in families if row.matches(model)), None)
-        if family is None:
-            known = ", ".join(row.name for row in families)
-            raise UnsupportedModel(
-                f"{type(model).__name__}: no family row fits (known: {known}); pass families=(Family(...),) naming"
-                f" its parts: {', '.join(Family.__dataclass_fields__)}"
-            )
+    def __init__(self, model: Any, tokenizer: Any, families: Sequence[Family] = FAMILIES) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedModel(f"{type(tokenizer).__name__}: a fast tokenizer with character offsets is needed")
         self.model = model
         self.tokenizer = tokenizer
-        self.family = family
-        self.layers: nn.ModuleList = _get(model, family.layers)
-        first = _get(self.layers[0], family.down).weight
-        self.d_model, self.d_ff = int(first.shape[0]), int(first.shape[1])
+        self.family = choose(model, families)
+        self.layers: nn.ModuleList = find(model, self.family.layers)
+        check_weights(model, self.family, self.layers)
+        config = text_config(model)
+        kinds = getattr(config, "layer_types", None) if _rotates_by_kind(model, self.family) else None
+        self._layers = [
+            _Layer.of(self.family, layer, "" if kinds is None else kinds[i]) for i, layer in enumerate(self.layers)
+        ]
+        self.d_model, self.d_ff = (int(size) for size in self.down_weight(0).shape)
         self.n_layers = len(self.layers)
-        self.activation_name = _activation_name(model.config.hidden_act)
-        # Inside a sliding window attention is full; beyond it our plans would see too much, so nothing goes there.
-        window = getattr(model.config, "sliding_window", None) or model.config.max_position_embeddings
-        self.max_positions = min(int(model.config.max_position_embeddings), int(window))
+        self.activation_name = activation_name(config, self.family.activation)
+        self.max_positions = max_positions(config)
 
     @property
     def device(self) -> torch.device:
-        """Device of the embedding, where token ids go."""
-        return _get(self.model, self.family.embedding).weight.device
+        """Device of the embedding: where token ids go, and where keys, hidden states and logits come from."""
+        return find(self.model, self.family.embedding).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights and of the hidden states."""
-        return _get(self.model, self.family.embedding).weight.dtype
+        """dtype of the hidden states: that of the last layer's weights."""
+        return self.down_parameter(self.n_layers - 1).dtype
 
     @property
-    def head_weight(self) -> Tensor:
-        """Unembedding, (n_vocabulary, d_model)."""
-        return self.model.get_output_embeddings().weight.detach()
+    def post_norm(self) -> bool:
+        """True when a norm stands behind the down-projection. A value is then wanted of the down-projection's output,
+        not of the hidden state after the layer, which is no longer linear in the weight."""
+        return self.family.post_norm
 
-    def down_weight(self, layer: int) -> nn.Parameter:
-        """The down-projection W of a layer, (d_model, d_ff): the parameter itself, not a copy."""
-        return self._part(layer, self.family.down).weight
+    @property
+    def head(self) -> Head:
+        """The unembedding."""
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        softcap = getattr(text_config(self.model), "final_logit_softcapping", None)
+        return Head(head.weight.detach(), None if bias is None else bias.detach(), softcap)
+
+    def upper_copy(self, first: int, dtype: torch.dtype) -> ModelAdapter:
+        """An adapter whose layers from `first` on, final norm and head are copies in `dtype`; layers below are shared.
+
+        For passes through what lies above the value layer. Rotary tables are made in float32 as before."""
+        config = text_config(self.model)
+        shared = [self.model.config, config, *self.layers[:first]]
+        twin = copy.deepcopy(self.model, {id(part): part for part in shared})
+        upper = [_optional(twin, path) for path in (self.family.final_norm, self.family.project_out)]
+        for part in (*find(twin, self.family.layers)[first:], *upper, twin.get_output_embeddings()):
+            if part is not None:
+                part.to(dtype)
+        return ModelAdapter(twin, self.tokenizer, (self.family,))
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise ValueError unless these layers can be written towards one value."""
+        if self.post_norm and len(layers) != 1:
+            raise ValueError(
+                f"layers: {self.family.name} normalises what its feed-forward gives before adding it, so several layers"
+                f" cannot share one value: wanted one layer, got {list(layers)}"
+            )
+
+    def layer_device(self, layer: int) -> torch.device:
+        """Device of a layer's down-projection."""
+        return self._layers[layer].device
+
+    def down_parameter(self, layer: int) -> nn.Parameter:
+        """The parameter behind `down_weight(layer)`, as the model stores it."""
+        return self._layers[layer].down.weight
+
+    def down_weight(self, layer: int) -> Tensor:
+        """The down-projection W of a layer, (d_model, d_ff): no copy, and for some families a transposed view."""
+        return self.oriented(layer, self.down_parameter(layer).detach())
+
+    def oriented(self, layer: int, stored: Tensor) -> Tensor:
+        """View a tensor that lies like the parameter of `down_weight(layer)` as (d_model, d_ff), and the other way."""
+        return stored.T if self._layers[layer].transposed else stored
 
     def weight_name(self, layer: int) -> str:
-        """Full parameter name of `down_weight(layer)` in the model's state dict."""
+        """Full parameter name of `down_parameter(layer)` in the model's state dict."""
         return f"{self.family.layers}.{layer}.{self.family.down}.weight"
 
     @contextlib.contextmanager
@@ -155,88 +141,121 @@ class ModelAdapter:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, _attend)
-        config = _get(self.layers[0], self.family.attention).config
-        before, training = config._attn_implementation, self.model.training
+        config = self._layers[0].attention.config if self.family.attend is attend_by_interface else None
+        before = getattr(config, "_attn_implementation", None)
         learning = [p for p in self.model.parameters() if p.requires_grad]
-        config._attn_implementation = PACKED_ATTENTION
-        self.model.eval()
         for parameter in learning:
             parameter.requires_grad_(False)
         try:
-            yield
+            if config is not None:
+                config._attn_implementation = PACKED_ATTENTION
+            with self._evaluating():
+                yield
         finally:
-            config._attn_implementation = before
-            self.model.train(training)
+            if config is not None:
+                config._attn_implementation = before
             for parameter in learning:
                 parameter.requires_grad_(True)
 
     def weights_hash(self, layer: int) -> str:
-        """SHA-256 over the embedding and all layers up to `layer`: everything that keys there depend on."""
+        """SHA-256 over the embeddings and all layers up to `layer`: everything that keys there depend on."""
         digest = hashlib.sha256()
-        for module in (_get(self.model, self.family.embedding), *self.layers[: layer + 1]):
+        paths = (self.family.embedding, self.family.positions, self.family.project_in)
+        entry = [part for path in paths if (part := _optional(self.model, path)) is not None]
+        for module in (*entry, *self.layers[: layer + 1]):
             for name, parameter in module.named_parameters():
                 digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
                 digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """(n_rows,) token ids -> (n_rows, d_model) rows entering layer 0."""
-        return _get(self.model, self.family.embedding)(token_ids)
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """(n_rows,) token ids and their positions -> (n_rows, d_model) rows entering layer 0."""
+        rows = find(self.model, self.family.embedding)(token_ids)
+        if (project := _optional(self.model, self.family.project_in)) is not None:
+            rows = project(_beside(rows, project))
+        if (learned := _optional(self.model, self.family.positions)) is not None:
+            # OPT keeps its first positions for padding.
+            places = positions.to(learned.weight.device) + getattr(learned, "offset", 0)
+            rows = rows + nn.functional.embedding(places, learned.weight).to(rows.device)
+        return rows
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(n_rows,) positions -> cosine and sine, each (1, n_rows, head_dim)."""
-        like = torch.empty(0, dtype=self.dtype, device=positions.device)
-        return _get(self.model, self.family.rotary)(like, positions[None])
+    def rotary(self, positions: Tensor) -> Rotary:
+        """Rotary tables for rows at `positions` (n_rows,)."""
+        if self.family.rotary is None:
+            return Rotary({})
+        return self.family.rotate(find(self.model, self.family.rotary), positions, self.dtype)
 
-    def mix(self, layer: int, rows: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor]) -> Mixed:
-        """First half of a decoder layer on packed rows (n_rows, d_model): attention and the norm behind it."""
-        normed = self._part(layer, self.family.attention_norm)(rows)
-        attention = self._part(layer, self.family.attention)
-        out = attention(hidden_states=normed[None], position_embeddings=rotary, attention_mask=None, packed_plan=plan)[
-            0
-        ]
-        residual = rows + out[0]
-        return Mixed(residual, self._part(layer, self.family.ffn_norm)(residual))
+    def mix(self, layer: int, rows: Tensor, plan: Plan, rotary: Rotary) -> Mixed:
+        """First half of a decoder layer on packed rows (n_rows, d_model): attention, and the norm that the
+        feed-forward reads."""
+        part = self._layers[layer]
+        device = part.device
+        rows = rows.to(device)
+        read = rows if part.attention_norm is None else part.attention_norm(rows)
+        mixed = self.family.attend(part.attention, read, plan.to(device), rotary.at(part.kind, device))
+        if part.attention_out_norm is not None:
+            mixed = part.attention_out_norm(mixed)
+        residual = rows + mixed
+        if part.sum_norm is not None:
+            residual = part.sum_norm(residual)
+        if part.ffn_norm is not None:
+            return Mixed(residual, part.ffn_norm(rows if self.family.parallel else residual))
+        return Mixed(residual, read if self.family.parallel else residual)
 
-    def gate_up(self, layer: int, ffn_input: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up projections of (n_rows, d_model) rows, each (n_rows, d_ff)."""
-        return self._part(layer, self.family.gate)(ffn_input), self._part(layer, self.family.up)(ffn_input)
+    def gate_up(self, layer: int, ffn_input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gate and up projections of (n_rows, d_model) rows, each (n_rows, d_ff); None for up where there is none."""
+        part = self._layers[layer]
+        gate = part.gate(ffn_input)
+        if part.up is None:
+            return gate, None
+        if part.up is part.gate:
+            return gate.chunk(2, dim=-1)
+        return gate, part.up(ffn_input)
+
+    def neurons(self, layer: int, ffn_input: Tensor) -> Tensor:
+        """Keys of (n_rows, d_model) rows, (n_rows, d_ff): the input of the down-projection."""
+        gate, up = self.gate_up(layer, ffn_input)
+        active = activate(gate, self.activation_name)
+        return active if up is None else active * up
+
+    def ffn_output(self, layer: int, ffn_input: Tensor) -> Tensor:
+        """The down-projection's output, W k and its bias, of (n_rows, d_model) rows: (n_rows, d_model)."""
+        return self._layers[layer].down(self.neurons(layer, ffn_input))
+
+    def join(self, layer: int, residual: Tensor, output: Tensor) -> Tensor:
+        """End of a decoder layer: residual and the down-projection's output -> rows entering the next layer, all
+        (n_rows, d_model)."""
+        part = self._layers[layer]
+        rows = residual + (output if part.ffn_out_norm is None else part.ffn_out_norm(output))
+        return rows if part.output_norm is None else part.output_norm(rows)
 
     def feed_forward(self, layer: int, mixed: Mixed) -> Tensor:
         """Second half of a decoder layer: (n_rows, d_model) rows entering the next layer."""
-        return mixed.residual + self._part(layer, self.family.ffn)(mixed.ffn_input)
+        return self.join(layer, mixed.residual, self.ffn_output(layer, mixed.ffn_input))
 
     def feed_forward_with_keys(self, layer: int, mixed: Mixed) -> tuple[Tensor, Tensor]:
         """Like `feed_forward`, and the keys of all rows: (n_rows, d_ff), the very input of the down-projection."""
-        seen: list[Tensor] = []
-        down = self._part(layer, self.family.down)
-        hook = down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        try:
-            rows = self.feed_forward(layer, mixed)
-        finally:
-            hook.remove()
-        return rows, seen[0]
+        keys = self.neurons(layer, mixed.ffn_input)
+        return self.join(layer, mixed.residual, self._layers[layer].down(keys)), keys
 
-    def run(
-        self,
-        rows: Tensor,
-        layers: range,
-        plan: Plan,
-        rotary: tuple[Tensor, Tensor],
-        tail: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, rows: Tensor, layers: range, plan: Plan, rotary: Rotary, tail: Tensor | None = None) -> Tensor:
         """Whole decoder layers on packed rows. With `tail` (row indices) the last layer's feed-forward runs on
         those rows alone and (n_tail, d_model) is returned."""
         for layer in layers:
             mixed = self.mix(layer, rows, plan, rotary)
             if tail is not None and layer == layers[-1]:
+                tail = tail.to(mixed.residual.device)
                 mixed = Mixed(mixed.residual[tail], mixed.ffn_input[tail])
             rows = self.feed_forward(layer, mixed)
         return rows
 
     def final_norm(self, rows: Tensor) -> Tensor:
-        """The norm before the head, on (n_rows, d_model)."""
-        return _get(self.model, self.family.final_norm)(rows)
+        """From (n_rows, d_model) rows behind the last layer to what the head reads, (n_rows, d_head), on its device."""
+        if (norm := _optional(self.model, self.family.final_norm)) is not None:
+            rows = norm(_beside(rows, norm))
+        if (project := _optional(self.model, self.family.project_out)) is not None:
+            rows = project(_beside(rows, project))
+        return _beside(rows, self.model.get_output_embeddings())
 
     @torch.no_grad()
     def generate(self, token_ids: Tensor, n_new: int, top_k: int) -> Tensor:
@@ -245,111 +264,109 @@ class ModelAdapter:
         top_k = 1 is greedy; otherwise one of the top_k is drawn by its probability. End-of-text never comes. Unlike
         transformers' own loop it draws among top_k numbers and not the whole vocabulary, a fifth of the time here."""
         ids, cache, new = token_ids, None, token_ids
-        for _ in range(n_new):
-            out = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[:, -1].float()
-            if self.tokenizer.eos_token_id is not None:
-                logits[:, self.tokenizer.eos_token_id] = -torch.inf
-            scores, tokens = logits.topk(min(top_k, logits.shape[1]), dim=1)
-            drawn = torch.multinomial(torch.softmax(scores, dim=1), 1) if top_k > 1 else scores.argmax(1, keepdim=True)
-            new = tokens.gather(1, drawn)
-            ids = torch.cat([ids, new], dim=1)
+        with self._evaluating():
+            for _ in range(n_new):
+                out = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, logits = out.past_key_values, out.logits[:, -1].float()
+                if self.tokenizer.eos_token_id is not None:
+                    logits[:, self.tokenizer.eos_token_id] = -torch.inf
+                scores, tokens = logits.topk(min(top_k, logits.shape[1]), dim=1)
+                odds = torch.softmax(scores, dim=1)
+                drawn = torch.multinomial(odds, 1) if top_k > 1 else scores.argmax(1, keepdim=True)
+                new = tokens.gather(1, drawn).to(ids.device)
+                ids = torch.cat([ids, new], dim=1)
         return ids
 
     def check_forward(self, tolerance: float = 1e-3) -> None:
         """Compare packed logits with the model's own on a short text; raise UnsupportedModel when they differ.
 
-        Catches what structure cannot show: soft-capped logits, scaled embeddings, windows. Error is relative to the
-        largest logit."""
+        Catches what structure cannot show, such as a factor between two parts. Error is relative to the largest
+        logit."""
         n_tokens = min(12, self.max_positions)
-        ids = torch.arange(n_tokens, device=self.device) * 7 % self.head_weight.shape[0]
+        positions = torch.arange(n_tokens, device=self.device)
+        ids = positions * 7 % self.head.weight.shape[0]
         with torch.no_grad():
-            training = self.model.training
-            expected = self.model.eval()(input_ids=ids[None]).logits[0].float()
-            self.model.train(training)
+            with self._evaluating():
+                expected = self.model(input_ids=ids[None]).logits[0].float()
             with self.packed():
                 path = list(range(n_tokens))
-                plan = plan_sequences([path], [path], n_tokens).to(self.device)
-                rotary = self.rotary(torch.arange(n_tokens, device=self.device))
-                rows = self.final_norm(self.run(self.embed(ids), range(self.n_layers), plan, rotary))
-                found = (rows @ self.head_weight.T).float()
+                plan = plan_sequences([path], [path], n_tokens)
+                rows = self.embed(ids, positions)
+                rows = self.final_norm(self.run(rows, range(self.n_layers), plan, self.rotary(positions)))
+                found = LogitBuffer().logits(rows, self.head).to(expected.device)
         error = float((found - expected).abs().max() / expected.abs().max())
-        bound = tolerance if self.dtype == torch.float32 else 50 * tolerance
+        bound = tolerance if self.dtype in (torch.float32, torch.float64) else 50 * tolerance
         if not error <= bound:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} looks like family {self.family.name!r}, but its forward differs"
-                f" (relative error {error:.1e}, allowed {bound:.0e}): it needs a row of its own"
+                f" (relative error {error:.1e}, allowed {bound:.0e}): it needs a row of its own, or, if it caps its"
+                " attention scores, to be loaded with attn_implementation='eager'"
             )
 
-    def _part(self, layer: int, path: str) -> Any:
-        return _get(self.layers[layer], path)
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No dropout inside; every module's mode as it was afterwards."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
-def load_transformers(place: str, dtype: str) -> tuple[Any, Any]:
-    """(model, tokenizer) from a hub id, a folder, or a GGUF file; weights frozen, evaluation mode.
+@dataclass(frozen=True)
+class _Layer:
+    """The parts of one decoder layer, found once. kind: the type of layer, for its rotary table."""
 
-    A model read from GGUF is copied into a fresh one of its config, which transformers will save again."""
-    import transformers
-    from transformers.utils import logging as messages
+    kind: str
+    transposed: bool
+    attention: Any
+    gate: Any
+    up: Any
+    down: Any
+    attention_norm: Any
+    attention_out_norm: Any
+    sum_norm: Any
+    ffn_norm: Any
+    ffn_out_norm: Any
+    output_norm: Any
 
-    kind = getattr(torch, dtype)
-    shown = messages.is_progress_bar_enabled()
-    messages.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        return _read_model(transformers, place, kind)
-    finally:
-        if shown:
-            messages.enable_progress_bar()  # type: ignore[no-untyped-call]
+    @classmethod
+    def of(cls, family: Family, layer: nn.Module, kind: str) -> _Layer:
+        from transformers.pytorch_utils import Conv1D
 
+        parts = {field.name: _optional(layer, getattr(family, field.name)) for field in fields(cls)[2:]}
+        return cls(kind, isinstance(parts["down"], Conv1D), **parts)
 
-def _read_model(transformers: Any, place: str, kind: torch.dtype) -> tuple[Any, Any]:
-    if not place.endswith(".gguf"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=kind)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-    else:
-        folder, file = os.path.split(place)
-        read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=kind)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        config = read.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = type(read)(config)
-        model = model.to(kind)
-        model.load_state_dict(read.state_dict(), assign=True)
-        model.tie_weights()
-        # Buffers that are computed, not stored, were made on the meta device.
-        for name, buffer in read.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-        model.generation_config = read.generation_config
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def _activation_name(hidden_act: str) -> str:
-    if hidden_act not in ACTIVATION_NAMES:
-        raise UnsupportedModel(f"activation {hidden_act!r} is not known; known: {', '.join(ACTIVATION_NAMES)}")
-    return ACTIVATION_NAMES[hidden_act]
+    @property
+    def device(self) -> torch.device:
+        return self.down.weight.device
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float,
+    softcap: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, answered by the plan handed to the attention module."""
-    return kwargs["packed_plan"](module.layer_idx, query, key, value, scaling), None
+    return kwargs["packed_plan"](module.layer_idx, query, key, value, scaling, softcap), None
 
 
-def _find(module: nn.Module, path: str) -> Any:
-    found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name, None)
-        if found is None:
-            return None
-    return found
+def _rotates_by_kind(model: Any, family: Family) -> bool:
+    return hasattr(_optional(model, family.rotary), "layer_types")
 
 
-def _get(module: nn.Module, path: str) -> Any:
-    found = _find(module, path)
-    if found is None:
-        raise UnsupportedModel(f"{type(module).__name__} has no part {path!r}")
-    return found
+def _optional(module: Any, path: str | None) -> Any:
+    return None if path is None else find(module, path)
+
+
+def _beside(rows: Tensor, module: nn.Module) -> Tensor:
+    """The rows on the device of a module's parameters."""
+    parameter = next(module.parameters(), None)
+    return rows if parameter is None else rows.to(parameter.device)

@@ -2,14 +2,14 @@
 
 Linear layers then multiply only real tokens; the attention core alone is padded, and only inside one batched
 product. An :class:`AttentionPlan` says which rows form a sequence, and which *prefix* keys and values, computed
-once and constant afterwards, stand before them. Formula: softmax(q k^T * scale + mask) v, causal, with grouped
-key/value heads.
+once and constant afterwards, stand before them. Formula: softmax(cap(q k^T * scale) + mask) v, causal, with grouped
+key/value heads; cap(s) = c tanh(s / c) where a model caps its scores at c, the identity elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class AttentionPlan:
     mask: (n_sequences, query_len, prefix_len + key_len) bool, True where a query sees a key
     prefix: layer -> (keys, values), each (n_kv_heads * n_sequences, prefix_len, head_dim), head-major
     keep: when set, collects the (keys, values) rows of every layer run, each (n_kv_heads, n_rows, head_dim)
+    Keys and values, kept or prefixed, stay on the device of their layer; the rest is wherever `to` puts it.
     """
 
     query_index: Tensor
@@ -38,6 +39,7 @@ class AttentionPlan:
 
     def __post_init__(self) -> None:
         self._bias: dict[torch.dtype, Tensor] = {}
+        self._moved: dict[torch.device, AttentionPlan] = {}
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """The mask as 0 / lowest finite value, (1, n_sequences, 1, query_len, prefix_len + key_len)."""
@@ -47,29 +49,40 @@ class AttentionPlan:
             self._bias[dtype] = bias[None, :, None]
         return self._bias[dtype]
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None = None
+    ) -> Tensor:
         """Attend. query: (1, n_heads, n_rows, head_dim), key and value: (1, n_kv_heads, n_rows, head_dim).
 
+        softcap: the bound c of the scores, or None
         Returns (1, n_rows, n_heads, head_dim). Differentiable in all three when the plan is live (key_index is
         query_index); a gradient through a plan with other keys raises RuntimeError.
         """
         if self.keep is not None:
             self.keep[layer] = (key[0], value[0])
-        return _PackedAttention.apply(query, key, value, self, self.prefix.get(layer), scale)  # type: ignore[no-untyped-call]
+        prefix = self.prefix.get(layer)
+        return _PackedAttention.apply(query, key, value, self, prefix, scale, softcap)  # type: ignore[no-untyped-call]
+
+    def collecting(self, keep: dict[int, tuple[Tensor, Tensor]]) -> AttentionPlan:
+        """The same plan, collecting in `keep`."""
+        return replace(self, keep=keep)
 
     def to(self, device: torch.device) -> AttentionPlan:
-        """The same plan with its index tensors on `device`; prefix and keep are shared."""
-        moved = AttentionPlan(
-            self.query_index.to(device),
-            self.output_index.to(device),
-            self.key_index.to(device),
-            self.mask.to(device),
-            self.prefix,
-            self.keep,
-        )
-        if self.key_index is self.query_index:
-            moved.key_index = moved.query_index
-        return moved
+        """The plan with its index tensors on `device`, made once; prefix and keep are shared."""
+        device = torch.device(device)
+        if self.query_index.device == device:
+            return self
+        if device not in self._moved:
+            query_index = self.query_index.to(device)
+            self._moved[device] = AttentionPlan(
+                query_index,
+                self.output_index.to(device),
+                query_index if self.key_index is self.query_index else self.key_index.to(device),
+                self.mask.to(device),
+                self.prefix,
+                self.keep,
+            )
+        return self._moved[device]
 
 
 @dataclass(frozen=True)
@@ -78,16 +91,46 @@ class CausalPlan:
 
     length: int
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None = None
+    ) -> Tensor:
         """As `AttentionPlan.__call__`."""
         query, key, value = (
             part[0].view(part.shape[1], -1, self.length, part.shape[3]).transpose(0, 1) for part in (query, key, value)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        if softcap is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        else:
+            mixed = _capped_attention(query, key, value, scale, softcap)
         return mixed.transpose(1, 2).flatten(0, 1)[None]
+
+    def to(self, device: torch.device) -> CausalPlan:
+        """Itself: it holds no tensor."""
+        return self
 
 
 Plan = AttentionPlan | CausalPlan
+
+
+class Rotary:
+    """Cosines and sines of the packed rows' positions, by type of layer; (1, n_rows, rotary_dim) as a model wants them.
+
+    tables: layer type -> (cosine, sine); empty for a model without rotary embeddings
+    """
+
+    def __init__(self, tables: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._tables = tables
+        self._placed: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def at(self, kind: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """The table for layers of type `kind`, on `device`; None when there is none at all."""
+        if not self._tables:
+            return None
+        place = (kind, device)
+        if place not in self._placed:
+            cosine, sine = self._tables[kind]
+            self._placed[place] = (cosine.to(device), sine.to(device))
+        return self._placed[place]
 
 
 def plan_sequences(owned: Sequence[Sequence[int]], paths: Sequence[Sequence[int]], n_rows: int) -> AttentionPlan:
@@ -111,16 +154,20 @@ def plan_sequences(owned: Sequence[Sequence[int]], paths: Sequence[Sequence[int]
     return AttentionPlan(query_index, output_index, key_index, mask)
 
 
-def plan_live(lengths: Sequence[int], prefix_lengths: Sequence[int]) -> AttentionPlan:
+def plan_live(
+    lengths: Sequence[int],
+    prefix_lengths: Sequence[int],
+    prefix: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> AttentionPlan:
     """Plan for live rows: sequence s owns lengths[s] consecutive rows and sees prefix_lengths[s] prefix keys,
-    then its own rows causally. The caller fills `prefix` (left-aligned, padded to the longest)."""
+    then its own rows causally. `prefix` as in AttentionPlan, left-aligned and padded to the longest."""
+    width, prefix_len = max(lengths), max(prefix_lengths)
     length = torch.tensor(lengths)
-    width, prefix_len = int(length.max()), max(prefix_lengths)
     start = length.cumsum(0) - length
     step = torch.arange(width)
     real = step[None] < length[:, None]
     query_index = torch.where(real, start[:, None] + step[None], start[:, None])
-    output_index = real.flatten().nonzero().flatten()
+    output_index = torch.tensor([s * width + i for s, count in enumerate(lengths) for i in range(count)])
     sees_prefix = torch.arange(prefix_len)[None] < torch.tensor(prefix_lengths)[:, None]
     mask = torch.cat(
         [
@@ -129,7 +176,19 @@ def plan_live(lengths: Sequence[int], prefix_lengths: Sequence[int]) -> Attentio
         ],
         dim=2,
     )
-    return AttentionPlan(query_index, output_index, query_index, mask)
+    return AttentionPlan(query_index, output_index, query_index, mask, prefix or {})
+
+
+def _capped_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tensor:
+    """Causal attention with capped scores, which torch's own does not offer. All (n_sequences, heads, length, dim)."""
+    share = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    scores = (query @ key.transpose(2, 3)).mul_(scale / softcap).tanh_().mul_(softcap)
+    length = query.shape[2]
+    hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
+    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    working = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, dim=-1, dtype=working).to(scores.dtype) @ value
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -146,6 +205,7 @@ class _PackedAttention(torch.autograd.Function):
         plan: AttentionPlan,
         prefix: tuple[Tensor, Tensor] | None,
         scale: float,
+        softcap: float | None,
     ) -> Tensor:
         n_heads, n_kv, head_dim = query.shape[1], key.shape[1], query.shape[3]
         n_seq, query_len = plan.query_index.shape
@@ -155,15 +215,20 @@ class _PackedAttention(torch.autograd.Function):
         scores = torch.bmm(queries, keys.transpose(1, 2))
         if prefix is not None:
             scores = torch.cat([torch.bmm(queries, prefix[0].transpose(1, 2)), scores], dim=2)
-        grid = scores.mul_(scale).view(n_kv, n_seq, n_heads // n_kv, query_len, -1)
-        grid.add_(plan.bias(scores.dtype))
+        capped = None
+        if softcap is None:
+            scores.mul_(scale)
+        else:
+            capped = scores.mul_(scale / softcap).tanh_()
+            scores = capped * softcap
+        scores.view(n_kv, n_seq, n_heads // n_kv, query_len, -1).add_(plan.bias(scores.dtype))
         working = torch.promote_types(scores.dtype, torch.float32)
         weights = torch.softmax(scores, dim=-1, dtype=working).to(scores.dtype)
         n_prefix = 0 if prefix is None else prefix[0].shape[1]
         mixed = torch.bmm(weights[:, :, n_prefix:], values)
         if prefix is not None:
             mixed.baddbmm_(weights[:, :, :n_prefix], prefix[1])
-        ctx.save_for_backward(queries, keys, values, weights)
+        ctx.save_for_backward(queries, keys, values, weights, capped)
         ctx.plan, ctx.prefix, ctx.scale = plan, prefix, scale
         grid = mixed.view(n_kv, n_seq, n_heads // n_kv, query_len, head_dim).permute(1, 3, 0, 2, 4)
         rows = grid.reshape(n_seq * query_len, n_heads, head_dim).index_select(0, plan.output_index)
@@ -174,7 +239,7 @@ class _PackedAttention(torch.autograd.Function):
         plan: AttentionPlan = ctx.plan
         if plan.key_index is not plan.query_index:
             raise RuntimeError("packed attention: gradients need a live plan (queries and keys are the same rows)")
-        queries, keys, values, weights = ctx.saved_tensors
+        queries, keys, values, weights, capped = ctx.saved_tensors
         grad = grads[0][0]
         n_heads, head_dim = grad.shape[1:]
         n_seq, query_len = plan.query_index.shape
@@ -190,6 +255,8 @@ class _PackedAttention(torch.autograd.Function):
         grad_values = torch.bmm(weights[:, :, n_prefix:].transpose(1, 2), grad_mixed)
         inner = (grad_weights * weights).sum(-1, keepdim=True)
         grad_scores = (grad_weights - inner).mul_(weights).mul_(ctx.scale)
+        if capped is not None:
+            grad_scores.mul_(1 - capped.square())
         grad_queries = torch.bmm(grad_scores[:, :, n_prefix:], keys)
         if ctx.prefix is not None:
             grad_queries.baddbmm_(grad_scores[:, :, :n_prefix], ctx.prefix[0])
@@ -198,7 +265,7 @@ class _PackedAttention(torch.autograd.Function):
         grad_query = grid.reshape(n_heads, -1, head_dim).index_select(1, plan.output_index)
         grad_key = grad_keys.view(n_kv, -1, head_dim).index_select(1, plan.output_index)
         grad_value = grad_values.view(n_kv, -1, head_dim).index_select(1, plan.output_index)
-        return grad_query[None], grad_key[None], grad_value[None], None, None, None
+        return grad_query[None], grad_key[None], grad_value[None], None, None, None, None
 
 
 def _gather_queries(query: Tensor, plan: AttentionPlan, n_kv: int) -> Tensor:

@@ -7,16 +7,20 @@ Exit codes: 0 done, 1 a batch was rejected or the installation is broken, 2 wron
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+
+if TYPE_CHECKING:
+    from fastedit.edits import EditSet, Problem
 
 app = typer.Typer(
     help="Edit facts inside transformer language models.",
@@ -33,16 +37,23 @@ Limit = Annotated[int | None, typer.Option(min=1, help="number of records")]
 Text = Annotated[Path | None, typer.Option(help="text file for perplexity")]
 MomentText = Annotated[Path | None, typer.Option(help="text for second moments; default: sampled from the model")]
 MomentTokens = Annotated[int | None, typer.Option(min=1, help="tokens for second moments")]
+Dtype = Annotated[str, typer.Option(help="of the weights: float32, bfloat16 or float16")]
 Preset = Annotated[str | None, typer.Option(help="settings; default: those made for this model")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="a setting of the method: NAME=VALUE, as rounds=2 or value.steps=10")
+]
+Form = Annotated[str, typer.Option(help="form of the records, such as zsre; auto: known by their fields")]
+TargetField = Annotated[str | None, typer.Option(help="field to edit towards, where the form has several (zsre: alt)")]
+OnInvalid = Annotated[str, typer.Option(help="a record that cannot be used: refuse the whole file, or skip it")]
 Fluency = Annotated[int, typer.Option(min=0, help="prompts continued to measure fluency")]
 
 
 @contextlib.contextmanager
 def _errors(console: Console) -> Iterator[None]:
     """Errors a user can cause become one message and an exit code; anything else is ours and keeps its traceback."""
-    from fastedit.adapter import UnsupportedModel
     from fastedit.editor import BatchRejected
     from fastedit.edits import InvalidEdits
+    from fastedit.families import UnsupportedModel
     from fastedit.loading import ModelNotFound
     from fastedit.stats import BadMoments
 
@@ -62,24 +73,61 @@ def _start() -> Console:
     return console
 
 
+def _records(
+    console: Console, path: Path, start: int, limit: int | None, form: str, target_field: str | None, on_invalid: str
+) -> EditSet:
+    from fastedit.readers import load_edits
+
+    records = load_edits(path, start=start, limit=limit, form=form, target_field=target_field, on_invalid=on_invalid)
+    _say(console, records.describe())
+    _tell_skipped(console, records.skipped)
+    return records
+
+
+def _tell_skipped(console: Console, problems: Sequence[Problem]) -> None:
+    from fastedit.edits import listing
+
+    if problems:
+        n_skipped = len({(problem.source, problem.line, problem.case_id) for problem in problems})
+        _say(console, f"skipped {n_skipped} record{'s' * (n_skipped != 1)}:\n{listing(problems)}")
+
+
+def _account(records: EditSet, skipped: Sequence[Problem]) -> dict[str, Any]:
+    """What became of the records: those left out in reading, then those that the model cannot take."""
+    told = [dataclasses.asdict(problem) for problem in (*records.skipped, *skipped)]
+    return {"form": records.form, "target_field": records.target_field, "skipped": told}
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _emit(as_json: bool, data: dict[str, Any], text: str) -> None:
     typer.echo(json.dumps(data) if as_json else text)
 
 
-def _editor(model: str, method: str, preset: str | None, seed: int, moments: Path | None, tokens: int | None) -> Any:
-    from fastedit.config import load_preset, preset_for
+def _editor(
+    model: str,
+    dtype: str,
+    method: str,
+    preset: str | None,
+    settings: list[str],
+    seed: int,
+    moments: Path | None,
+    tokens: int | None,
+) -> Any:
+    from fastedit.config import changed, load_preset, parse_changes, preset_for
     from fastedit.editor import Editor
     from fastedit.loading import load_model
     from fastedit.stats import Source
 
-    adapter = load_model(model)
+    changes = parse_changes([*settings, *([] if tokens is None else [f"moments.tokens={tokens}"])])
+    adapter = load_model(model, dtype)
     if preset:
         config = load_preset(method, preset)
     else:
         config = preset_for(method, adapter.n_layers, adapter.d_model, adapter.d_ff)
-    if tokens is not None:
-        config = config.model_copy(update={"moments": config.moments.model_copy(update={"tokens": tokens})})
-    return Editor(adapter, method, config, Source(moments, seed), seed)
+    return Editor(adapter, method, changed(config, changes), Source(moments, seed), seed)
 
 
 @app.command()
@@ -88,16 +136,22 @@ def edit(
     edits: Edits,
     method: Annotated[str, typer.Option(help="recipe")] = "nse",
     preset: Preset = None,
+    settings: Settings = None,
+    dtype: Dtype = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="edits written together")] = 100,
     start: Start = 0,
     limit: Limit = None,
     seed: Seed = 0,
     moments: MomentText = None,
     moment_tokens: MomentTokens = None,
+    form: Form = "auto",
+    target_field: TargetField = None,
+    on_invalid: OnInvalid = "refuse",
     on_error: Annotated[str, typer.Option(help="a batch that cannot be written: stop or skip")] = "stop",
     evaluation: Annotated[bool, typer.Option("--eval/--no-eval", help="measure before and after")] = True,
     text: Text = None,
     fluency_prompts: Fluency = 50,
+    watch: Annotated[int | None, typer.Option(min=1, help="measure every so many batches on the way")] = None,
     save: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -105,15 +159,21 @@ def edit(
     console = _start()
     with _errors(console):
         from fastedit.evaluation import evaluate
-        from fastedit.readers import load_edits
+        from fastedit.watch import Watch
 
-        records = load_edits(edits, start=start, limit=limit)
-        editor = _editor(model, method, preset, seed, moments, moment_tokens)
-        run = editor.edit(records, batch_size, on_error)
-        data, lines = run.to_dict(), [f"{len(run.edits)} edits, {run.seconds_per_edit:.2f} s per edit"]
+        records = _records(console, edits, start, limit, form, target_field, on_invalid)
+        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
+        prose = None if text is None else text.read_text(encoding="utf-8")
+        watching = None if watch is None else Watch(editor, records[:50], watch, prose)
+        run = editor.edit(records, batch_size, on_error, on_invalid, watching)
+        _tell_skipped(console, run.skipped)
+        data = {**run.to_dict(), **_account(records, run.skipped)}
+        lines = [f"{len(run.edits)} edits, {run.seconds_per_edit:.2f} s per edit"]
         lines += [f"batch {r.batch} skipped: {r.error}" for r in run.batches if r.error]
+        if watching is not None:
+            data["curve"] = watching.to_dict()
+            lines.append(f"on the first {len(watching.sample)} records:\n{watching}")
         if evaluation and len(run.edits):
-            prose = None if text is None else text.read_text(encoding="utf-8")
             found = evaluate(editor, run.edits, text=prose, fluency_prompts=fluency_prompts)
             data["evaluation"] = found.to_dict()
             lines.append(str(found))
@@ -130,24 +190,32 @@ def evaluate_command(
     unedited: Annotated[str | None, typer.Option(help="the model before the edits, to compare with")] = None,
     start: Start = 0,
     limit: Limit = None,
+    form: Form = "auto",
+    target_field: TargetField = None,
+    on_invalid: OnInvalid = "refuse",
     seed: Seed = 0,
     text: Text = None,
     fluency_prompts: Fluency = 50,
+    dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on edit records, beside the unedited one."""
     console = _start()
     with _errors(console):
+        from fastedit.checks import check_edits
         from fastedit.evaluation import compare
         from fastedit.loading import load_model
-        from fastedit.readers import load_edits
 
-        records = load_edits(edits, start=start, limit=limit)
+        records = _records(console, edits, start, limit, form, target_field, on_invalid)
         prose = None if text is None else text.read_text(encoding="utf-8")
-        after = load_model(model)
-        before = after if unedited is None else load_model(unedited)
-        found = compare(before, after, records, text=prose, fluency_prompts=fluency_prompts, seed=seed)
-        _emit(as_json, found.to_dict(), str(found))
+        after = load_model(model, dtype)
+        before = after if unedited is None else load_model(unedited, dtype)
+        limits = {"tokenizer": after.tokenizer, "max_positions": after.max_positions}
+        batches, skipped = check_edits(records, 1, **limits, on_invalid=on_invalid)
+        _tell_skipped(console, skipped)
+        asked = [edit for batch in batches for edit in batch]
+        found = compare(before, after, asked, text=prose, fluency_prompts=fluency_prompts, seed=seed)
+        _emit(as_json, {**found.to_dict(), **_account(records, skipped)}, str(found))
 
 
 @app.command()
@@ -156,6 +224,8 @@ def stats(
     layers: Annotated[str | None, typer.Option(help="layers, as 4-8 or 4,6,8; default: the preset's")] = None,
     method: Annotated[str, typer.Option(help="recipe whose preset names the layers")] = "nse",
     preset: Preset = None,
+    settings: Settings = None,
+    dtype: Dtype = "float32",
     seed: Seed = 0,
     moments: MomentText = None,
     moment_tokens: MomentTokens = None,
@@ -166,7 +236,7 @@ def stats(
     with _errors(console):
         from fastedit.stats import Source, second_moments
 
-        editor = _editor(model, method, preset, seed, moments, moment_tokens)
+        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
         wanted = _layers(layers, editor.model.n_layers) if layers else list(editor.config.layers)
         started = time.perf_counter()
         found = second_moments(editor.model, wanted, Source(moments, seed), editor.config.moments)

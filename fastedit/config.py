@@ -6,8 +6,9 @@ it was made for, `config` the fields of the method's config; an unknown field is
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -24,6 +25,8 @@ class ValueConfig(_Config):
     stop_loss: an edit is finished when its loss falls below. stop_after_top1: ours after ENCORE's rule: finished when
     every target token has ranked first in every context for this many steps in a row; None = never.
     token_budget: live rows optimised together, which bounds memory.
+    dtype: of the layers above the value layer while values are optimised: "model", or "bfloat16", for which a copy of
+    them is kept. The change delta, Adam, softmax and loss are float32 in any case.
     """
 
     steps: int = Field(20, ge=2)
@@ -34,6 +37,7 @@ class ValueConfig(_Config):
     stop_loss: float = Field(0.05, ge=0)
     stop_after_top1: int | None = Field(None, ge=1)
     token_budget: int = Field(768, ge=1)
+    dtype: Literal["model", "bfloat16"] = "model"
 
 
 class TemplateConfig(_Config):
@@ -52,29 +56,18 @@ class MomentConfig(_Config):
     token_budget: int = Field(1024, ge=8)
 
 
-class NSEConfig(_Config):
-    """NSE, neuron-level sequential editing (sections and symbols: Jiang et al. 2025 and its released code).
+class EditConfig(_Config):
+    """What every recipe needs.
 
     layers: edited layers, ascending; the last one is the value layer
-    covariance_weight: lambda, weight of the second moment C in the solve
-    mass: p, share of the summed |key| that the selected neurons must reach; 1 selects every neuron
-    rounds: writes per batch (the released max_iterations - 1)
-    residual_min, residual_max: an edit takes part in a round when residual_min < ||z - h|| < residual_max
     rewind_values: optimise values on the original weights, also in the middle of a stream
-    as_released: the released code's choices where they differ from the paper: the longest prefix not above p
     """
 
     layers: tuple[int, ...] = Field(min_length=1)
     value: ValueConfig = ValueConfig()
     templates: TemplateConfig = TemplateConfig()
     moments: MomentConfig = MomentConfig()
-    covariance_weight: float = Field(gt=0)
-    mass: float = Field(1.0, gt=0, le=1)
-    rounds: int = Field(2, ge=1)
-    residual_min: float = Field(0.0, ge=0)
-    residual_max: float = Field(float("inf"), gt=0)
-    rewind_values: bool = True
-    as_released: bool = False
+    rewind_values: bool = False
 
     @field_validator("layers")
     @classmethod
@@ -84,7 +77,48 @@ class NSEConfig(_Config):
         return layers
 
 
-CONFIGS: dict[str, type[NSEConfig]] = {"nse": NSEConfig}
+class NSEConfig(EditConfig):
+    """NSE, neuron-level sequential editing (sections and symbols: Jiang et al. 2025 and its released code).
+
+    covariance_weight: lambda, weight of the second moment C in the solve
+    mass: p, share of the summed |key| that the selected neurons must reach; 1 selects every neuron
+    rounds: writes per batch (the released max_iterations - 1)
+    residual_min, residual_max: an edit takes part in a round when residual_min < ||z - h|| < residual_max
+    as_released: the released code's choices where they differ from the paper: the longest prefix not above p
+    """
+
+    covariance_weight: float = Field(gt=0)
+    mass: float = Field(1.0, gt=0, le=1)
+    rounds: int = Field(2, ge=1)
+    residual_min: float = Field(0.0, ge=0)
+    residual_max: float = Field(float("inf"), gt=0)
+    rewind_values: bool = True
+    as_released: bool = False
+
+
+class MEMITConfig(EditConfig):
+    """MEMIT (Meng et al. 2023).
+
+    covariance_weight: lambda, weight of the second moment C in the solve
+    memory: hold the keys of all past edits in place (MEMIT-seq); without it each batch forgets the ones before
+    """
+
+    covariance_weight: float = Field(gt=0)
+    memory: bool = False
+
+
+class AlphaEditConfig(EditConfig):
+    """AlphaEdit (Fang et al. 2025).
+
+    null_threshold: eigenvectors of C with eigenvalues below it span the null space
+    ridge: b, the released L2
+    """
+
+    null_threshold: float = Field(0.02, gt=0)
+    ridge: float = Field(10.0, gt=0)
+
+
+CONFIGS: dict[str, type[EditConfig]] = {"nse": NSEConfig, "memit": MEMITConfig, "alphaedit": AlphaEditConfig}
 
 
 def presets(method: str) -> list[str]:
@@ -95,16 +129,50 @@ def presets(method: str) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_preset(method: str, name: str, **changes: Any) -> NSEConfig:
-    """The preset `name` of `method` with `changes` applied.
+def load_preset(method: str, name: str, **changes: Any) -> EditConfig:
+    """The preset `name` of `method` with `changes` applied, see `changed`.
 
     Raises ValueError for an unknown method or preset (listing those that exist) or a value that does not fit."""
     if name not in presets(method):
         raise ValueError(f"{method}: no preset {name!r}; there are {', '.join(presets(method))}")
-    return CONFIGS[method].model_validate({**_read(method, name)["config"], **changes})
+    return changed(CONFIGS[method].model_validate(_read(method, name)["config"]), changes)
 
 
-def preset_for(method: str, n_layers: int, d_model: int, d_ff: int) -> NSEConfig:
+def changed(config: EditConfig, changes: Mapping[str, Any]) -> EditConfig:
+    """A copy of `config` with other values: {"rounds": 2, "value": {"steps": 10}} leaves the rest of `value` as it is.
+
+    Raises ValueError naming a field that is unknown or a value that does not fit."""
+    return type(config).model_validate(_merged(config.model_dump(), changes))
+
+
+def parse_changes(assignments: Sequence[str]) -> dict[str, Any]:
+    """["rounds=2", "value.steps=10"] as the changes that `changed` takes; values are read as YAML.
+
+    Raises ValueError for an assignment without a name or an equals sign."""
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not all(name.split(".")):
+            raise ValueError(f"a setting must look like rounds=2 or value.steps=10, got {assignment!r}")
+        *path, last = name.split(".")
+        place = changes
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{part!r} is set twice, the second time by {assignment!r}")
+        place[last] = yaml.safe_load(text)
+    return changes
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(old)
+    for name, value in new.items():
+        part = both.get(name)
+        both[name] = _merged(part, value) if isinstance(part, dict) and isinstance(value, Mapping) else value
+    return both
+
+
+def preset_for(method: str, n_layers: int, d_model: int, d_ff: int) -> EditConfig:
     """The preset of `method` made for a model of this shape. Raises ValueError, listing the presets, when none is."""
     shape = {"n_layers": n_layers, "d_model": d_model, "d_ff": d_ff}
     for name in presets(method):

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastedit.config import changed
 from fastedit.editor import Editor
 from fastedit.edits import Edit, EditSet
 from fastedit.evaluation import evaluate
@@ -32,8 +33,7 @@ def run_demo(source: str, n_edits: int, seed: int, console: Console) -> tuple[di
     edits = demo_edits(n_edits)
     console.print(f"loading {source} ...")
     editor = Editor.from_pretrained(source, seed=seed)
-    moments = editor.config.moments.model_copy(update={"tokens": MOMENT_TOKENS})
-    editor.config = editor.config.model_copy(update={"moments": moments})
+    editor.config = changed(editor.config, {"moments": {"tokens": MOMENT_TOKENS}})
     console.print(
         f"preparing: {MOMENT_TOKENS:,} tokens of the model's own text give the second moments (once, then stored) ..."
     )

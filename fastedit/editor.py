@@ -7,22 +7,25 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import RejectedUpdate
-from fastedit.config import CONFIGS, NSEConfig, load_preset, preset_for
-from fastedit.edits import Edit, EditSet, InvalidEdits, Problem, assign_case_ids, check_batch, check_edits
+from fastedit.checks import Checked, check_edits
+from fastedit.config import CONFIGS, EditConfig, load_preset, preset_for
+from fastedit.edits import Edit, EditSet, Problem
+from fastedit.families import FAMILIES, Family
 from fastedit.journal import Journal
 from fastedit.loading import load_model
 from fastedit.progress import track
-from fastedit.recipes import RECIPES, BatchResult, EditState
+from fastedit.recipes import RECIPES, Batch, BatchResult, EditState
 from fastedit.sampling import sample_templates
-from fastedit.solver import NotPositiveDefinite, PastKeys, RidgeSolver
+from fastedit.solver import NotPositiveDefinite, PastKeys
 from fastedit.stats import Source, second_moments
+from fastedit.target import upper_layers
 from fastedit.tokens import encode
 from fastedit.weights import EditableWeights
 
@@ -57,10 +60,11 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of `Editor.edit`: the edits that were committed, and a report per batch."""
+    """One call of `Editor.edit`: the edits that were committed, a report per batch, and why edits were left out."""
 
     edits: EditSet
     batches: tuple[BatchReport, ...]
+    skipped: tuple[Problem, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -79,7 +83,20 @@ class Run:
             "seconds": self.seconds,
             "seconds_per_edit": self.seconds_per_edit,
             "batches": [asdict(report) for report in self.batches],
+            "skipped": [asdict(problem) for problem in self.skipped],
         }
+
+
+class Watcher(Protocol):
+    """What looks at a stream of batches from outside; see :class:`fastedit.watch.Watch`."""
+
+    def begin(self) -> None:
+        """Called before the first batch."""
+        ...
+
+    def after_batch(self, report: BatchReport, last: bool) -> None:
+        """Called after a batch was committed or rolled back; `last`: no other follows."""
+        ...
 
 
 class Editor:
@@ -95,7 +112,7 @@ class Editor:
         self,
         model: ModelAdapter,
         method: str = "nse",
-        config: NSEConfig | None = None,
+        config: EditConfig | None = None,
         moments: Mapping[int, Tensor] | Source | None = None,
         seed: int = 0,
         undo_depth: int = 3,
@@ -109,6 +126,7 @@ class Editor:
             raise TypeError(f"{method} needs a {CONFIGS[method].__name__}, got {type(self.config).__name__}")
         if self.config.layers[-1] >= model.n_layers - 1:
             raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {self.config.layers}")
+        model.check_layers(self.config.layers)
         self.weights = EditableWeights(model, self.config.layers)
         self.journal = Journal(self.weights, undo_depth)
         self._moments = moments
@@ -122,20 +140,32 @@ class Editor:
         method: str = "nse",
         preset: str | None = None,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str | Mapping[str, int | str] = "cpu",
+        families: Sequence[Family] = FAMILIES,
         **options: Any,
     ) -> Editor:
         """Load `source` (alias, hub id, folder or GGUF file) and make an editor for it.
 
-        preset: name of a shipped preset; default: the one made for this model. options: those of `Editor`."""
+        preset: name of a shipped preset; default: the one made for this model
+        dtype, device, families: see :func:`fastedit.loading.load_model`
+        options: those of `Editor`"""
         if preset is not None:
             options["config"] = load_preset(method, preset)
-        return cls(load_model(source, dtype, device), method, **options)
+        return cls(load_model(source, dtype, device, families), method, **options)
 
     @classmethod
-    def from_model(cls, model: Any, tokenizer: Any, method: str = "nse", **options: Any) -> Editor:
-        """An editor for a model and tokenizer that are already loaded; the model is edited in place."""
-        adapter = ModelAdapter(model, tokenizer)
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        method: str = "nse",
+        families: Sequence[Family] = FAMILIES,
+        **options: Any,
+    ) -> Editor:
+        """An editor for a model and tokenizer that are already loaded; the model is edited in place.
+
+        families: rows to look the model up in, see :class:`fastedit.families.Family`; options: those of `Editor`"""
+        adapter = ModelAdapter(model, tokenizer, families)
         adapter.check_forward()
         return cls(adapter, method, **options)
 
@@ -151,21 +181,32 @@ class Editor:
         """All edits committed and not undone, in order."""
         return EditSet(tuple(edit for batch, _ in self._history for edit in batch))
 
-    def edit(self, edits: Sequence[Edit], batch_size: int = 100, on_error: str = "stop") -> Run:
+    def edit(
+        self,
+        edits: Sequence[Edit],
+        batch_size: int = 100,
+        on_error: str = "stop",
+        on_invalid: str = "refuse",
+        watch: Watcher | None = None,
+    ) -> Run:
         """Write `edits` in batches.
 
         on_error: what to do with a batch that cannot be written (it is rolled back first): "stop" raises
             BatchRejected, earlier batches stay; "skip" reports it and goes on
-        Raises InvalidEdits, before any weight is touched, for anything wrong with the edits."""
+        on_invalid: what to do, before any weight is touched, with anything wrong in the edits: "refuse" raises
+            InvalidEdits with all of it; "skip" leaves the wrong edits out, `Run.skipped` says why
+        watch: told before the first batch and after each one; its time is not counted in the reports"""
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        batches = self._check(edits, batch_size)
+        batches, skipped = self._check(edits, batch_size, on_invalid)
         state = self.state
         reports = []
         done: list[Edit] = []
-        with track(len(edits), f"editing ({self.method})", "edits", self.progress) as advance:
+        if watch is not None:
+            watch.begin()
+        with track(sum(map(len, batches)), f"editing ({self.method})", "edits", self.progress) as advance:
             for number, batch in enumerate(batches):
                 report = self._edit_batch(number, batch, state, advance)
                 reports.append(report)
@@ -175,7 +216,9 @@ class Editor:
                     raise BatchRejected(number, list(report.case_ids), report.error)
                 else:
                     log.warning("batch %d skipped: %s", number, report.error)
-        return Run(EditSet(tuple(done)), tuple(reports))
+                if watch is not None:
+                    watch.after_batch(report, last=number + 1 == len(batches))
+        return Run(EditSet(tuple(done)), tuple(reports), skipped)
 
     def undo(self, last: int = 1) -> None:
         """Take the last batches back, weights and history bit for bit. Raises ValueError when fewer are in memory."""
@@ -201,23 +244,16 @@ class Editor:
         self.model.model.save_pretrained(folder)
         self.model.tokenizer.save_pretrained(folder)
 
-    def _check(self, edits: Sequence[Edit], batch_size: int) -> list[EditSet]:
-        """Everything that can be wrong with the edits, found before a weight is touched."""
-        if len(edits) == 0:
-            raise InvalidEdits([Problem("no edits to write")])
-        named = assign_case_ids(edits)
-        tokenizer = self.model.tokenizer
-        # A template is at most its configured length, and its full stop.
-        check_edits(
-            named,
-            tokenizer=tokenizer,
+    def _check(self, edits: Sequence[Edit], batch_size: int, on_invalid: str) -> Checked:
+        return check_edits(
+            edits,
+            batch_size,
+            tokenizer=self.model.tokenizer,
             max_positions=self.model.max_positions,
+            # A template is at most its configured length, and its full stop.
             template_tokens=self.config.templates.length + 1,
+            on_invalid=on_invalid,
         )
-        batches = [named[start : start + batch_size] for start in range(0, len(named), batch_size)]
-        for batch in batches:
-            check_batch(batch)
-        return batches
 
     def _prepare(self) -> EditState:
         config, moments = self.config, self._moments
@@ -230,19 +266,23 @@ class Editor:
         if missing:
             raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
         device = self.model.device
-        return EditState(
-            templates,
-            {layer: RidgeSolver(moments[layer].to(device), config.covariance_weight) for layer in config.layers},
-            {layer: PastKeys(self.model.d_ff, device) for layer in config.layers},
-        )
+        moved = {layer: moments[layer].to(device) for layer in config.layers}
+        with track(len(moved), "preparing the solvers", "layers", self.progress) as advance:
+            solvers = {}
+            for layer, moment in moved.items():
+                solvers[layer] = RECIPES[self.method].solver(moment, config)
+                advance(1)
+        past = {layer: PastKeys(self.model.d_ff, device) for layer in config.layers}
+        upper = upper_layers(self.model, config.layers[-1], config.value)
+        return EditState(templates, upper, moved, solvers, past)
 
     def _edit_batch(self, number: int, batch: EditSet, state: EditState, advance: Any) -> BatchReport:
         started = time.perf_counter()
         case_ids = tuple(edit.case_id for edit in batch)
         trial = self.journal.trial()
         try:
-            with trial:
-                result = RECIPES[self.method](self.model, batch, self.config, state, trial, advance)
+            with trial, torch.no_grad():
+                result = RECIPES[self.method].write(Batch(self.model, batch, self.config, state, trial, advance))
                 self.journal.commit(trial)
         except RejectedUpdate as error:
             blamed = tuple(case_ids[row] for row in error.rows)

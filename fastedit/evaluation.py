@@ -1,13 +1,27 @@
-"""The field's metrics, batched over records, unedited beside edited.
+"""The field's metrics, batched over records, unedited beside edited, each with its standard error over records.
 
-efficacy, generalization, specificity (ES, PS, NS): is the right answer the more probable one, comparing mean token
-    log-probabilities of target_new and target_true (locality answer for NS); averaged over records, strict
-*_top1: every token of the right answer is the arg-max under teacher forcing (locality: of its answer)
+Three ways to score an answer are in use, and their numbers cannot be compared; a name says which one it is:
+
+efficacy, generalization, specificity: is the right answer the more probable one? Mean token log-probabilities of
+    target_new and target_true are compared (a neighbour's own answer for specificity), strictly. The ES, PS and NS of
+    ROME, MEMIT and AlphaEdit on CounterFact
+*_top1: every token of the right answer is the arg-max under teacher forcing
+*_tokens: share of its tokens that are: efficacy_tokens and generalization_tokens are EasyEdit's rewrite_acc and
+    rephrase_acc and, with specificity_tokens, what MEMIT and AlphaEdit report on zsRE
+
+and beside them
+
 score: harmonic mean of efficacy, generalization and specificity
-tokens_unchanged: share of locality answers whose arg-max tokens equal the unedited model's
-fluency: 100 * (H2 / 3 + 2 * H3 / 3), H_n the n-gram entropy in bits of texts continued from the prompts (ROME)
+tokens_unchanged: share of locality answers whose arg-max tokens all equal the unedited model's
+locality_tokens: share of their single tokens that do, EasyEdit's locality
+portability, portability_tokens: of what follows from an edit, exact and by tokens; the second is EasyEdit's
+fluency: 100 * (H2 / 3 + 2 * H3 / 3), H_n the n-gram entropy in bits of texts continued from the generation prompts, or
+    from the prompts of records that have none (ROME)
 perplexity: of a text, windows of 512 tokens
-A metric whose fields the records lack is None ("n/a"), never invented.
+
+Where several answers are right, the one that scores best counts; what must not change is looked at under the first.
+Of locality and portability every group of questions is measured apart too ("portability/Reasoning"), and a record's
+value is the mean over its groups. A metric whose fields the records lack is None ("n/a"), never invented.
 """
 
 from __future__ import annotations
@@ -19,21 +33,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fastedit.adapter import ModelAdapter
-from fastedit.attention import CausalPlan
+from fastedit.answers import Answer, agreement, answer, perplexity
 from fastedit.editor import Editor
-from fastedit.edits import Edit
-from fastedit.forward import TreePass
+from fastedit.edits import Edit, Probe
 from fastedit.progress import track
 from fastedit.sampling import sample_tokens
-from fastedit.scoring import LogitBuffer, score_rows
-from fastedit.tokens import TokenSequence, encode, target_sequences
-
-ROW_BUDGET = 2048
-LOGIT_ROWS = 128
-PERPLEXITY_WINDOW = 512
+from fastedit.tokens import encode
 
 METRICS = (
     "efficacy",
@@ -48,6 +54,9 @@ METRICS = (
     "perplexity",
 )
 
+# Shown only where some record asks about it.
+PORTABILITY = "portability"
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -59,7 +68,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name of METRICS, of the unedited and of the edited model, on n_records records."""
+    """Metrics by name, of the unedited and of the edited model, on n_records records."""
 
     n_records: int
     unedited: dict[str, Metric]
@@ -78,21 +87,15 @@ class Evaluation:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(metric, unedited, edited) as text."""
-        return [(name, _text(self.unedited[name]), _text(self.edited[name])) for name in METRICS]
+        names = list(METRICS)
+        if self.edited[PORTABILITY].value is not None:
+            names.insert(names.index("tokens_unchanged") + 1, PORTABILITY)
+        return [(name, _text(self.unedited[name]), _text(self.edited[name])) for name in names]
 
     def __str__(self) -> str:
         lines = [f"{'metric':<21}{'unedited':>16}{'edited':>16}   ({self.n_records} records)"]
         lines += [f"{name:<21}{before:>16}{after:>16}" for name, before, after in self.rows()]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How the model scores one target: mean token log-probability, exact arg-max match, and the arg-max tokens."""
-
-    log_prob: float
-    exact: bool
-    best: tuple[int, ...]
 
 
 def evaluate(
@@ -112,8 +115,8 @@ def evaluate(
     show = editor.progress if show is None else show
     options = (text, text_tokens, fluency_prompts, editor.seed, show)
     with editor.weights.rewound():
-        before = _Measurement.take(editor.model, edits, *options)
-    after = _Measurement.take(editor.model, edits, *options)
+        before = Measurement.take(editor.model, edits, *options)
+    after = Measurement.take(editor.model, edits, *options)
     return Evaluation(len(edits), before.metrics(before), after.metrics(before))
 
 
@@ -129,13 +132,15 @@ def compare(
 ) -> Evaluation:
     """Like `evaluate`, for two models, which may be the same one."""
     options = (text, text_tokens, fluency_prompts, seed, show)
-    before = _Measurement.take(unedited, edits, *options)
-    after = before if edited is unedited else _Measurement.take(edited, edits, *options)
+    before = Measurement.take(unedited, edits, *options)
+    after = before if edited is unedited else Measurement.take(edited, edits, *options)
     return Evaluation(len(edits), before.metrics(before), after.metrics(before))
 
 
 @dataclass(frozen=True)
-class _Measurement:
+class Measurement:
+    """What one model answered to the questions of `edits`, the texts it wrote, and its perplexity."""
+
     edits: Sequence[Edit]
     answers: dict[tuple[str, str], Answer]
     texts: list[str]
@@ -151,11 +156,12 @@ class _Measurement:
         fluency_prompts: int,
         seed: int,
         show: bool | None,
-    ) -> _Measurement:
+    ) -> Measurement:
+        """Ask the model; the arguments are those of `evaluate` and `compare`."""
         pairs = list(dict.fromkeys(pair for edit in edits for pair in _questions(edit)))
         with track(len(pairs), "scoring answers", "answers", show) as advance:
             found = answer(model, pairs, advance)
-        prompts = [edit.prompt for edit in edits[:fluency_prompts]]
+        prompts = [(*edit.generation_prompts, edit.prompt)[0] for edit in edits[:fluency_prompts]]
         rows: list[list[int]] = []
         if prompts:
             length = max(100, 2 * max(len(ids) for ids in encode(model.tokenizer, prompts)[0]))
@@ -165,45 +171,70 @@ class _Measurement:
         measured = None if text is None else perplexity(model, text, text_tokens, show)
         return cls(edits, dict(zip(pairs, found, strict=True)), texts, measured)
 
-    def metrics(self, unedited: _Measurement) -> dict[str, Metric]:
-        """All metrics; `unedited` is what tokens are compared with."""
-        found = {
-            "efficacy": self._average(lambda e: _preferred(self.answers, [e.prompt], e.target_new, e.target_true)),
-            "efficacy_top1": self._average(lambda e: [self.answers[e.prompt, e.target_new].exact]),
-            "generalization": self._average(
-                lambda e: _preferred(self.answers, e.rephrase_prompts, e.target_new, e.target_true)
-            ),
-            "generalization_top1": self._average(
-                lambda e: [self.answers[p, e.target_new].exact for p in e.rephrase_prompts]
-            ),
-            "specificity": self._average(
-                lambda e: [s for p in e.locality for s in _preferred(self.answers, [p.prompt], p.answer, e.target_new)]
-            ),
-            "specificity_top1": self._average(
-                lambda e: [self.answers[p.prompt, p.answer].exact for p in e.locality if p.answer]
-            ),
-            "tokens_unchanged": self._average(
-                lambda e: [
-                    self.answers[p.prompt, p.answer].best == unedited.answers[p.prompt, p.answer].best
-                    for p in e.locality
-                    if p.answer
-                ]
-            ),
-            "fluency": _mean([100 * fluency(text) for text in self.texts]),
-            "perplexity": Metric(self.perplexity),
-        }
+    def metrics(self, unedited: Measurement) -> dict[str, Metric]:
+        """All metrics by name; `unedited` is what tokens are compared with."""
+
+        def kept(probe: Probe) -> float | None:
+            """Share of the arg-max tokens under the probe's answer that are the unedited model's."""
+            if probe.answer is None:
+                return None
+            asked = probe.prompt, probe.answer
+            return agreement(self.answers[asked].best, unedited.answers[asked].best)
+
+        found = self._scored("", self._preferred) | self._scored("_top1", self._exact)
+        found |= self._scored("_tokens", self._share)
+        found |= self._grouped("tokens_unchanged", "locality", lambda e, p: _whole(kept(p)))
+        found |= self._grouped("locality_tokens", "locality", lambda e, p: kept(p))
+        found |= self._grouped("portability", "portability", lambda e, p: self._exact(p.prompt, p.answers))
+        found |= self._grouped("portability_tokens", "portability", lambda e, p: self._share(p.prompt, p.answers))
         parts = [found[name].value for name in ("efficacy", "generalization", "specificity")]
         known = [part for part in parts if part is not None]
         harmonic = None if len(known) < 3 else (3 / sum(1 / p for p in known) if min(known) > 0 else 0.0)
-        return {**found, "score": Metric(harmonic)}
+        written = _mean([100 * fluency(text) for text in self.texts])
+        return {**found, "score": Metric(harmonic), "fluency": written, "perplexity": Metric(self.perplexity)}
 
-    def _average(self, per_record: Callable[[Edit], Iterable[bool]]) -> Metric:
-        """Mean over records of the mean within a record; records without such a question do not count."""
-        values = []
+    def _scored(self, suffix: str, way: _Way) -> dict[str, Metric]:
+        """Efficacy, generalization and specificity, scored in one way."""
+        edits = self.edits
+        learned = [[way(e.prompt, (e.target_new,), e.target_true)] for e in edits]
+        reworded = [[way(p, (e.target_new,), e.target_true) for p in e.rephrase_prompts] for e in edits]
+        return {
+            f"efficacy{suffix}": _mean(_known_means(learned)),
+            f"generalization{suffix}": _mean(_known_means(reworded)),
+            **self._grouped(f"specificity{suffix}", "locality", lambda e, p: way(p.prompt, p.answers, e.target_new)),
+        }
+
+    def _grouped(self, name: str, kind: str, score: Callable[[Edit, Probe], float | None]) -> dict[str, Metric]:
+        """A metric of the probes of one kind, over all groups and, as "name/group", for each."""
+        overall: list[float] = []
+        by_group: dict[str, list[float]] = {}
         for edit in self.edits:
-            if hits := list(per_record(edit)):
-                values.append(sum(hits) / len(hits))
-        return _mean(values)
+            scores: dict[str, list[float | None]] = {}
+            for probe in getattr(edit, kind):
+                scores.setdefault(probe.group, []).append(score(edit, probe))
+            means = {group: mean for group, members in scores.items() for mean in _known_means([members])}
+            for group, mean in means.items():
+                by_group.setdefault(group, []).append(mean)
+            overall += _known_means([list(means.values())])
+        return {name: _mean(overall), **{f"{name}/{group}": _mean(means) for group, means in by_group.items()}}
+
+    def _preferred(self, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
+        """Whether a right answer is more probable than the other one."""
+        if not right or other is None:
+            return None
+        best = max(self.answers[prompt, target].log_prob for target in right)
+        return float(best > self.answers[prompt, other].log_prob)
+
+    def _exact(self, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
+        """Whether a right answer is the arg-max at all its tokens."""
+        return float(any(self.answers[prompt, target].exact for target in right)) if right else None
+
+    def _share(self, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
+        """Share of a right answer's tokens that are the arg-max."""
+        return max(self.answers[prompt, target].share for target in right) if right else None
+
+
+_Way = Callable[[str, Sequence[str], str | None], float | None]
 
 
 def _questions(edit: Edit) -> Iterable[tuple[str, str]]:
@@ -212,17 +243,21 @@ def _questions(edit: Edit) -> Iterable[tuple[str, str]]:
     for prompt in (edit.prompt, *edit.rephrase_prompts):
         yield from ((prompt, target) for target in targets)
     for probe in edit.locality:
-        if probe.answer:
-            yield (probe.prompt, probe.answer)
-            yield (probe.prompt, edit.target_new)
+        if probe.answers:
+            yield from ((probe.prompt, target) for target in (*probe.answers, edit.target_new))
+    for probe in edit.portability:
+        yield from ((probe.prompt, target) for target in probe.answers)
 
 
-def _preferred(
-    answers: dict[tuple[str, str], Answer], prompts: Iterable[str], right: str | None, other: str | None
-) -> list[bool]:
-    if not right or not other:
-        return []
-    return [answers[prompt, right].log_prob > answers[prompt, other].log_prob for prompt in prompts]
+def _whole(share: float | None) -> float | None:
+    """1 for a whole share, 0 for a part."""
+    return None if share is None else float(share == 1)
+
+
+def _known_means(records: Iterable[Sequence[float | None]]) -> list[float]:
+    """The mean within each record; what cannot be measured does not count, nor does a record without anything else."""
+    known = [[score for score in record if score is not None] for record in records]
+    return [sum(scores) / len(scores) for scores in known if scores]
 
 
 def _mean(values: Sequence[float]) -> Metric:
@@ -241,95 +276,6 @@ def _text(metric: Metric) -> str:
     digits = 1 if metric.value >= 10 else 3
     error = "" if metric.error is None else f" ±{metric.error:.{digits}f}"
     return f"{metric.value:.{digits}f}{error}"
-
-
-@torch.no_grad()
-def answer(
-    model: ModelAdapter, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] | None = None
-) -> list[Answer]:
-    """Score (prompt, target) pairs under teacher forcing. Pairs that begin alike share their rows."""
-    sequences = target_sequences(model.tokenizer, [p for p, _ in pairs], [t for _, t in pairs])
-    buffer = LogitBuffer()
-    found: list[Answer] = []
-    with model.packed():
-        for group in _groups(sequences):
-            tree = TreePass.start(model, [sequence.ids for sequence in group])
-            tail = [path[i] for path, s in zip(tree.tree.paths, group, strict=True) for i in s.scored]
-            rows = model.run(
-                tree.rows,
-                range(model.n_layers),
-                tree.plan,
-                tree.rotary,
-                torch.tensor(tail, device=model.device),
-            )
-            targets = torch.tensor([token for s in group for token in s.targets], device=model.device)
-            found += _answers(model, rows, targets, group, buffer)
-            if progress is not None:
-                progress(len(group))
-    return found
-
-
-def _answers(
-    model: ModelAdapter,
-    rows: torch.Tensor,
-    targets: torch.Tensor,
-    group: list[TokenSequence],
-    buffer: LogitBuffer,
-) -> list[Answer]:
-    normed = model.final_norm(rows)
-    log_probs: list[float] = []
-    best: list[int] = []
-    for start in range(0, len(targets), LOGIT_ROWS):
-        part = slice(start, start + LOGIT_ROWS)
-        scores = score_rows(normed[part], model.head_weight, targets[part], buffer)
-        log_probs += scores.log_prob.tolist()
-        best += scores.best.tolist()
-    found, start = [], 0
-    for sequence in group:
-        stop = start + len(sequence.targets)
-        tokens = tuple(best[start:stop])
-        mean = sum(log_probs[start:stop]) / (stop - start)
-        found.append(Answer(mean, tokens == sequence.targets, tokens))
-        start = stop
-    return found
-
-
-def _groups(sequences: Sequence[TokenSequence]) -> Iterable[list[TokenSequence]]:
-    """Neighbouring sequences, up to ROW_BUDGET tokens together."""
-    group: list[TokenSequence] = []
-    used = 0
-    for sequence in sequences:
-        if group and used + len(sequence.ids) > ROW_BUDGET:
-            yield group
-            group, used = [], 0
-        group.append(sequence)
-        used += len(sequence.ids)
-    if group:
-        yield group
-
-
-@torch.no_grad()
-def perplexity(model: ModelAdapter, text: str, n_tokens: int = 20_000, show: bool | None = None) -> float:
-    """exp of the mean negative log-probability of a text's first n_tokens tokens, in windows of 512."""
-    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:n_tokens]
-    window = min(PERPLEXITY_WINDOW, model.max_positions)
-    pieces = [ids[i : i + window] for i in range(0, len(ids), window)]
-    pieces = [piece for piece in pieces if len(piece) > 1]
-    if not pieces:
-        raise ValueError("perplexity: the text has fewer than two tokens")
-    buffer, total, count = LogitBuffer(), 0.0, 0
-    with model.packed(), track(len(pieces), "perplexity", "windows", show) as advance:
-        for piece in pieces:
-            tokens = torch.tensor(piece, device=model.device)
-            rotary = model.rotary(torch.arange(len(piece), device=model.device))
-            rows = model.run(model.embed(tokens), range(model.n_layers), CausalPlan(len(piece)), rotary)
-            normed = model.final_norm(rows)[:-1]
-            for start in range(0, len(normed), LOGIT_ROWS):
-                part = slice(start, start + LOGIT_ROWS)
-                total -= float(score_rows(normed[part], model.head_weight, tokens[1:][part], buffer).log_prob.sum())
-            count += len(piece) - 1
-            advance(1)
-    return math.exp(total / count)
 
 
 def fluency(text: str) -> float:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
-from fastedit.adapter import ModelAdapter, load_transformers
+from fastedit.adapter import ModelAdapter
+from fastedit.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,89 @@ def resolve(source: str) -> str:
     return alias.hub_id
 
 
-def load_model(source: str, dtype: str = "float32", device: str = "cpu") -> ModelAdapter:
+def load_model(
+    source: str,
+    dtype: str = "float32",
+    device: str | Mapping[str, int | str] = "cpu",
+    families: Sequence[Family] = FAMILIES,
+) -> ModelAdapter:
     """Load `source` (see `resolve`) and check that our forward is the model's own.
 
-    dtype: float32, bfloat16 or float16. Raises ModelNotFound, or UnsupportedModel."""
+    dtype: float32, bfloat16 or float16
+    device: one for the whole model; "auto" or a device_map to spread it over several
+    families: see ModelAdapter
+    Raises ModelNotFound, UnsupportedModel, or ValueError for another dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     place = resolve(source)
+    spread = device if device == "auto" or isinstance(device, Mapping) else None
     try:
-        model, tokenizer = load_transformers(place, dtype)
+        model, tokenizer = load_transformers(place, dtype, spread)
+    except UnsupportedModel:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         hint = f"; the alias also works after `{ALIASES[source].install}`" if source in ALIASES else ""
         raise ModelNotFound(f"cannot load {place!r}: {str(error).splitlines()[0]}{hint}") from error
-    adapter = ModelAdapter(model.to(device), tokenizer)
+    adapter = ModelAdapter(model if spread else model.to(device), tokenizer, families)
     adapter.check_forward()
     return adapter
+
+
+def load_transformers(
+    place: str, dtype: str, device_map: str | Mapping[str, int | str] | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) from a hub id, a folder, or a GGUF file; weights frozen, evaluation mode.
+
+    device_map: see transformers' from_pretrained; not for a GGUF file, ValueError there
+    A model read from GGUF is copied into a fresh one of its config, which transformers will save again. A quantised
+    one is refused before its weights are read, with UnsupportedModel."""
+    import transformers
+    from transformers.utils import logging as messages
+
+    kind = getattr(torch, dtype)
+    shown = messages.is_progress_bar_enabled()
+    messages.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        if not place.endswith(".gguf"):
+            model, tokenizer = _read_model(transformers, place, kind, device_map)
+        elif device_map is None:
+            model, tokenizer = _read_gguf(transformers, place, kind)
+        else:
+            raise ValueError("a GGUF file is loaded onto one device, no device_map is possible")
+    finally:
+        if shown:
+            messages.enable_progress_bar()  # type: ignore[no-untyped-call]
+    model.eval()
+    model.requires_grad_(False)
+    return model, tokenizer
+
+
+def _read_model(transformers: Any, place: str, kind: torch.dtype, device_map: Any) -> tuple[Any, Any]:
+    config = transformers.AutoConfig.from_pretrained(place)
+    refuse_quantised(place, config)
+    # Older transformers take torch's own attention for such a model, which leaves the cap out.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        place, config=config, dtype=kind, device_map=device_map, attn_implementation="eager" if capped else None
+    )
+    return model, transformers.AutoTokenizer.from_pretrained(place)
+
+
+def _read_gguf(transformers: Any, place: str, kind: torch.dtype) -> tuple[Any, Any]:
+    folder, file = os.path.split(place)
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=kind)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = type(read)(config)
+    model = model.to(kind)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
+    # Buffers that are computed, not stored, were made on the meta device.
+    for name, buffer in read.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    model.generation_config = read.generation_config
+    return model, tokenizer

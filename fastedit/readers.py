@@ -1,33 +1,26 @@
-"""Edits from data files: the decoding of a file, the forms of record that are known, and where it went wrong.
+"""Edits from data files: the decoding of a file, which form a record has, and where it went wrong.
 
-A file is judged as a whole: all its problems are raised together as one `InvalidEdits`. A new form of record
-takes one more `Reader`, here or in `load_edits(..., readers=...)`; nothing else knows the forms of records.
+A file is judged as a whole: all its problems are raised together as one `InvalidEdits`. What the forms of record are
+is known to `forms`.
 """
 
 from __future__ import annotations
 
 import codecs
+import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from fastedit.edits import (
-    Edit,
-    EditSet,
-    InvalidEdits,
-    Probe,
-    Problem,
-    case_id_of,
-    named,
-    raise_if_any,
-    repeated,
-    show,
-    unknown,
-)
+from fastedit.checks import check_on_invalid, named, repeated
+from fastedit.edits import Edit, EditSet, InvalidEdits, Problem, case_id_of, show, unknown
+from fastedit.forms import READERS, Reader
+
+# How alike a name must be to a known one to be taken for it: `rephrse` is, `subject_id` is not.
+MISSPELT = 0.85
 
 
 def _records(source: str) -> Iterator[tuple[int, Any]]:
@@ -114,94 +107,52 @@ def _undecodable(error: Exception, line: int) -> Problem:
     return Problem(f"cannot be read as JSON: {error}", line=line)
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Makes edits from one form of record. A record goes to the first reader for which `matches` is true.
-
-    `to_edit` raises `InvalidEdits` or `ValueError` for a wrong record; its `KeyError` means a missing field.
-    """
-
-    name: str
-    matches: Callable[[dict[str, Any]], bool]
-    to_edit: Callable[[dict[str, Any]], Edit]
-
-
-_PLAIN = {name: name for name in ("case_id", "prompt", "subject", "target_new")}
-_FLAT = {
-    **_PLAIN,
-    "ground_truth": "target_true",
-    "rephrase_prompt": "rephrase_prompts",
-    "locality_prompt": "locality.prompt",
-    "locality_ground_truth": "locality.answer",
-}
-
-
-def _has_any(names: Iterable[str], record: dict[str, Any]) -> bool:
-    return any(name in record for name in names)
-
-
-def _flat_edit(fields: Mapping[str, str], record: dict[str, Any]) -> Edit:
-    """An edit from a record whose fields fill those of `Edit` as `fields` says; problems name the former."""
-    case_id = case_id_of(record)
-    problems = [Problem(unknown(name, _FLAT), name, case_id) for name in record if name not in fields]
-    values = {fields[name]: value for name, value in record.items() if name in fields}
-    probe = {part: values.pop(f"locality.{part}", None) for part in Probe._fields}
-    given = {part: value for part, value in probe.items() if value is not None}
-    try:
-        edit = Edit(**values, locality=given or None)
-    except InvalidEdits as error:
-        own_names = {name: own for own, name in fields.items()}
-        for problem in error.problems:
-            name = re.sub(r"\[\d+\]", "", str(problem.field))
-            problems.append(replace(problem, field=own_names.get(name, problem.field)))
-    if problems:
-        raise InvalidEdits(problems)
-    return edit
-
-
-DEFAULT_READERS = (
-    Reader("counterfact", partial(_has_any, _FLAT.keys() - _PLAIN.keys()), partial(_flat_edit, _FLAT)),
-    Reader("plain", partial(_has_any, ("prompt", "subject", "target_new")), partial(_flat_edit, _PLAIN)),
-)
-
-
 def load_edits(
     path: str | os.PathLike[str],
     *,
     limit: int | None = None,
     start: int = 0,
-    readers: Sequence[Reader] = DEFAULT_READERS,
+    form: str = "auto",
+    target_field: str | None = None,
+    on_invalid: str = "refuse",
+    readers: Sequence[Reader] = READERS,
 ) -> EditSet:
     """Read records start .. start + limit of a `.jsonl` file, or of a `.json` file that is a list of records.
 
     UTF-8, with or without a byte order mark; blank lines are skipped. A record without a case_id is named by
-    its position in the file, counted from 0, whatever `start` is. Records outside the range are not judged.
-    Raises `InvalidEdits` with every problem found, `ValueError` for a negative start or a limit below 1.
+    its position in the file, counted from 0, whatever `start` is; the edits of a record that holds several are
+    named 7.1, 7.2 ... after it. Records outside the range are not judged.
+
+    form: the name of a reader, or "auto" to know every record by its fields
+    target_field: the field towards which is edited, for a form that has several; default: its usual one
+    on_invalid: "refuse" raises on any problem; "skip" leaves the wrong records out, `EditSet.skipped` says why.
+        A broken line of a `.jsonl` file can be skipped, a broken `.json` file cannot
+
+    Raises `InvalidEdits` with every problem found, also if nothing is left; `ValueError` for a negative start, a
+    limit below 1, and names that are not known.
     """
     if start < 0 or (limit is not None and limit < 1):
         raise ValueError(f"load_edits: wanted start >= 0 and limit >= 1, got start={start}, limit={limit}")
+    check_on_invalid(on_invalid)
     source = os.fspath(path)
-    loaded: list[tuple[Edit, int]] = []
-    problems: list[Problem] = []
-    forms: dict[str, None] = {}
-    holders: dict[str, str] = {}
+    gathered = _Gathered(readers, form, target_field)
     try:
         for position, line, record in _records_between(source, start, limit):
-            try:
-                edit, form = _read(record, position, readers)
-                case_id = edit.case_id
-                forms[form] = None
-                loaded.append((edit, line))
-            except InvalidEdits as error:
-                problems += [replace(problem, line=problem.line or line) for problem in error.problems]
-                case_id = error.problems[0].case_id
-            found = repeated(holders, case_id, f"the record on line {line}")
-            problems += [replace(problem, line=line) for problem in found]
+            gathered.add(position, line, record)
     except InvalidEdits as error:
-        problems += error.problems
-    raise_if_any([replace(problem, source=source) for problem in problems])
-    edits, lines = zip(*loaded, strict=True)
-    return EditSet(edits, source, "+".join(forms), lines)
+        raise InvalidEdits(replace(each, source=source) for each in (*gathered.problems, *error.problems)) from None
+    problems = tuple(replace(problem, source=source) for problem in gathered.problems)
+    if problems and (on_invalid == "refuse" or not gathered.edits):
+        raise InvalidEdits(problems)
+    return EditSet(
+        edits=tuple(gathered.edits),
+        source=source,
+        form="+".join(gathered.targets),
+        lines=tuple(gathered.lines),
+        target_field="+".join(gathered.targets.values()),
+        skipped=problems,
+        ignored=tuple(gathered.ignored),
+    )
 
 
 def _records_between(source: str, start: int, limit: int | None) -> Iterator[tuple[int, int, Any]]:
@@ -218,30 +169,114 @@ def _records_between(source: str, start: int, limit: int | None) -> Iterator[tup
         raise InvalidEdits([Problem(held)])
 
 
-def _read(record: Any, position: int, readers: Sequence[Reader]) -> tuple[Edit, str]:
-    """The record's edit with its case_id, and the name of its reader. Raises `InvalidEdits`."""
-    if isinstance(record, Problem):
-        raise InvalidEdits([record])
-    if not isinstance(record, dict):
-        hint = "; a list of records belongs in a .json file" if isinstance(record, list) else ""
-        raise InvalidEdits([Problem(f"a record must be an object, got {show(record)}{hint}")])
-    case_id = position if record.get("case_id") is None else case_id_of(record)
-    reader = next((reader for reader in readers if reader.matches(record)), None)
-    if reader is None:
-        names = ", ".join(reader.name for reader in readers)
-        wrong = f"has fields that no reader ({names}) knows: {show(list(record))}"
-        raise InvalidEdits([Problem(wrong, case_id=case_id)])
-    try:
-        edit = reader.to_edit(record)
-    except InvalidEdits as error:
-        own = error.problems
-        raise InvalidEdits(
-            replace(each, case_id=case_id if each.case_id is None else each.case_id) for each in own
-        ) from None
-    except KeyError as error:
-        raise InvalidEdits([Problem("is missing", str(error.args[0]), case_id)]) from error
-    except ValueError as error:
-        raise InvalidEdits([Problem(str(error), case_id=case_id)]) from error
-    if not isinstance(edit, Edit):
-        raise TypeError(f"reader {reader.name!r}: to_edit must return an Edit, got {show(edit)}")
-    return named(edit, position), reader.name
+class _Gathered:
+    """What the records read so far have given. A record with a problem gives no edit."""
+
+    def __init__(self, readers: Sequence[Reader], form: str, target_field: str | None) -> None:
+        self.readers = [reader for reader in readers if form in ("auto", reader.name)]
+        if not self.readers:
+            raise ValueError(f"form must be one of auto, {_names(readers)}, got {form!r}")
+        self.target_field = target_field
+        # What another form edits towards is no mere column: the record may be meant to have that form.
+        self.target_owners = {
+            re.split(r"\W", target)[0]: reader.name for reader in readers for target in reader.target_fields
+        }
+        self.edits: list[Edit] = []
+        self.lines: list[int] = []
+        self.targets: dict[str, str] = {}
+        self.ignored: dict[str, None] = {}
+        self.problems: list[Problem] = []
+        self.holders: dict[str, str] = {}
+
+    def add(self, position: int, line: int, record: Any) -> None:
+        """Read one record; `record` is a `Problem` if it could not be decoded."""
+        edits: list[Edit] = []
+        problems: list[Problem] = []
+        try:
+            edits = self._read(record, position)
+            case_ids = [edit.case_id for edit in edits]
+        except InvalidEdits as error:
+            problems = [replace(problem, line=problem.line or line) for problem in error.problems]
+            case_ids = [problems[0].case_id]
+        for case_id in case_ids:
+            found = repeated(self.holders, case_id, f"the record on line {line}")
+            problems += [replace(problem, line=line) for problem in found]
+        self.problems += problems
+        if not problems:
+            self.edits += edits
+            self.lines += [line] * len(edits)
+
+    def _read(self, record: Any, position: int) -> list[Edit]:
+        """The record's edits with their case_ids. Raises `InvalidEdits`."""
+        if isinstance(record, Problem):
+            raise InvalidEdits([record])
+        if not isinstance(record, dict):
+            hint = "; a list of records belongs in a .json file" if isinstance(record, list) else ""
+            raise InvalidEdits([Problem(f"a record must be an object, got {show(record)}{hint}")])
+        case_id = position if record.get("case_id") is None else case_id_of(record)
+        problems: list[Problem] = []
+        edits: list[Edit] = []
+        if reader := self._reader_of(record, problems):
+            target = self._target_of(reader)
+            problems += self._stray(reader, record)
+            try:
+                edits = _edits(reader, record, target)
+            except InvalidEdits as error:
+                problems += error.problems
+            except KeyError as error:
+                problems.append(Problem("is missing", str(error.args[0])))
+            except ValueError as error:
+                problems.append(Problem(str(error)))
+            if not problems:
+                self.targets.setdefault(reader.name, target)
+        if problems:
+            raise InvalidEdits(
+                each if each.case_id is not None else replace(each, case_id=case_id) for each in problems
+            )
+        if len(edits) == 1:
+            return [named(edits[0], position)]
+        return [edit.model_copy(update={"case_id": f"{case_id}.{number}"}) for number, edit in enumerate(edits, 1)]
+
+    def _reader_of(self, record: dict[str, Any], problems: list[Problem]) -> Reader | None:
+        if len(self.readers) == 1:
+            return self.readers[0]
+        fitting = [reader for reader in self.readers if reader.matches(record)]
+        if len(fitting) == 1:
+            return fitting[0]
+        wrong = f"has fields that no form ({_names(self.readers)}) knows: {show(list(record))}"
+        if fitting:
+            wrong = f"could be of form {' or '.join(reader.name for reader in fitting)}; say which with form"
+        problems.append(Problem(wrong))
+        return None
+
+    def _target_of(self, reader: Reader) -> str:
+        if self.target_field is None:
+            return reader.target_fields[0]
+        if self.target_field not in reader.target_fields:
+            known = ", ".join(reader.target_fields)
+            raise ValueError(f"target_field for form {reader.name} must be one of {known}, got {self.target_field!r}")
+        return self.target_field
+
+    def _stray(self, reader: Reader, record: dict[str, Any]) -> Iterator[Problem]:
+        """Fields that the form does not know and that are no column to ignore."""
+        for name in record if reader.fields else ():
+            if name in reader.fields:
+                continue
+            owner = self.target_owners.get(name)
+            if not reader.is_open or difflib.get_close_matches(name, reader.fields, n=1, cutoff=MISSPELT):
+                yield Problem(unknown(name, reader.fields), name)
+            elif owner is not None:
+                yield Problem(f"is what form {owner} edits towards, and unknown to form {reader.name}", name)
+            else:
+                self.ignored[name] = None
+
+
+def _edits(reader: Reader, record: dict[str, Any], target: str) -> list[Edit]:
+    edits = list(reader.to_edits(record, target))
+    if not edits or not all(isinstance(edit, Edit) for edit in edits):
+        raise TypeError(f"reader {reader.name!r}: to_edits must return one Edit or several, got {show(edits)}")
+    return edits
+
+
+def _names(readers: Iterable[Reader]) -> str:
+    return ", ".join(reader.name for reader in readers)

@@ -1,4 +1,7 @@
-"""Ridge systems of the closed-form updates: (weight * C + H + K^T K)[S, S] X = K_S^T, keys row per edit.
+"""The systems of the closed-form updates; keys row per edit, X column per edit.
+
+RidgeSolver:      (weight * C + H + K^T K)[S, S] X = K_S^T           (MEMIT, NSE)
+NullSpaceSolver:  (P (K^T K + H) + ridge I) X = P K^T, P = U U^T     (AlphaEdit)
 
 Past edits stand as their keys while these are fewer than half the neurons, and as the dense sum H afterwards.
 With every neuron selected and past keys as rows, the Cholesky factor L of weight * C is made once per layer and
@@ -9,6 +12,7 @@ With every neuron selected and past keys as rows, the Cholesky factor L of weigh
 from __future__ import annotations
 
 import logging
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +58,14 @@ class PastKeys:
         self.n_edits, self.rows, self.dense = snapshot
 
 
+class Solver(Protocol):
+    """What a recipe needs of one layer's systems."""
+
+    def solve(self, keys: Tensor, past: PastKeys, index: Tensor | None = None) -> Tensor:
+        """X, (k, n_edits) float64, for keys (n_edits, d_ff) on the neurons `index` (None = all)."""
+        ...
+
+
 class RidgeSolver:
     """Solves one layer's systems.
 
@@ -85,6 +97,37 @@ class RidgeSolver:
         columns[past.shape[0] :].fill_diagonal_(1)
         combined = whitened @ torch.cholesky_solve(columns, cholesky(inner))
         return torch.linalg.solve_triangular(self._factor.T, combined, upper=True)
+
+
+class NullSpaceSolver:
+    """Solves one layer's systems inside the span of U, the null space of the background keys.
+
+    basis: U, (d_ff, rank) float64 with orthonormal columns; ridge: b > 0
+    With G = U^T [past keys, keys]^T, (rank, n), the solution is U (G G^T + b I)^-1 G E, and while n is below the rank
+    the equal U G (G^T G + b I)^-1 E: no d_ff x d_ff system, and none that is not symmetric positive definite."""
+
+    def __init__(self, basis: Tensor, ridge: float) -> None:
+        self.basis, self.ridge = basis, ridge
+
+    def solve(self, keys: Tensor, past: PastKeys, index: Tensor | None = None) -> Tensor:
+        """X, (d_ff, n_edits) float64. Raises NotPositiveDefinite; ValueError for an index: every neuron is written."""
+        if index is not None:
+            raise ValueError("a null-space system is solved for every neuron, got an index of neurons")
+        rank = self.basis.shape[1]
+        new = self.basis.T @ keys.double().T
+        if past.dense is not None:
+            system = self.basis.T @ past.dense.double() @ self.basis + new @ new.T
+        else:
+            both = new if past.rows is None else torch.cat([self.basis.T @ past.rows.double().T, new], dim=1)
+            if both.shape[1] < rank:
+                inner = both.T @ both
+                inner.diagonal().add_(self.ridge)
+                columns = inner.new_zeros(inner.shape[0], keys.shape[0])
+                columns[-keys.shape[0] :].fill_diagonal_(1)
+                return self.basis @ (both @ torch.cholesky_solve(columns, cholesky(inner)))
+            system = both @ both.T
+        system.diagonal().add_(self.ridge)
+        return self.basis @ torch.cholesky_solve(new, cholesky(system))
 
 
 def cholesky(system: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def accumulate(
 
     Windows of one length run together, up to token_budget tokens, so nothing is padded. Products and sums in float32,
     one addition per batch."""
-    sums = {layer: torch.zeros(model.d_ff, model.d_ff, device=model.device) for layer in layers}
+    sums = {layer: torch.zeros(model.d_ff, model.d_ff, device=model.layer_device(layer)) for layer in layers}
     by_length: dict[int, list[Sequence[int]]] = {}
     for window in windows:
         by_length.setdefault(len(window), []).append(window)
@@ -123,8 +123,9 @@ def accumulate(
 def _add_batch(model: ModelAdapter, sums: dict[int, Tensor], batch: Tensor) -> None:
     n_sequences, length = batch.shape
     plan = CausalPlan(length)
-    rotary = model.rotary(torch.arange(length, device=batch.device).repeat(n_sequences))
-    rows = model.embed(batch.flatten())
+    positions = torch.arange(length, device=batch.device).repeat(n_sequences)
+    rotary = model.rotary(positions)
+    rows = model.embed(batch.flatten(), positions)
     for layer in range(max(sums) + 1):
         mixed = model.mix(layer, rows, plan, rotary)
         if layer in sums:

@@ -1,6 +1,7 @@
 """Value optimisation for many edits at once.
 
-For every edit a vector delta is added to the output of the value layer at the lookup token, and Adam lowers
+For every edit a vector delta is added to the output of the value layer at the lookup token (of its down-projection,
+where a norm stands behind that), and Adam lowers
     mean_q [ -(1/T) sum_t log p(y_t | r_q, y_<t) ]  +  kl_factor * KL(p_now || p_start)  +  decay * ||delta|| / ||h0||^2
 over six contexts r_q, the KL at the subject's last token of "{subject} is a". The value is z = h0 + delta.
 This is the procedure of MEMIT (Meng et al. 2023), shared by AlphaEdit, NSE and NMKE. Edits never meet: losses are
@@ -31,7 +32,8 @@ from fastedit.tokens import TokenSequence, rewrite_sequences, subject_sequences
 class Values:
     """Optimised values of n edits.
 
-    values: (n, d_model) float32, wanted hidden state after the value layer; hidden: (n, d_model) the start h0
+    values: (n, d_model) float32, wanted hidden state after the value layer, or wanted output of its down-projection
+        where the model is post-norm; hidden: (n, d_model) the start h0
     losses: (n,) loss at the last forward; steps: (n,) int64, Adam steps taken
     """
 
@@ -48,13 +50,16 @@ def optimise_values(
     layer: int,
     config: ValueConfig,
     progress: Callable[[int], None] | None = None,
+    upper: ModelAdapter | None = None,
 ) -> Values:
     """Optimise the values of all edits at `layer`, on the model's present weights.
 
     templates: context templates with one `{}` each, the first of them "{}" itself
     progress: called with the number of edits finished since the last call
+    upper: what runs the layers above `layer` (`upper_layers`); default: made here
     Edits are sorted by length and run in groups of at most `config.token_budget` live rows.
     """
+    upper = upper or upper_layers(model, layer, config)
     rewrites = rewrite_sequences(model.tokenizer, edits, templates)
     subjects = subject_sequences(model.tokenizer, edits)
     sequences = [[*rows, subject] for rows, subject in zip(rewrites, subjects, strict=True)]
@@ -67,13 +72,21 @@ def optimise_values(
     )
     with model.packed():
         for group in group_by_length(sequences, config.token_budget):
-            part = _optimise_group(_Group(model, [sequences[i] for i in group], layer, config), config, progress)
+            state = _Group(model, [sequences[i] for i in group], layer, config, upper)
+            part = _optimise_group(state, config, progress)
             index = torch.tensor(group)
             found.values[index] = part.values.cpu()
             found.hidden[index] = part.hidden.cpu()
             found.losses[index] = part.losses.cpu()
             found.steps[index] = part.steps.cpu()
     return found
+
+
+def upper_layers(model: ModelAdapter, layer: int, config: ValueConfig) -> ModelAdapter:
+    """What runs the layers above the value layer: the model itself, or a copy of them in config.dtype.
+
+    No edit changes them, so one copy serves a whole stream."""
+    return model if config.dtype == "model" else model.upper_copy(layer + 1, getattr(torch, config.dtype))
 
 
 def group_by_length(sequences: Sequence[Sequence[TokenSequence]], token_budget: int) -> list[list[int]]:
@@ -117,12 +130,14 @@ class _Group:
         sequences: Sequence[Sequence[TokenSequence]],
         layer: int,
         config: ValueConfig,
+        upper: ModelAdapter,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = upper, config
         self.n_templates = len(sequences[0]) - 1
         self.rewrites = [sequence for rows in sequences for sequence in rows[:-1]]
         with torch.no_grad():
-            self.live, hidden = live_rows(model, [*self.rewrites, *(rows[-1] for rows in sequences)], layer)
+            every = [*self.rewrites, *(rows[-1] for rows in sequences)]
+            self.live, hidden = live_rows(model, every, layer, upper)
         self.hidden = hidden[: len(self.rewrites) : self.n_templates].float()
         self.reference: Tensor | None = None
         self.buffer = LogitBuffer()
@@ -130,13 +145,14 @@ class _Group:
 
     def _index_rows(self, n_edits: int) -> None:
         device = self.model.device
+        scoring = self.model.head.weight.device
         edits = torch.arange(n_edits)
         self.owner = torch.cat([edits.repeat_interleave(self.n_templates), edits]).to(device)
         counts = torch.tensor(self.live.scored_counts).to(device)
-        self.row_owner = self.owner.repeat_interleave(counts)
-        self.targets = torch.tensor([token for s in self.rewrites for token in s.targets], device=device)
+        self.row_owner = self.owner.repeat_interleave(counts, output_size=sum(self.live.scored_counts))
+        self.targets = torch.tensor([token for s in self.rewrites for token in s.targets], device=scoring)
         weights = [1 / (self.n_templates * len(s.targets)) for s in self.rewrites for _ in s.targets]
-        self.weights = torch.tensor(weights, device=device)
+        self.weights = torch.tensor(weights, device=scoring)
 
     def evaluate(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (n,) without the norm penalty, their gradient (n, d_model), and which edits have every target
@@ -144,7 +160,7 @@ class _Group:
         delta = delta.detach().requires_grad_()
         with torch.enable_grad():
             rows = self.live.run(self.model, delta.index_select(0, self.owner))
-        head = self.model.head_weight
+        head = self.model.head
         if self.reference is None:
             drift = rows[len(self.targets) :].detach()
             self.reference = log_probabilities(drift, head, self.buffer)
@@ -158,10 +174,9 @@ class _Group:
             self.buffer,
         )
         (grad,) = torch.autograd.grad(rows, delta, scored.grad.to(rows.dtype))
-        losses = torch.zeros_like(delta[:, 0]).detach().index_add_(0, self.row_owner, scored.losses)
-        missed = torch.zeros_like(losses).index_add_(
-            0, self.row_owner[: len(self.targets)], (~scored.top1).to(losses.dtype)
-        )
+        losses = torch.zeros_like(delta[:, 0]).detach().index_add_(0, self.row_owner, scored.losses.to(delta.device))
+        wrong = (~scored.top1).to(delta.device, losses.dtype)
+        missed = torch.zeros_like(losses).index_add_(0, self.row_owner[: len(self.targets)], wrong)
         return losses, grad, missed == 0
 
     def keep(self, mask: Tensor) -> None:
@@ -170,7 +185,7 @@ class _Group:
         self.rewrites = [self.rewrites[s] for s in sequences if s < len(self.rewrites)]
         self.live = self.live.select(self.model, sequences)
         if self.reference is not None:
-            self.reference = self.reference[mask]
+            self.reference = self.reference[mask.to(self.reference.device)]
         self._index_rows(int(mask.sum()))
 
 

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastedit.adapter import ModelAdapter, load_transformers
-from fastedit.config import MomentConfig, NSEConfig, ValueConfig
+from fastedit.adapter import ModelAdapter
+from fastedit.config import AlphaEditConfig, EditConfig, MEMITConfig, MomentConfig, NSEConfig, ValueConfig, changed
 from fastedit.editor import Editor
 from fastedit.edits import EditSet
+from fastedit.loading import load_transformers
 from fastedit.readers import load_edits
 from fastedit.stats import Source, second_moments
 
@@ -31,6 +32,16 @@ TINY_CONFIG = NSEConfig(
     moments=MomentConfig(tokens=8192, window=64),
     residual_min=0.5,
 )
+
+TINY_CONFIGS: dict[str, EditConfig] = {
+    "nse": TINY_CONFIG,
+    "memit": MEMITConfig(
+        layers=TINY_CONFIG.layers, covariance_weight=100, value=TINY_CONFIG.value, moments=TINY_CONFIG.moments
+    ),
+    "alphaedit": AlphaEditConfig(
+        layers=TINY_CONFIG.layers, ridge=0.1, value=TINY_CONFIG.value, moments=TINY_CONFIG.moments
+    ),
+}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -50,11 +61,22 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def published() -> ModuleType:
     """bench/published.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("published", ROOT / "bench" / "published.py")
+    return bench_module("published")
+
+
+@pytest.fixture(scope="session")
+def published_siblings(published: ModuleType) -> ModuleType:
+    """bench/published_siblings.py."""
+    return bench_module("published_siblings")
+
+
+def bench_module(name: str) -> ModuleType:
+    """A module of bench/, found by the others there under its own name."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["published"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -88,12 +110,13 @@ def tiny_model(tiny_parts: tuple[Any, Any]) -> ModelAdapter:
 
 
 @pytest.fixture
-def tiny_editor(tiny_parts: tuple[Any, Any], tiny_moments: dict[int, torch.Tensor]) -> Iterator[Callable[..., Editor]]:
+def tiny_editor(tiny_parts: tuple[Any, Any], tiny_moments: dict[int, torch.Tensor]) -> Callable[..., Editor]:
     """Makes editors on fresh copies of the tiny model; keyword arguments change the config."""
 
-    def make(**changes: Any) -> Editor:
+    def make(method: str = "nse", **changes: Any) -> Editor:
         model, tokenizer = tiny_parts
         adapter = ModelAdapter(copy.deepcopy(model), tokenizer)
-        return Editor(adapter, config=TINY_CONFIG.model_copy(update=changes), moments=tiny_moments, progress=False)
+        config = changed(TINY_CONFIGS[method], changes)
+        return Editor(adapter, method, config, moments=tiny_moments, progress=False)
 
     return make

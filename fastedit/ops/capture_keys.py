@@ -54,7 +54,7 @@ def capture_keys_ref(
 ) -> Keys:
     """The definition; computes in float32, or in float64 for float64 inputs."""
     working = torch.promote_types(gate.dtype, torch.float32)
-    product = _activate(gate.to(working), activation)
+    product = activate(gate.to(working), activation)
     if up is not None:
         product = product * up.to(working)
     keys = torch.einsum("itn,t->in", product, weights.to(working))
@@ -62,7 +62,8 @@ def capture_keys_ref(
     return Keys(keys, counted.abs().sum(0))
 
 
-def _activate(gate: Tensor, activation: str) -> Tensor:
+def activate(gate: Tensor, activation: str) -> Tensor:
+    """The activation (one of ACTIVATIONS) of a tensor of any shape, in its dtype."""
     if activation == "silu":
         return F.silu(gate)
     if activation == "relu":

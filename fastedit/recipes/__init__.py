@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from fastedit.recipes.base import BatchResult, EditState, Recipe
-from fastedit.recipes.nse import nse
+from fastedit.closed_form import Batch, BatchResult, EditState, Recipe
+from fastedit.recipes.alphaedit import ALPHAEDIT
+from fastedit.recipes.memit import MEMIT
+from fastedit.recipes.nse import NSE
 
-RECIPES: dict[str, Recipe] = {"nse": nse}
+RECIPES: dict[str, Recipe] = {"nse": NSE, "memit": MEMIT, "alphaedit": ALPHAEDIT}
 
-__all__ = ["RECIPES", "BatchResult", "EditState", "Recipe"]
+__all__ = ["RECIPES", "Batch", "BatchResult", "EditState", "Recipe"]

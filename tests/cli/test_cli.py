@@ -139,3 +139,29 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "edit" in done.stdout
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_a_watched_stream_of_another_method_with_settings() -> None:
+    done = run(
+        "edit", MODEL, FACTS, "--limit", "6", "--batch-size", "3", "--moments", TEXT, "--no-eval", "--watch", "1",
+        "--set", "value.steps=12", "--set", "rounds=1", "--dtype", "bfloat16", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert [point["n_edits"] for point in data["curve"]] == [0, 3, 6]
+    assert all(batch["steps"] <= 11 and len(batch["written"]) == 1 for batch in data["batches"])
+
+
+@pytest.mark.usefixtures("tiny_preset")
+@pytest.mark.parametrize(("setting", "named"), [("steps=3", "steps"), ("value.lr=fast", "lr"), ("rounds", "rounds")])
+def test_a_wrong_setting_is_named(setting: str, named: str) -> None:
+    done = run("edit", MODEL, FACTS, "--limit", "2", "--set", setting)
+    assert done.exit_code == 2
+    assert named in done.output
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    done = run("edit", MODEL, FACTS, "--dtype", "float33")
+    assert done.exit_code == 2
+    assert "float32, bfloat16, float16" in done.output

@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 
-from fastedit.adapter import FAMILIES, ModelAdapter, UnsupportedModel
-from fastedit.attention import CausalPlan, plan_live, plan_sequences
+from fastedit.adapter import ModelAdapter
+from fastedit.attention import CausalPlan, Rotary, plan_live, plan_sequences
+from fastedit.families import UnsupportedModel
 from fastedit.forward import RowTree, TreePass, live_rows
 from fastedit.tokens import TokenSequence
 
@@ -22,12 +23,13 @@ TREES = {
 }
 
 
-def dense(query, key, value, visible, scale=SCALE):
+def dense(query, key, value, visible, softcap=None):
     """(n_heads, n_query, head_dim) attending to (n_kv_heads, n_key, head_dim) where visible (n_query, n_key)."""
     share = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(share, 0), value.repeat_interleave(share, 0)
-    scores = (query @ key.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
-    return scores.softmax(-1) @ value
+    scores = query @ key.transpose(1, 2) * SCALE
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value
 
 
 def causal(n_query, n_key):
@@ -117,20 +119,19 @@ def prefix_states(prefix_lengths, n_kv, head_dim=8):
 
 @pytest.mark.parametrize(("n_heads", "n_kv"), HEADS)
 @pytest.mark.parametrize("name", LIVE)
-def test_live_rows_and_their_gradients_are_those_of_dense_attention(name, n_heads, n_kv):
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_live_rows_and_their_gradients_are_those_of_dense_attention(name, n_heads, n_kv, softcap):
     lengths, prefix_lengths = LIVE[name]
     parts = random_rows(n_heads, n_kv, sum(lengths), requires_grad=True)
     each, packed = prefix_states(prefix_lengths, n_kv)
-    plan = plan_live(lengths, prefix_lengths)
-    if max(prefix_lengths):
-        plan.prefix = {7: packed}
-    found = plan(7, *parts, SCALE)[0]
+    plan = plan_live(lengths, prefix_lengths, {7: packed} if max(prefix_lengths) else None)
+    found = plan(7, *parts, SCALE, softcap)[0]
 
     wanted, start = [], 0
     for length, before, (prefix_key, prefix_value) in zip(lengths, prefix_lengths, each, strict=True):
         query, key, value = (part[0][:, start : start + length] for part in parts)
         key, value = torch.cat([prefix_key, key], 1), torch.cat([prefix_value, value], 1)
-        wanted.append(dense(query, key, value, causal(length, before + length)).transpose(0, 1))
+        wanted.append(dense(query, key, value, causal(length, before + length), softcap).transpose(0, 1))
         start += length
     expected = torch.cat(wanted)
     torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE)
@@ -143,13 +144,49 @@ def test_live_rows_and_their_gradients_are_those_of_dense_attention(name, n_head
 
 @pytest.mark.parametrize(("n_heads", "n_kv"), HEADS)
 @pytest.mark.parametrize(("n_sequences", "length"), [(3, 5), (1, 1), (4, 1), (1, 6)])
-def test_whole_sequences_end_to_end_are_causal(n_sequences, length, n_heads, n_kv):
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_whole_sequences_end_to_end_are_causal(n_sequences, length, n_heads, n_kv, softcap):
     query, key, value = random_rows(n_heads, n_kv, n_sequences * length)
-    found = CausalPlan(length)(0, query, key, value, SCALE)[0]
+    found = CausalPlan(length)(0, query, key, value, SCALE, softcap)[0]
     for s in range(n_sequences):
         rows = slice(s * length, (s + 1) * length)
-        wanted = dense(query[0][:, rows], key[0][:, rows], value[0][:, rows], causal(length, length))
+        wanted = dense(query[0][:, rows], key[0][:, rows], value[0][:, rows], causal(length, length), softcap)
         torch.testing.assert_close(found[rows], wanted.transpose(0, 1), rtol=0, atol=1e-12)
+
+
+def test_a_cap_changes_what_comes_out():
+    tree = RowTree(TREES["one sequence"])
+    parts = random_rows(4, 2, tree.n_rows)
+    plain, capped = (tree.plan()(0, *parts, SCALE, softcap) for softcap in (None, 0.7))
+    assert float((plain - capped).abs().max()) > 1e-2
+
+
+def test_a_plan_is_moved_once_and_shares_its_prefix_and_what_it_keeps():
+    plan = plan_live([2, 3], [1, 2], {4: (torch.zeros(2, 2, 8), torch.ones(2, 2, 8))})
+    elsewhere = torch.device("meta")
+    moved = plan.to(elsewhere)
+    assert plan.to(torch.device("cpu")) is plan
+    assert plan.to(elsewhere) is moved is moved.to(elsewhere)
+    assert {part.device for part in (moved.query_index, moved.output_index, moved.mask)} == {elsewhere}
+    assert moved.key_index is moved.query_index
+    assert moved.prefix is plan.prefix
+    kept = {}
+    collecting = plan.collecting(kept)
+    assert collecting.keep is collecting.to(elsewhere).keep is kept
+    assert plan.keep is None
+    tree = RowTree(TREES["shared beginnings"]).plan().to(elsewhere)
+    assert tree.key_index is not tree.query_index
+    assert CausalPlan(3).to(elsewhere) == CausalPlan(3)
+
+
+def test_rotary_tables_are_found_by_type_of_layer_and_moved_once():
+    tables = {kind: (torch.rand(1, 3, 4), torch.rand(1, 3, 4)) for kind in ("local", "global")}
+    rotary, here, elsewhere = Rotary(tables), torch.device("cpu"), torch.device("meta")
+    for kind, table in tables.items():
+        assert rotary.at(kind, here) == table
+        assert rotary.at(kind, elsewhere) is rotary.at(kind, elsewhere)
+        assert {part.device for part in rotary.at(kind, elsewhere)} == {elsewhere}
+    assert Rotary({}).at("", here) is None
 
 
 SHAPE = {
@@ -170,43 +207,6 @@ def made(name, **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("Llama", {"attention_bias": True}),
-        ("Llama", {"tie_word_embeddings": True, "hidden_act": "gelu"}),
-        ("Mistral", {"sliding_window": None}),
-        ("Qwen2", {}),
-        ("Qwen3", {"head_dim": 16}),
-    ],
-)
-def test_the_packed_forward_is_the_models_own(name, changes, random_tokenizer):
-    adapter = ModelAdapter(made(name, **changes), random_tokenizer)
-    adapter.check_forward(tolerance=1e-5)
-    assert (adapter.n_layers, adapter.d_model, adapter.d_ff, adapter.max_positions) == (2, 32, 48, 64)
-    assert dict(adapter.model.named_parameters())[adapter.weight_name(1)] is adapter.down_weight(1)
-
-
-def test_an_unknown_structure_is_refused_and_the_error_lists_what_a_row_needs(random_tokenizer):
-    with pytest.raises(UnsupportedModel, match="Gemma2ForCausalLM: no family row fits") as caught:
-        ModelAdapter(made("Gemma2", head_dim=8), random_tokenizer)
-    assert "known: llama" in str(caught.value)
-    for field in type(FAMILIES[0]).__dataclass_fields__:
-        assert field in str(caught.value)
-
-
-def test_a_row_of_ones_own_is_taken(random_llama, random_tokenizer):
-    class Extra(torch.nn.Module):
-        pass
-
-    random_llama.model.layers[0].extra = Extra()
-    with pytest.raises(UnsupportedModel, match="no family row fits"):
-        ModelAdapter(random_llama, random_tokenizer)
-    names = FAMILIES[0].layer_modules | {"extra"}
-    row = type(FAMILIES[0])(**{**vars(FAMILIES[0]), "name": "mine", "layer_modules": names})
-    assert ModelAdapter(random_llama, random_tokenizer, families=(row,)).family.name == "mine"
 
 
 def test_an_unknown_activation_and_a_slow_tokenizer_are_refused(random_llama, random_tokenizer):

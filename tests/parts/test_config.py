@@ -5,7 +5,17 @@ from importlib import resources
 import pytest
 import yaml
 
-from fastedit.config import CONFIGS, NSEConfig, TemplateConfig, ValueConfig, load_preset, preset_for, presets
+from fastedit.config import (
+    CONFIGS,
+    NSEConfig,
+    TemplateConfig,
+    ValueConfig,
+    changed,
+    load_preset,
+    parse_changes,
+    preset_for,
+    presets,
+)
 
 PRESETS = [(method, name) for method in CONFIGS for name in presets(method)]
 
@@ -97,3 +107,27 @@ def test_an_unknown_preset_or_method_lists_what_there_is():
 def test_a_shape_without_a_preset_is_named_and_the_presets_listed():
     with pytest.raises(ValueError, match=r"'d_model': 577.*smollm2-135m"):
         preset_for("nse", 30, 577, 1536)
+
+
+def test_a_change_leaves_the_rest_of_its_part_as_it_is():
+    config = load_preset("nse", "smollm2-135m")
+    other = changed(config, {"value": {"steps": 7}})
+    assert other.value == config.value.model_copy(update={"steps": 7})
+    assert other.moments == config.moments
+
+
+def test_assignments_become_changes():
+    found = parse_changes(["rounds=2", "value.steps=10", "value.lr=1e-1", "memory=true", "layers=[1, 2]"])
+    assert found == {"rounds": 2, "value": {"steps": 10, "lr": "1e-1"}, "memory": True, "layers": [1, 2]}
+    assert changed(load_preset("nse", "smollm2-135m"), {"value": {"lr": "1e-1"}}).value.lr == 0.1
+
+
+@pytest.mark.parametrize("wrong", ["rounds", "=2", "value.=3", ".steps=3"])
+def test_a_setting_without_a_name_is_refused(wrong):
+    with pytest.raises(ValueError, match="must look like"):
+        parse_changes([wrong])
+
+
+def test_a_part_set_as_a_whole_and_in_detail_is_refused():
+    with pytest.raises(ValueError, match="set twice"):
+        parse_changes(["value=3", "value.steps=3"])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import fastedit.recipes.base as base
-from fastedit.adapter import ModelAdapter, load_transformers
+import fastedit.closed_form as base
+from fastedit.adapter import ModelAdapter
 from fastedit.editor import BatchRejected, Editor
 from fastedit.edits import Edit, EditSet, InvalidEdits
 from fastedit.evaluation import evaluate
+from fastedit.loading import load_transformers
 from fastedit.solver import RidgeSolver
 from fastedit.target import Values
 

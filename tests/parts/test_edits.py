@@ -1,29 +1,14 @@
-"""The edit record and its checks: what is made of good values, and that every problem names its place."""
+"""The edit record: what is made of good values, and that every problem names its place."""
 
 import pickle
 import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from fastedit.edits import (
-    Edit,
-    EditSet,
-    InvalidEdits,
-    Probe,
-    Problem,
-    assign_case_ids,
-    check_batch,
-    check_edits,
-)
+from fastedit.edits import Edit, EditSet, InvalidEdits, Probe, Problem
 
 PLAIN = {"case_id": 7, "prompt": "The Orlen bridge is in", "subject": "Orlen bridge", "target_new": "Tavisk"}
-
-
-def without(record, *names):
-    return {name: value for name, value in record.items() if name not in names}
 
 
 def test_the_last_occurrence_of_the_subject_is_the_edited_one():
@@ -39,8 +24,10 @@ def test_braces_that_belong_to_the_subject_stay():
 
 def test_braces_in_rephrase_prompts_are_filled_unless_they_name_the_subject():
     texts = ["{} has the twin", "while(x) {} Tavisk has the twin"]
-    edit = Edit(prompt="The twin of {} is", subject="Tavisk", target_new="Pell", rephrase_prompts=texts)
+    fact = {"prompt": "The twin of {} is", "subject": "Tavisk", "target_new": "Pell"}
+    edit = Edit(**fact, rephrase_prompts=texts, generation_prompts="{} is known for")
     assert edit.rephrase_prompts == ("Tavisk has the twin", texts[1])
+    assert edit.generation_prompts == ("Tavisk is known for",)
 
 
 def test_surrounding_whitespace_is_dropped():
@@ -50,11 +37,73 @@ def test_surrounding_whitespace_is_dropped():
 
 
 def test_an_edit_is_frozen_hashable_and_comes_back_from_pickle():
-    edit = Edit(**PLAIN, locality=Probe("The Pell tower is in"))
+    edit = Edit(**PLAIN, locality=Probe("The Pell tower is in"), portability={"hop": ("Its river is the", "Orr")})
     with pytest.raises(ValueError, match="frozen"):
         edit.prompt = "x"
     assert {edit: 1}[pickle.loads(pickle.dumps(edit))] == 1
-    assert edit.locality == (Probe("The Pell tower is in", None),)
+
+
+PELL = "The Pell tower is in"
+RIVER = "The river of the Orlen bridge is the"
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (None, ()),
+        ([], ()),
+        ({}, ()),
+        (Probe(PELL), (Probe(PELL, (), "DEFAULT"),)),
+        ((PELL, "Dunmere"), (Probe(PELL, ("Dunmere",), "DEFAULT"),)),
+        ({"prompt": PELL, "answers": "Dunmere"}, (Probe(PELL, ("Dunmere",), "DEFAULT"),)),
+        ([(PELL, ["Dunmere ", "Old Dunmere"])], (Probe(PELL, ("Dunmere", "Old Dunmere"), "DEFAULT"),)),
+        ([[PELL, None], (RIVER, "Orr", "hop")], (Probe(PELL, (), "DEFAULT"), Probe(RIVER, ("Orr",), "hop"))),
+        ([Probe(PELL, "Dunmere", "near")], (Probe(PELL, ("Dunmere",), "near"),)),
+        (
+            {"hop": [(RIVER, "Orr"), {"prompt": PELL}], "alias": (PELL, "Dunmere"), "none": None},
+            (Probe(RIVER, ("Orr",), "hop"), Probe(PELL, (), "hop"), Probe(PELL, ("Dunmere",), "alias")),
+        ),
+        ({"hop": Probe(PELL, (), "own")}, (Probe(PELL, (), "own"),)),
+    ],
+    ids=[
+        *("nothing", "no probes", "no groups", "a probe", "a pair", "a dict", "several answers", "a group in a triple"),
+        *("one answer in a probe", "a dict of groups", "a probe with a group in a group"),
+    ],
+)
+def test_probes_may_be_written_in_many_ways(written, read):
+    edit = Edit(**PLAIN, locality=written, portability=written)
+    defaults = {"locality": "neighborhood", "portability": "portability"}
+    for field, group in defaults.items():
+        wanted = tuple(probe._replace(group=group) if probe.group == "DEFAULT" else probe for probe in read)
+        assert getattr(edit, field) == wanted
+    assert Edit(**dict(edit)) == edit
+
+
+def test_the_answer_of_a_probe_is_its_first_one():
+    assert Probe(PELL, ("Dunmere", "Orlen")).answer == "Dunmere"
+    assert Probe(PELL).answer is None
+
+
+WRONG_PROBES = {
+    "a string": ("Pell", "locality", "must be a list, got 'Pell'"),
+    "a number in a group": ({"hop": 5}, "locality[0]", "must be a (prompt, answer) pair, got 5"),
+    "four parts": ([("a", "b", "c", "d")], "locality[0]", "must be a (prompt, answer) pair, got ('a', 'b', 'c', 'd')"),
+    "a misspelt part": ([{"prompt": "a", "answer": "b"}], "locality[0].answer", "did you mean 'answers'?"),
+    "no prompt": ([{"answers": "b"}], "locality[0].prompt", "is missing"),
+    "an empty alias": ([("a", ["b", " "])], "locality[0].answers[1]", "must not be empty, got ' '"),
+    "an empty group": ([("a", "b", "")], "locality[0].group", "must not be empty"),
+    "an unchecked probe": (Probe("a", 5), "locality[0].answers", "must be a list, got 5"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_PROBES)
+def test_what_is_wrong_with_a_probe_is_told_by_its_place(kind):
+    written, field, message = WRONG_PROBES[kind]
+    with pytest.raises(InvalidEdits) as caught:
+        Edit(**PLAIN, locality=written)
+    (problem,) = caught.value.problems
+    assert (problem.case_id, problem.field) == (7, field)
+    assert message in problem.message
 
 
 def test_the_count_is_left_out_at_twenty_and_singular_at_twenty_one():
@@ -67,114 +116,33 @@ def test_an_edit_made_by_hand_names_all_that_is_wrong():
     with pytest.raises(InvalidEdits) as caught:
         Edit(case_id=3, prompt="The capital is", subject="Pell", target_nwe="x", locality=[("a", 5), "b"])
     assert str(caught.value).splitlines() == [
-        "case 3, field 'subject': 'Pell' does not occur in the prompt 'The capital is'; "
+        "case 3, field 'subject': 'Pell' does not occur in the prompt 'The capital is', where it is edited; "
         "write {} where the subject stands",
         "case 3, field 'target_new': is missing",
-        "case 3, field 'locality[0][1]': must be a string, got 5",
+        "case 3, field 'locality[0].answers': must be a list, got 5",
         "case 3, field 'locality[1]': must be a (prompt, answer) pair, got 'b'",
         "case 3, field 'target_nwe': is unknown; did you mean 'target_new'?",
     ]
 
 
-def test_case_ids_are_assigned_by_position_and_never_twice():
-    edits = [Edit(**without(PLAIN, "case_id")), Edit(**PLAIN), Edit(**without(PLAIN, "case_id"))]
-    assert [edit.case_id for edit in assign_case_ids(edits)] == [0, 7, 2]
-    assert [edit.case_id for edit in assign_case_ids(iter(edits), first=10)] == [10, 7, 12]
-    with pytest.raises(InvalidEdits, match=r"edits\[2\]: case 7, field 'case_id': .* case 7 \(edits\[1\]\)"):
-        assign_case_ids(edits, first=5)
-
-
-def test_check_batch_refuses_two_targets_and_repeated_ids():
-    other = Edit(**{**PLAIN, "case_id": 8, "target_new": "Morwen"})
-    three = (Edit(**PLAIN), other, other.model_copy(update={"case_id": 9}))
-    edits = EditSet(three, source="facts.jsonl", lines=(1, 2, 3))
-    check_batch(edits[1:])
+def test_a_missing_subject_is_told_with_the_reason_for_it():
     with pytest.raises(InvalidEdits) as caught:
-        check_batch(edits)
-    assert [(p.source, p.line, p.case_id, p.field) for p in caught.value.problems] == [
-        ("facts.jsonl", 2, 8, "target_new"),
-        ("facts.jsonl", 3, 9, "target_new"),
-    ]
-    assert "'Morwen' contradicts case 7 (line 1), which wants 'Tavisk'" in str(caught.value)
-    with pytest.raises(InvalidEdits, match=r"edits\[1\]: case 7, field 'case_id': must be unique"):
-        check_batch([edits[0], edits[0]])
-
-
-def test_check_edits_sees_what_was_changed_without_a_check():
-    good = Edit(**PLAIN)
-    changed = good.model_copy(update={"case_id": 8, "subject": "Pell"})
-    with pytest.raises(InvalidEdits) as caught:
-        check_edits([good, changed, {"prompt": "x"}, good])
-    assert [(p.source, p.case_id, p.field) for p in caught.value.problems] == [
-        ("edits[3]", 7, "case_id"),
-        ("edits[1]", 8, "subject"),
-        ("edits[2]", None, None),
-    ]
-
-
-def fast_tokenizer(model, splitter):
-    """It drops soft hyphens, so that a text can come to nothing."""
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Replace("\u00ad", "")
-    tokenizer.pre_tokenizer = splitter
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One token per word."""
-    return fast_tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"), pre_tokenizers.WhitespaceSplit())
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer():
-    """One token per byte, so that the space before a target is a token by itself."""
-    alphabet = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return fast_tokenizer(models.BPE(vocab=alphabet, merges=[]), splitter)
-
-
-def test_check_edits_with_a_tokenizer_counts_positions(tokenizer):
-    # "The Orlen bridge is in" and "Tavisk" are six words.
-    edits = EditSet((Edit(**PLAIN),), source="facts.jsonl", lines=(4,))
-    check_edits(edits, tokenizer=tokenizer, max_positions=9, template_tokens=3)
-    with pytest.raises(InvalidEdits) as caught:
-        check_edits(edits, tokenizer=tokenizer, max_positions=8, template_tokens=3)
+        Edit(case_id=3, prompt="The capital is", target_new="Orlen")
     assert str(caught.value) == (
-        "facts.jsonl:4: case 7, field 'prompt': must fit into the model's 8 positions, got 9 tokens "
-        "(6 of prompt and target, 3 of the longest template)"
+        "case 3, field 'subject': is missing; methods that locate a fact before they edit it need the subject, "
+        "as it stands in the prompt"
     )
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "byte_tokenizer"])
-def test_check_edits_refuses_texts_that_give_no_token(kind, request):
-    edits = [
-        Edit(**PLAIN),
-        Edit(prompt="The bridge is in", subject="bridge", target_new="\u00ad"),
-        Edit(prompt="The \u00ad is in", subject="\u00ad", target_new="Tavisk"),
-    ]
-    check_edits(edits)
-    with pytest.raises(InvalidEdits) as caught:
-        check_edits(edits, tokenizer=request.getfixturevalue(kind))
-    assert [(p.source, p.field) for p in caught.value.problems] == [
-        ("edits[1]", "target_new"),
-        ("edits[2]", "subject"),
-    ]
+def test_an_edit_set_describes_where_it_comes_from():
+    edits = EditSet((Edit(**PLAIN),) * 3, source="facts.jsonl", form="zsre", lines=(1, 2, 3), target_field="alt")
+    assert edits.describe() == "read 3 edits: form zsre, target = alt"
+    assert EditSet((edits[0],), ignored=("colour", "size")).describe() == "read 1 edit, ignored fields: colour, size"
 
 
-def test_check_edits_names_the_right_record_beyond_the_first_group(tokenizer):
-    edits = [Edit(**{**PLAIN, "case_id": number}) for number in range(1500)]
-    edits[1023] = edits[1400] = Edit(prompt="The bridge " + "far " * 50, subject="bridge", target_new="Tavisk")
-    with pytest.raises(InvalidEdits) as caught:
-        check_edits(edits, tokenizer=tokenizer, max_positions=20)
-    assert [problem.source for problem in caught.value.problems] == ["edits[1023]", "edits[1400]"]
-
-
-def test_check_edits_says_what_tokenizer_it_needs():
-    with pytest.raises(ValueError, match="max_positions=9 needs a tokenizer"):
-        check_edits([Edit(**PLAIN)], max_positions=9)
-    with pytest.raises(TypeError, match="fast one, got str"):
-        check_edits([Edit(**PLAIN)], tokenizer="smollm2")
+def test_a_slice_tells_of_no_skipped_records():
+    edits = EditSet((Edit(**PLAIN),) * 3, lines=(1, 3, 4), skipped=(Problem("is wrong", line=2),))
+    assert edits[1:] == EditSet(edits.edits[1:], lines=(3, 4))
 
 
 def test_importing_the_module_does_not_import_torch():

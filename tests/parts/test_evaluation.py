@@ -1,4 +1,4 @@
-"""Metrics against the model's own forward, against hand-made cases, and what is missing is n/a."""
+"""Metrics against hand-made cases and on edited models, and what is missing is n/a."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from fastedit.adapter import ModelAdapter
+from fastedit.answers import Answer
 from fastedit.editor import Editor
-from fastedit.edits import Edit, EditSet
-from fastedit.evaluation import Answer, _Measurement, answer, compare, evaluate, fluency, perplexity
+from fastedit.edits import Edit, EditSet, Probe
+from fastedit.evaluation import METRICS, Measurement, Metric, compare, evaluate, fluency
 
 PLAIN = Edit(prompt="The banner of Logan is", subject="Logan", target_new="red", case_id=1)
 FULL = Edit(
@@ -25,77 +25,160 @@ FULL = Edit(
 )
 
 
-def slow_answer(model: ModelAdapter, prompt: str, target: str) -> Answer:
-    """The definition: one full forward per question."""
-    text = f"{prompt} {target}"
-    encoded = model.tokenizer(text, return_offsets_mapping=True)
-    ids = encoded["input_ids"]
-    wanted = [i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt)]
-    with torch.no_grad():
-        log_probs = torch.log_softmax(model.model(torch.tensor([ids])).logits[0].double(), dim=-1)
-    best = tuple(int(log_probs[i - 1].argmax()) for i in wanted)
-    mean = float(sum(log_probs[i - 1, ids[i]] for i in wanted) / len(wanted))
-    return Answer(mean, best == tuple(ids[i] for i in wanted), best)
+BAMISH, VRUDI = ("The banner of Bamish is", "purple"), ("The banner of Vrudi is", "green")
+
+# (prompt, answer): log-probability, and the arg-max tokens where (1, 2, 3, 4) are wanted
+SCORES = {
+    (FULL.prompt, "red"): (-0.5, (1, 2, 3, 4)),
+    (FULL.prompt, "purple"): (-2.0, (1, 0, 0, 0)),
+    ("Logan flies", "red"): (-3.0, (1, 2, 3, 0)),
+    ("Logan flies", "purple"): (-2.0, (0, 0, 0, 0)),
+    ("Over Logan flies", "red"): (-0.9, (1, 2, 3, 4)),
+    ("Over Logan flies", "purple"): (-2.0, (0, 0, 0, 0)),
+    BAMISH: (-0.1, (1, 2, 0, 0)),
+    (BAMISH[0], "red"): (-0.1, (0, 0, 0, 0)),
+    VRUDI: (-0.2, (1, 2, 3, 4)),
+    (VRUDI[0], "red"): (-4.0, (0, 0, 0, 0)),
+}
+WANTED = (1, 2, 3, 4)
 
 
-def test_answers_equal_full_forwards(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
-    pairs = [(e.prompt, t) for e in tiny_facts[:30] for t in (e.target_new, e.target_true)]
-    found = answer(tiny_model, pairs)
-    for (prompt, target), ours in zip(pairs, found, strict=True):
-        slow = slow_answer(tiny_model, prompt, target)
-        assert ours.log_prob == pytest.approx(slow.log_prob, abs=1e-4)
-        assert ours.best == slow.best
-        assert ours.exact == slow.exact
-    assert 0 < sum(ours.exact for ours in found) < len(found)
+def measured(edits: list[Edit], scores: dict[tuple[str, str], tuple[float, tuple[int, ...]]]) -> Measurement:
+    return Measurement(edits, {pair: Answer(score, WANTED, best) for pair, (score, best) in scores.items()}, [], None)
 
 
-def test_large_question_sets_run_in_several_passes(
-    tiny_model: ModelAdapter, tiny_facts: EditSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = [(e.prompt, e.target_true) for e in tiny_facts[:40]]
-    whole = answer(tiny_model, pairs)
-    monkeypatch.setattr("fastedit.evaluation.ROW_BUDGET", 60)
-    monkeypatch.setattr("fastedit.evaluation.LOGIT_ROWS", 3)
-    counted: list[int] = []
-    parts = answer(tiny_model, pairs, counted.append)
-    assert sum(counted) == 40
-    assert len(counted) > 3
-    assert [a.best for a in parts] == [a.best for a in whole]
-
-
-def measurement(scores: dict[tuple[str, str], float], best: dict[tuple[str, str], tuple[int, ...]]) -> _Measurement:
-    answers = {pair: Answer(score, score > -1, best.get(pair, (0,))) for pair, score in scores.items()}
-    return _Measurement([FULL], answers, [], None)
+def values(after: Measurement, before: Measurement) -> dict[str, float | None]:
+    return {name: metric.value for name, metric in after.metrics(before).items()}
 
 
 def test_metrics_follow_their_definitions() -> None:
-    scores = {
-        (FULL.prompt, "red"): -0.5,
-        (FULL.prompt, "purple"): -2.0,
-        ("Logan flies", "red"): -3.0,
-        ("Logan flies", "purple"): -2.0,
-        ("Over Logan flies", "red"): -0.9,
-        ("Over Logan flies", "purple"): -2.0,
-        ("The banner of Bamish is", "purple"): -0.1,
-        ("The banner of Bamish is", "red"): -0.1,
-        ("The banner of Vrudi is", "green"): -0.2,
-        ("The banner of Vrudi is", "red"): -4.0,
+    before = measured([FULL], {**SCORES, BAMISH: (-0.1, (1, 2, 3, 0)), VRUDI: (-9.0, WANTED)})
+    assert values(measured([FULL], SCORES), before) == {
+        "efficacy": 1.0,
+        "efficacy_top1": 1.0,
+        "efficacy_tokens": 1.0,
+        "generalization": 0.5,
+        "generalization_top1": 0.5,
+        "generalization_tokens": (3 / 4 + 1) / 2,
+        # Equal probabilities do not count: the comparison is strict.
+        "specificity": 0.5,
+        "specificity/neighborhood": 0.5,
+        "specificity_top1": 0.5,
+        "specificity_top1/neighborhood": 0.5,
+        "specificity_tokens": (2 / 4 + 1) / 2,
+        "specificity_tokens/neighborhood": (2 / 4 + 1) / 2,
+        "tokens_unchanged": 0.5,
+        "tokens_unchanged/neighborhood": 0.5,
+        "locality_tokens": (3 / 4 + 1) / 2,
+        "locality_tokens/neighborhood": (3 / 4 + 1) / 2,
+        "portability": None,
+        "portability_tokens": None,
+        "score": pytest.approx(3 / (1 / 1 + 1 / 0.5 + 1 / 0.5)),
+        "fluency": None,
+        "perplexity": None,
     }
-    before = measurement(scores, {("The banner of Bamish is", "purple"): (7,)})
-    after = measurement(scores, {})
-    found = after.metrics(before)
-    values = {name: metric.value for name, metric in found.items()}
-    assert values["efficacy"] == 1.0
-    assert values["efficacy_top1"] == 1.0
-    assert values["generalization"] == 0.5
-    assert values["generalization_top1"] == 0.5
-    # Equal probabilities do not count: the comparison is strict.
-    assert values["specificity"] == 0.5
-    assert values["specificity_top1"] == 1.0
-    assert values["tokens_unchanged"] == 0.5
-    assert values["score"] == pytest.approx(3 / (1 / 1 + 1 / 0.5 + 1 / 0.5))
-    assert values["fluency"] is None
-    assert values["perplexity"] is None
+
+
+TWIN, HILL, OLD = "Logan's twin has a banner in", "Logan's hill has a banner in", "Old Logan has a banner in"
+GROUPED = Edit(
+    prompt=FULL.prompt,
+    subject="Logan",
+    target_new="red",
+    locality={"near": BAMISH, "far": [(VRUDI[0], ["green", "lime"]), ("The banner of Zorun is", None)]},
+    portability={
+        "hop": [(TWIN, ["scarlet", "red"]), (HILL, "red")],
+        "alias": (OLD, "red"),
+        "no answer": ("Logan", None),
+    },
+    case_id=2,
+)
+HOP = Edit(prompt=FULL.prompt, subject="Logan", target_new="red", portability={"hop": (HILL, "red")}, case_id=3)
+GROUP_SCORES = {
+    **SCORES,
+    VRUDI: (-5.0, (1, 2, 3, 0)),
+    (VRUDI[0], "lime"): (-0.2, WANTED),
+    (TWIN, "scarlet"): (-1.0, (1, 2, 3, 0)),
+    (TWIN, "red"): (-1.0, WANTED),
+    (HILL, "red"): (-1.0, (1, 2, 0, 0)),
+    (OLD, "red"): (-1.0, WANTED),
+}
+
+
+def test_groups_are_measured_apart_and_count_alike() -> None:
+    before = measured([GROUPED], {**GROUP_SCORES, (VRUDI[0], "lime"): (-9.0, (0, 0, 0, 0))})
+    found = values(measured([GROUPED], GROUP_SCORES), before)
+    wanted = {
+        # The best of several right answers counts.
+        "portability/hop": 0.5,
+        "portability/alias": 1.0,
+        "portability": (0.5 + 1) / 2,
+        "portability_tokens/hop": (1 + 2 / 4) / 2,
+        "portability_tokens/alias": 1.0,
+        "portability_tokens": (3 / 4 + 1) / 2,
+        "specificity/near": 0.0,
+        "specificity/far": 1.0,
+        "specificity": 0.5,
+        "specificity_top1/far": 1.0,
+        "specificity_tokens/far": 1.0,
+        "tokens_unchanged/near": 1.0,
+        # Under the first right answer; the others are not looked at.
+        "tokens_unchanged/far": 1.0,
+        "locality_tokens": 1.0,
+    }
+    assert {name: found[name] for name in wanted} == wanted
+    assert not [name for name in found if "no answer" in name]
+
+
+def test_a_group_is_averaged_over_the_records_that_have_it() -> None:
+    both = measured([GROUPED, HOP, FULL], GROUP_SCORES)
+    found = both.metrics(both)
+    assert found["portability"] == Metric((0.75 + 0) / 2, pytest.approx(0.375))
+    assert found["portability/hop"] == Metric((0.5 + 0) / 2, pytest.approx(0.25))
+    assert found["portability/alias"] == Metric(1.0, None)
+
+
+def test_every_answer_of_a_record_is_asked_for(tiny_model: ModelAdapter) -> None:
+    taken = Measurement.take(tiny_model, [FULL, GROUPED, HOP], None, 0, 0, 0, False)
+    assert set(taken.answers) == {*GROUP_SCORES, (FULL.prompt, "purple")}
+    for name, metric in taken.metrics(taken).items():
+        assert (metric.value is None) == (name in ("fluency", "perplexity")), name
+
+
+def test_portability_is_shown_where_some_record_asks_for_it(tiny_model: ModelAdapter) -> None:
+    def shown(edit: Edit) -> list[str]:
+        return [row[0] for row in compare(tiny_model, tiny_model, [edit], fluency_prompts=0, show=False).rows()]
+
+    assert shown(FULL) == list(METRICS)
+    assert [name for name in shown(HOP) if name not in METRICS] == ["portability"]
+
+
+def test_edits_carry_over_to_what_follows_from_them(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    asking = [
+        fact.model_copy(
+            update={
+                "portability": tuple(
+                    Probe(p, ("no such thing", fact.target_new), "reworded") for p in fact.rephrase_prompts
+                )
+            }
+        )
+        for fact in tiny_facts[:8]
+    ]
+    editor = tiny_editor()
+    editor.edit(asking)
+    found = evaluate(editor, asking, fluency_prompts=0)
+    assert found.edited["portability/reworded"] == found.edited["portability"] == found.edited["generalization_top1"]
+    assert found.edited["portability"].value > 0.6 > 0.2 > found.unedited["portability"].value
+    told = found.to_dict()["edited"]
+    assert told["portability/reworded"]["value"] == found.edited["portability"].value
+    assert told["tokens_unchanged/neighborhood"] == told["tokens_unchanged"]
+
+
+def test_fluency_is_of_the_generation_prompts(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
+    begun = [fact.model_copy(update={"generation_prompts": ("The wall", "Unused")}) for fact in tiny_facts[:2]]
+    texts = Measurement.take(tiny_model, begun, None, 0, 2, 0, False).texts
+    assert [text.strip().startswith("The wall") for text in texts] == [True, True]
+    texts = Measurement.take(tiny_model, tiny_facts[:1], None, 0, 2, 0, False).texts
+    assert texts[0].strip().startswith(tiny_facts[0].prompt)
 
 
 def test_missing_fields_are_not_available(tiny_model: ModelAdapter) -> None:
@@ -115,23 +198,6 @@ def test_unedited_model_is_measured_on_its_own_weights(tiny_editor: Callable[...
     assert after.unedited == before.unedited == before.edited
     assert after.edited["efficacy_top1"].value > after.unedited["efficacy_top1"].value
     assert after.unedited["tokens_unchanged"].value == 1.0
-
-
-def test_perplexity_is_the_models_own(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
-    text = " ".join(f"{e.prompt} {e.target_true}." for e in tiny_facts[:60])
-    ids = tiny_model.tokenizer(text, add_special_tokens=False)["input_ids"][:400]
-    window = min(512, tiny_model.max_positions)
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for start in range(0, len(ids), window):
-            piece = torch.tensor([ids[start : start + window]])
-            if piece.shape[1] > 1:
-                loss = tiny_model.model(piece, labels=piece).loss
-                total += float(loss) * (piece.shape[1] - 1)
-                count += piece.shape[1] - 1
-    assert perplexity(tiny_model, text, 400, show=False) == pytest.approx(math.exp(total / count), rel=1e-4)
-    with pytest.raises(ValueError, match="fewer than two tokens"):
-        perplexity(tiny_model, "a", 1, show=False)
 
 
 def test_fluency_is_the_entropy_of_ngrams() -> None:

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from fastedit.adapter import ModelAdapter, UnsupportedModel
+from fastedit.adapter import ModelAdapter
+from fastedit.families import UnsupportedModel
 from fastedit.loading import ALIASES, ModelNotFound, cache_folder, load_model, resolve
 
 ALIAS = "smollm2-135m"
@@ -80,7 +81,7 @@ def test_a_folder_is_loaded_as_it_was_saved(folder, random_llama, random_tokeniz
 
 def test_an_alias_in_the_cache_is_loaded(folder, cache, random_llama):
     shutil.copytree(folder, cache / "models" / ALIAS)
-    assert torch.equal(load_model(ALIAS).head_weight, random_llama.lm_head.weight)
+    assert torch.equal(load_model(ALIAS).head.weight, random_llama.lm_head.weight)
 
 
 def test_a_folder_without_weights_is_an_error_in_one_line(tmp_path, random_llama):

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastedit.edits import Edit, EditSet, InvalidEdits, Probe, check_edits
-from fastedit.readers import DEFAULT_READERS, Reader, load_edits
+from fastedit.checks import check_edits
+from fastedit.edits import Edit, EditSet, InvalidEdits, Probe
+from fastedit.forms import READERS, Reader
+from fastedit.readers import load_edits
 
 PLAIN = {"case_id": 7, "prompt": "The Orlen bridge is in", "subject": "Orlen bridge", "target_new": "Tavisk"}
 FLAT = {
@@ -59,8 +61,8 @@ def test_flat_counterfact_fills_every_field(write, name):
         rephrase_prompts="You can walk over the Orlen bridge in",
         locality=[("The Pell tower is in", "Dunmere")],
     )
-    assert edits[0].locality == (Probe("The Pell tower is in", "Dunmere"),)
-    assert edits.form == "counterfact"
+    assert edits[0].locality == (Probe("The Pell tower is in", ("Dunmere",), "neighborhood"),)
+    assert (edits.form, edits.target_field) == ("counterfact-flat", "target_new")
     assert edits.source.endswith(name)
 
 
@@ -77,9 +79,9 @@ def test_optional_fields_may_be_absent_or_null(write):
     assert [edit.case_id for edit in edits] == [0, 7, "b"]
     assert (edits[0].target_true, edits[0].rephrase_prompts, edits[0].locality) == (None, (), ())
     assert edits[1].target_true is None
-    assert edits[2].locality == (Probe("The Pell tower is in", None),)
+    assert edits[2].locality == (Probe("The Pell tower is in", (), "neighborhood"),)
     assert edits[2].rephrase_prompts == ("One", "Two")
-    assert edits.form == "plain+counterfact"
+    assert (edits.form, edits.target_field) == ("plain+counterfact-flat", "target_new+target_new")
 
 
 def test_byte_order_mark_blank_lines_and_windows_line_ends_are_fine(write):
@@ -114,7 +116,7 @@ def test_braces_are_filled_with_the_subject(write):
 BAD_FIELDS = {
     "wrong type": ({**PLAIN, "target_new": 5}, "target_new", "must be a string, got 5"),
     "null": ({**PLAIN, "prompt": None}, "prompt", "must be a string, got None"),
-    "missing": (without(PLAIN, "subject"), "subject", "is missing"),
+    "missing": (without(PLAIN, "subject"), "subject", "is missing; methods that locate a fact"),
     "empty target": ({**PLAIN, "target_new": ""}, "target_new", "must not be empty, got ''"),
     "white target": ({**PLAIN, "target_new": " \n"}, "target_new", r"must not be empty, got ' \n'"),
     "empty prompt": ({**PLAIN, "prompt": ""}, "prompt", "must not be empty"),
@@ -131,7 +133,7 @@ BAD_FIELDS = {
     "misspelt": ({**PLAIN, "ground_thruth": "x"}, "ground_thruth", "did you mean 'ground_truth'?"),
     "misspelt prompt": ({**without(PLAIN, "prompt"), "promt": "x"}, "promt", "did you mean 'prompt'?"),
     "bad rephrase": ({**FLAT, "rephrase_prompt": 5}, "rephrase_prompt", "must be a list, got 5"),
-    "bad in list": ({**FLAT, "rephrase_prompt": ["a", ""]}, "rephrase_prompt", "must not be empty"),
+    "bad in list": ({**FLAT, "rephrase_prompt": ["a", ""]}, "rephrase_prompt[1]", "must not be empty"),
     "empty truth": ({**FLAT, "ground_truth": ""}, "ground_truth", "must not be empty"),
     "no probe": (without(FLAT, "locality_prompt"), "locality_prompt", "is missing"),
     "bad answer": ({**FLAT, "locality_ground_truth": 1}, "locality_ground_truth", "must be a string, got 1"),
@@ -279,40 +281,99 @@ def test_slices_are_edit_sets_that_keep_source_form_and_lines(write):
     assert list(part) == list(edits)[1:4]
 
 
-def qa_edit(record):
+def qa_edits(record, target):
     if "?" not in record["q"]:
         raise ValueError(f"q must be a question, got {record['q']!r}")
-    return Edit(case_id=record.get("id"), prompt=record["q"], subject=record["about"], target_new=record["a"])
+    return [Edit(case_id=record.get("id"), prompt=record["q"], subject=record["about"], target_new=record[target])]
 
 
-QA = Reader("qa", lambda record: "q" in record, qa_edit)
+QA = Reader("qa", lambda record: "q" in record, qa_edits, ("a", "b"))
+QA_RECORD = {"q": "Where is Tavisk?", "about": "Tavisk", "a": "Orlen", "b": "Pell"}
 
 
 def test_a_reader_of_ones_own(write):
-    record = {"q": "Where is Tavisk?", "about": "Tavisk", "a": "Orlen"}
-    edits = load_edits(write([record, PLAIN]), readers=(QA, *DEFAULT_READERS))
-    assert (edits[0].target_new, edits[0].case_id, edits.form) == ("Orlen", 0, "qa+plain")
-    bad = [{**record, "q": "Tavisk"}, without(record, "a"), {**record, "a": "", "id": "x"}, PLAIN]
+    edits = load_edits(write([QA_RECORD, PLAIN]), readers=(QA, *READERS))
+    assert (edits[0].target_new, edits[0].case_id) == ("Orlen", 0)
+    assert (edits.form, edits.target_field) == ("qa+plain", "a+target_new")
+    bad = [{**QA_RECORD, "q": "Tavisk"}, without(QA_RECORD, "a"), {**QA_RECORD, "a": "", "id": "x"}]
     found = problems_of(write(bad), readers=(QA,))
     assert [(problem.line, problem.case_id, problem.field) for problem in found] == [
         (1, 0, None),
         (2, 1, "a"),
         (3, "x", "target_new"),
-        (4, 7, None),
     ]
     assert found[0].message == "q must be a question, got 'Tavisk'"
-    assert "no reader (qa) knows" in found[3].message
 
 
-def test_a_reader_that_gives_no_edit_is_a_fault_of_the_reader(write):
-    with pytest.raises(TypeError, match="reader 'bad': to_edit must return an Edit"):
-        load_edits(write([PLAIN]), readers=(Reader("bad", lambda record: True, dict),))
+@pytest.mark.parametrize("made", [[], ["text"]])
+def test_a_reader_that_gives_no_edit_is_a_fault_of_the_reader(write, made):
+    bad = Reader("bad", lambda record: True, lambda record, target: made)
+    with pytest.raises(TypeError, match="reader 'bad': to_edits must return one Edit or several"):
+        load_edits(write([PLAIN]), readers=(bad,))
+
+
+def test_the_form_can_be_named(write):
+    both = {**QA_RECORD, **PLAIN}
+    (problem,) = problems_of(write([both]), readers=(QA, *READERS))
+    assert (problem.case_id, problem.message) == (7, "could be of form qa or plain; say which with form")
+    assert load_edits(write([both]), form="qa", readers=(QA, *READERS))[0].target_new == "Orlen"
+    with pytest.raises(ValueError, match=r"form must be one of auto, plain, .*, got 'counterfac'"):
+        load_edits(write([PLAIN]), form="counterfac")
+    # A named form is not guessed again: the record is judged as one of it.
+    assert "src" in {problem.field for problem in problems_of(write([PLAIN]), form="zsre")}
+
+
+def test_the_target_field_can_be_named(write):
+    edits = load_edits(write([QA_RECORD]), target_field="b", readers=(QA,))
+    assert (edits[0].target_new, edits.target_field) == ("Pell", "b")
+    with pytest.raises(ValueError, match="target_field for form qa must be one of a, b, got 'c'") as caught:
+        load_edits(write([QA_RECORD]), target_field="c", readers=(QA,))
+    assert not isinstance(caught.value, InvalidEdits)
+
+
+class TestSkipping:
+    """on_invalid="skip" leaves out exactly the records that are wrong, and tells why."""
+
+    def test_wrong_records_are_left_out_and_told(self, write):
+        good = [{**PLAIN, "case_id": number} for number in range(3)]
+        text = "\n".join(
+            [json.dumps(good[0]), '{"broken', "5", json.dumps({**PLAIN, "subject": ""}), *map(json.dumps, good[1:])]
+        )
+        path = write(f"{text}\n{json.dumps(good[2])}\n")
+        edits = load_edits(path, on_invalid="skip")
+        assert ([edit.case_id for edit in edits], edits.lines) == ([0, 1, 2], (1, 5, 6))
+        assert [(problem.line, problem.field) for problem in edits.skipped] == [
+            *((2, None), (3, None), (4, "subject")),
+            (7, "case_id"),
+        ]
+        assert edits.skipped == problems_of(path)
+        assert str(edits.skipped[0]).startswith(f"{path}:2: broken JSON at column 2")
+
+    def test_a_form_of_which_nothing_is_left_is_not_told(self, write):
+        edits = load_edits(write([PLAIN, {"src": "Where?", "subject": "Pell"}]), on_invalid="skip")
+        assert edits.form == "plain"
+
+    def test_positions_are_those_of_the_file(self, write):
+        unnamed = without(PLAIN, "case_id")
+        path = write([unnamed, {"colour": "red"}, unnamed, unnamed])
+        assert [edit.case_id for edit in load_edits(path, start=1, limit=2, on_invalid="skip")] == [2]
+
+    @pytest.mark.parametrize("text", ['[{"prompt": "a"}, {"b" 2}]', json.dumps([PLAIN]) + "]"])
+    def test_a_broken_list_cannot_be_skipped(self, write, text):
+        assert "broken JSON" in problems_of(write(text, "facts.json"), on_invalid="skip")[-1].message
+
+    def test_nothing_left_is_an_error(self, write):
+        assert problems_of(write([{**PLAIN, "subject": ""}]), on_invalid="skip")[0].field == "subject"
+
+    def test_other_ways_are_refused(self, write):
+        with pytest.raises(ValueError, match="on_invalid must be 'refuse' or 'skip', got 'drop'"):
+            load_edits(write([PLAIN]), on_invalid="drop")
 
 
 def test_ten_thousand_records_load(write):
     edits = load_edits(write([{**FLAT, "case_id": number} for number in range(10_000)]))
     assert len(edits) == 10_000
-    check_edits(edits)
+    assert len(check_edits(edits, 100).batches) == 100
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())

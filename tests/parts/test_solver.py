@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from fastedit.solver import NotPositiveDefinite, PastKeys, RidgeSolver, cholesky
+from fastedit.solver import NotPositiveDefinite, NullSpaceSolver, PastKeys, RidgeSolver, cholesky
 
 D_FF = 60
 
@@ -82,3 +82,25 @@ def test_hopeless_system_is_refused(broken: float) -> None:
     system[3, 3] = broken
     with pytest.raises(NotPositiveDefinite, match="size 8"):
         cholesky(system)
+
+
+@pytest.mark.parametrize("n_past", [0, 7, 25, 200], ids=lambda n: f"{n} past edits")
+@pytest.mark.parametrize("rank", [10, 40], ids=lambda rank: f"rank {rank}")
+def test_null_space_solution_is_alphaedits(n_past: int, rank: int) -> None:
+    """Both forms, and the dense history, against (P (K^T K + H) + b I) X = P K^T."""
+    vectors = torch.linalg.eigh(moment(condition=1e3).double()).eigenvectors
+    basis, ridge = vectors[:, :rank], 0.5
+    past, batch, old = PastKeys(D_FF), keys(5), keys(n_past, seed=2)
+    for start in range(0, n_past, 9):
+        past.add(old[start : start + 9])
+    found = NullSpaceSolver(basis, ridge).solve(batch, past)
+    project = basis @ basis.T
+    gram = old.double().T @ old.double() + batch.double().T @ batch.double()
+    system, wanted = project @ gram + ridge * torch.eye(D_FF), project @ batch.double().T
+    exact = torch.linalg.solve(system, wanted)
+    assert found.shape == (D_FF, 5)
+    assert residual(system, found, wanted) < 1e-6
+    assert float((found - exact).norm() / exact.norm()) < 1e-5
+    assert residual(system, torch.zeros_like(found), wanted) > 0.5, "zeros must fail the same yardstick"
+    with pytest.raises(ValueError, match="every neuron"):
+        NullSpaceSolver(basis, ridge).solve(batch, past, torch.arange(3))

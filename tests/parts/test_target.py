@@ -47,7 +47,7 @@ def test_live_loss_and_gradient_equal_the_full_forward(
 ) -> None:
     edits = tiny_facts[:8]
     with tiny_model.packed():
-        group = _Group(tiny_model, sequences_of(tiny_model, edits), LAYER, CONFIG)
+        group = _Group(tiny_model, sequences_of(tiny_model, edits), LAYER, CONFIG, tiny_model)
         group.evaluate(torch.zeros_like(group.hidden))
         generator = torch.Generator().manual_seed(5)
         delta = torch.randn(group.hidden.shape, generator=generator)
@@ -64,7 +64,7 @@ def test_live_loss_and_gradient_equal_the_full_forward(
             (full_grad,) = torch.autograd.grad(full, row)
         penalty = settings.weight_decay / start.hidden0.norm() ** 2
         torch.testing.assert_close(group.hidden[i], start.hidden0, rtol=1e-5, atol=1e-5)
-        assert float(losses[i] + penalty * delta[i].norm()) == pytest.approx(float(full), rel=1e-5)
+        assert float(losses[i] + penalty * delta[i].norm()) == pytest.approx(full.item(), rel=1e-5)
         ours = grads[i] + penalty * delta[i] / delta[i].norm()
         assert float((ours - full_grad).norm() / full_grad.norm()) < 1e-5
 

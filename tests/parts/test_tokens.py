@@ -1,4 +1,4 @@
-"""Positions in tokenised texts: lookup tokens, scored positions and their targets, under two kinds of tokenizer."""
+"""Positions in tokenised texts: lookup tokens, scored positions and their targets, under three kinds of tokenizer."""
 
 import pytest
 
@@ -29,7 +29,7 @@ EDITS = {
 }
 
 
-@pytest.fixture(params=["random_tokenizer", "bos_tokenizer"])
+@pytest.fixture(params=["random_tokenizer", "bos_tokenizer", "fallback_tokenizer"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
 
@@ -66,6 +66,20 @@ def test_what_is_scored_is_the_whole_target_and_nothing_else(tokenizer, name, te
     assert [*sequence.ids, sequence.targets[-1]] == ids
     assert [ids[position + 1] for position in sequence.scored] == list(sequence.targets)
     assert sequence.scored[-1] == len(sequence.ids) - 1
+
+
+@pytest.mark.parametrize("name", ["random_tokenizer", "fallback_tokenizer"])
+def test_characters_that_fall_apart_into_bytes_are_looked_up_at_their_last_byte(name, request):
+    tokenizer = request.getfixturevalue(name)
+    edit = Edit(prompt="In 京都 Ĵø lives near", subject="京都 Ĵø", target_new="Ĵ京 house")
+    for sequence in rewrite_sequences(tokenizer, [edit], ["{}", "東. {}"])[0]:
+        assert tokenizer.decode(sequence.targets).strip() == "Ĵ京 house"
+        read = tokenizer.decode(lookup_prefix(sequence), skip_special_tokens=True)
+        assert read.endswith("京都 Ĵø")
+        one_less = tokenizer.decode(lookup_prefix(sequence)[:-1], skip_special_tokens=True)
+        assert not one_less.endswith("京都 Ĵø")
+    [alone] = subject_sequences(tokenizer, [edit])
+    assert tokenizer.decode(alone.ids, skip_special_tokens=True).strip() == "京都 Ĵø"
 
 
 def test_every_edit_gets_its_sequences_in_the_order_of_the_templates(tokenizer):

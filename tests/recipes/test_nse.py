@@ -41,7 +41,7 @@ def test_updates_equal_the_transcription(
     config, state = editor.config, editor.state
     twin = copy.deepcopy(editor.model.model)
     history = {layer: torch.zeros(editor.model.d_ff, editor.model.d_ff) for layer in config.layers}
-    moments = {layer: state.solvers[layer].moment for layer in config.layers}
+    moments = {layer: state.moments[layer] for layer in config.layers}
     for start in (0, 6, 12):
         batch = tiny_facts[start : start + 6]
         with editor.weights.rewound():
@@ -56,7 +56,7 @@ def test_updates_equal_the_transcription(
         for layer in config.layers:
             ours = editor.weights.current(layer) - before[layer]
             assert float(totals[layer].norm()) > 0
-            assert float((ours - totals[layer]).norm() / totals[layer].norm()) < 1e-3
+            assert float((ours - totals[layer]).norm() / totals[layer].norm()) < 1e-4
             past = state.past[layer]
             gram = past.dense if past.rows is None else past.rows.T @ past.rows
             assert float((gram - history[layer]).norm() / history[layer].norm()) < 1e-4

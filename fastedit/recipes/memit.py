@@ -1,0 +1,31 @@
+"""MEMIT, mass-editing memory (Meng et al. 2023): one closed-form sweep over the layers, every edit, every neuron.
+
+    Delta = R^T K (lambda C + K^T K)^-1         each batch forgets the ones before it
+    Delta = R^T K (lambda C + H + K^T K)^-1     with memory=True: past keys are held in place (MEMIT-seq, ENCORE)
+Values are optimised on the present weights, as published. The released MEMIT-seq fails: its history is passed on
+nowhere; here H enters the solve.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastedit.closed_form import Batch, BatchResult, Recipe, one_round
+from fastedit.config import MEMITConfig
+from fastedit.solver import RidgeSolver
+
+
+def memit(batch: Batch) -> BatchResult:
+    """Write one batch inside its trial."""
+    result = one_round(batch)
+    if not batch.config.memory:
+        result.keys.clear()
+    return result
+
+
+def ridge(moment: Tensor, config: MEMITConfig) -> RidgeSolver:
+    """The ridge system over lambda C."""
+    return RidgeSolver(moment, config.covariance_weight)
+
+
+MEMIT = Recipe(memit, ridge)
