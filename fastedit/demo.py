@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Sequence
 from importlib import resources
@@ -46,19 +47,19 @@ def run_demo(source: str, n_edits: int, seed: int, console: Console) -> tuple[di
     console.print("measuring ...")
     text = editor.model.tokenizer.decode(_own_text(editor, seed))
     found = evaluate(editor, run.edits, text=text, fluency_prompts=10)
-    console.print(_answers_table(edits, prompts, before, after))
     data = {
         "run": run.to_dict(),
         "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)],
         "evaluation": found.to_dict(),
         "seconds": time.perf_counter() - started,
     }
-    closing = (
-        f"{found}\nperplexity is of text the unedited model wrote itself\n"
+    parts = (
+        _answers_table(edits, prompts, before, after, console.width),
+        f"{found}\nperplexity is of text the unedited model wrote itself",
         f"{len(run.edits)} facts edited in {run.seconds:.1f} s: {run.seconds_per_edit:.2f} s per edit"
-        f" (everything: {data['seconds']:.0f} s)"
+        f" (everything: {data['seconds']:.0f} s)",
     )
-    return data, closing
+    return data, "\n".join(parts)
 
 
 def _own_text(editor: Editor, seed: int) -> list[int]:
@@ -72,14 +73,17 @@ def _shown_prompts(edits: Sequence[Edit]) -> list[str]:
     return [edit.prompt for edit in shown] + [edit.locality[0].prompt for edit in shown if edit.locality]
 
 
-def _answers_table(edits: Sequence[Edit], prompts: list[str], before: list[str], after: list[str]) -> Table:
+def _answers_table(edits: Sequence[Edit], prompts: list[str], before: list[str], after: list[str], width: int) -> str:
     table = Table(title="the model's own words")
     for column in ("prompt", "edited to", "before", "after"):
         table.add_column(column)
     targets = [edit.target_new for edit in edits[:SHOWN]] + ["(must not move)"] * len(prompts)
     for prompt, target, old, new in zip(prompts, targets, before, after, strict=False):
         table.add_row(prompt, target, _short(old), _short(new))
-    return table
+    page = Console(file=io.StringIO(), width=width)
+    with page.capture() as captured:
+        page.print(table)
+    return captured.get()
 
 
 def _short(answer: str) -> str:

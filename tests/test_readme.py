@@ -19,6 +19,10 @@ def example() -> str:
     return code
 
 
+def test_every_placeholder_was_filled() -> None:
+    assert re.findall(r"\b[A-Z]+_(?:OUTPUT|TABLE|PLOT)\b", (ROOT / "README.md").read_text(encoding="utf-8")) == []
+
+
 def test_example_runs_on_the_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
