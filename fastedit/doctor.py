@@ -50,7 +50,11 @@ def examine() -> Examination:
             "cache": str(cache_folder()),
             **{f"model {alias}": resolve(alias) for alias in ALIASES},
         },
-        {module.name: "torch" for module in pkgutil.iter_modules(fastedit.ops.__path__) if module.name[0] != "_"},
+        {
+            module.name: "torch"
+            for module in pkgutil.iter_modules(fastedit.ops.__path__)
+            if module.name[0] != "_" and not module.ispkg
+        },
         owners_problem(importlib.metadata.packages_distributions().get("fastedit", [])),
     )
 

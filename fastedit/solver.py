@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastedit.ops.masked_gram import gram_update_, masked_gram
+from fastedit.ops.gram_update import gram_update
+from fastedit.ops.masked_gram import masked_gram
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ class PastKeys:
             self.rows = torch.cat([self.rows, keys])
             d_ff = keys.shape[1]
             if self.rows.shape[0] > d_ff // 2:
-                self.dense = gram_update_(self.rows.new_zeros(d_ff, d_ff), self.rows)
+                self.dense = gram_update(self.rows.new_zeros(d_ff, d_ff), self.rows)
                 self.rows = None
         elif self.dense is not None:
-            gram_update_(self.dense, keys)
+            gram_update(self.dense, keys)
 
     def snapshot(self) -> tuple[int, Tensor | None, Tensor | None]:
         """What `restore` needs to come back here bit for bit."""

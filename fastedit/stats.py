@@ -22,7 +22,7 @@ from fastedit.adapter import ModelAdapter
 from fastedit.attention import CausalPlan
 from fastedit.config import MomentConfig
 from fastedit.loading import cache_folder
-from fastedit.ops.masked_gram import gram_update_
+from fastedit.ops.gram_update import gram_update
 from fastedit.progress import track
 from fastedit.sampling import sample_background
 
@@ -130,7 +130,7 @@ def _add_batch(model: ModelAdapter, sums: dict[int, Tensor], batch: Tensor) -> N
         mixed = model.mix(layer, rows, plan, rotary)
         if layer in sums:
             rows, keys = model.feed_forward_with_keys(layer, mixed)
-            gram_update_(sums[layer], keys.float())
+            gram_update(sums[layer], keys.float())
         else:
             rows = model.feed_forward(layer, mixed)
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module imports only from lower rows; a package imports its own submodules too.
 # "fastedit" is `fastedit/__init__.py`, the lazy public face.
 LAYERS = (
+    ("_cpu", "_cuda"),
     ("kernels",),
     ("ops",),
     ("edits", "config", "attention", "scoring", "progress"),
@@ -47,8 +48,10 @@ TOP_LEVEL = [
 ]
 WEIGHT_WRITERS = {"weights", "apply", "journal", "editor"}
 NO_OP_NEEDED = {
-    "csrc": {"README.md", "checks.h", "bindings_cpu.cpp", "bindings_cuda.cpp"},
+    "csrc": {"README.md", "checks.h", "cpu.h", "cuda.h", "bindings_cpu.cpp", "bindings_cuda.cpp"},
     "kernels/triton": {"__init__.py"},
+    "fastedit/ops/cpp": {"__init__.py"},
+    "fastedit/ops/cuda": {"__init__.py"},
     "bench": {
         "README.md",
         "run.py",

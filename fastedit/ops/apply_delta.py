@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastedit.ops import _table
 from fastedit.ops._check import require, require_dtype
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -41,6 +42,13 @@ def apply_delta(
     if master is not None:
         require("apply_delta", "master", master, weight.shape)
         require_dtype("apply_delta", "master", master, torch.float32, torch.float64)
+    _table.run("apply_delta", weight, residual, solution, index, master)
+
+
+def apply_delta_torch(
+    weight: Tensor, residual: Tensor, solution: Tensor, index: Tensor | None, master: Tensor | None
+) -> None:
+    """The update in place, in plain torch."""
     new = apply_delta_ref(weight if master is None else master, residual, solution, index)
     if master is not None:
         master.copy_(new)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastedit.ops import _table
 from fastedit.ops._check import require, require_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -46,7 +47,7 @@ def capture_keys(
         require_dtype("capture_keys", "active", active, torch.bool)
     if activation not in ACTIVATIONS:
         raise ValueError(f"capture_keys: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return capture_keys_ref(gate, up, weights.to(gate.device), activation, active)
+    return _table.run("capture_keys", gate, up, weights.to(gate.device), activation, active)
 
 
 def capture_keys_ref(
@@ -60,6 +61,9 @@ def capture_keys_ref(
     keys = torch.einsum("itn,t->in", product, weights.to(working))
     counted = keys if active is None else keys[active]
     return Keys(keys, counted.abs().sum(0))
+
+
+capture_keys_torch = capture_keys_ref
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastedit.ops import _table
 from fastedit.ops._check import require
 
 
@@ -40,11 +41,11 @@ def select_neurons(
             raise ValueError(f"select_neurons: the share must be in (0, 1], got {share}")
         if bool((score < 0).any()):
             raise ValueError("select_neurons: scores must not be negative when selecting by mass")
-    return select_neurons_ref(score, top_k=top_k, reaching=reaching, within=within)
+    return _table.run("select_neurons", score, top_k, reaching, within)
 
 
 def select_neurons_ref(
-    score: Tensor, *, top_k: int | None = None, reaching: float | None = None, within: float | None = None
+    score: Tensor, top_k: int | None = None, reaching: float | None = None, within: float | None = None
 ) -> Tensor:
     """The definition, by a full stable sort."""
     order = torch.argsort(score, descending=True, stable=True)
@@ -60,3 +61,6 @@ def select_neurons_ref(
     else:
         count = max(1, int((cumulative <= bound).sum()))
     return order[:count].sort().values
+
+
+select_neurons_torch = select_neurons_ref

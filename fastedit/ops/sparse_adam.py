@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastedit.ops import _table
 from fastedit.ops._check import require, require_dtype
 
 
@@ -55,6 +56,20 @@ def sparse_adam(
             require("sparse_adam", name, value, delta.shape[:1], delta)
     if step < 1:
         raise ValueError(f"sparse_adam: step must be at least 1, got {step}")
+    _table.run("sparse_adam", delta, grad, moment1, moment2, step, settings, decay, radius)
+
+
+def sparse_adam_torch(
+    delta: Tensor,
+    grad: Tensor,
+    moment1: Tensor,
+    moment2: Tensor,
+    step: int,
+    settings: AdamSettings,
+    decay: Tensor | None,
+    radius: Tensor | None,
+) -> None:
+    """The step in place, in plain torch."""
     new_delta, new_moment1, new_moment2 = sparse_adam_ref(delta, grad, moment1, moment2, step, settings, decay, radius)
     delta.copy_(new_delta)
     moment1.copy_(new_moment1)

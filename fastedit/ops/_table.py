@@ -1,0 +1,95 @@
+"""Which backend runs an op: one literal table, an explicit choice, an automatic one.
+
+A backend of an op is a module with the op's function (same arguments as the public one, checked before) and
+
+    supports(*arguments) -> str | None    None if it can run them, or the reason why it cannot
+    worth(*arguments) -> str | None       None if it is the faster choice for them, or the measured reason why not
+
+An explicit choice (`with backend("cpp")`, or the environment variable FASTEDIT_BACKEND) is used or raises with the
+reason. Only the automatic choice passes over what is unsupported or not worth it; plain torch always works.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+# op -> backend -> module, in the order in which the automatic choice tries them.
+TABLE: dict[str, dict[str, str]] = {}
+
+BACKENDS = ("cuda", "triton", "cpp", "torch")
+
+_chosen: ContextVar[str | None] = ContextVar("fastedit_backend", default=None)
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run an op."""
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op of the block on the backend `name`, one of BACKENDS.
+
+    Raises ValueError for another name; the ops raise BackendUnavailable where the backend cannot run them."""
+    token = _chosen.set(_known(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def run(op: str, *arguments: Any) -> Any:
+    """Run `op` on the chosen backend, or on the first that supports the arguments and is worth it."""
+    name = wanted()
+    if name is None:
+        name = automatic(op, *arguments)
+    else:
+        reason = unsupported(op, name, *arguments)
+        if reason is not None:
+            able = [other for other in BACKENDS if unsupported(op, other, *arguments) is None]
+            raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}; able: {', '.join(able)}")
+    return getattr(module_of(op, name), op if name != "torch" else f"{op}_torch")(*arguments)
+
+
+def wanted() -> str | None:
+    """The backend asked for by `backend` or by FASTEDIT_BACKEND, None for the automatic choice."""
+    return _chosen.get() or _known(os.environ.get("FASTEDIT_BACKEND") or None)
+
+
+def automatic(op: str, *arguments: Any) -> str:
+    """The first backend of the table that supports the arguments and is worth it."""
+    for name in TABLE.get(op, {}):
+        module = module_of(op, name)
+        if module.supports(*arguments) is None and module.worth(*arguments) is None:
+            return name
+    return "torch"
+
+
+def unsupported(op: str, name: str, *arguments: Any) -> str | None:
+    """Why backend `name` cannot run `op` on these arguments; None if it can."""
+    if name == "torch":
+        return None
+    if name not in TABLE.get(op, {}):
+        return f"{op} has no {name} kernel"
+    return module_of(op, name).supports(*arguments)
+
+
+@cache
+def module_of(op: str, name: str) -> ModuleType:
+    """The module of a backend; an import error propagates."""
+    return importlib.import_module(TABLE.get(op, {}).get(name, f"fastedit.ops.{op}"))
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name

@@ -1,0 +1,78 @@
+"""Dispatch: what was asked for by name is used or refused with its reason, only the automatic choice falls back."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastedit.ops import _table
+from fastedit.ops.select_neurons import select_neurons
+
+SCORE = torch.tensor([3.0, 1.0, 2.0])
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A "cpp" backend of select_neurons whose answers are set by the test."""
+    module = SimpleNamespace(supports=lambda *_: None, worth=lambda *_: None, select_neurons=lambda *_: "cpp")
+    monkeypatch.setitem(_table.TABLE, "select_neurons", {"cpp": "fastedit.ops.cpp.select_neurons"})
+    original = _table.module_of
+    monkeypatch.setattr(_table, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
+    monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
+    return module
+
+
+def test_the_first_backend_that_can_and_is_worth_it_runs(fake):
+    assert select_neurons(SCORE, top_k=1) == "cpp"
+
+
+@pytest.mark.parametrize("question", ["supports", "worth"])
+def test_the_automatic_choice_falls_back_to_torch(fake, question):
+    setattr(fake, question, lambda *_: "too small")
+    assert select_neurons(SCORE, top_k=1).tolist() == [0]
+
+
+def test_what_is_asked_for_is_used_even_if_it_is_not_worth_it(fake):
+    fake.worth = lambda *_: "slower here"
+    with _table.backend("cpp"):
+        assert select_neurons(SCORE, top_k=1) == "cpp"
+        with _table.backend("torch"):
+            assert select_neurons(SCORE, top_k=1).tolist() == [0]
+        assert select_neurons(SCORE, top_k=1) == "cpp"
+    assert select_neurons(SCORE, top_k=1).tolist() == [0]
+
+
+def test_what_is_asked_for_and_cannot_run_is_refused_with_its_reason(fake):
+    fake.supports = lambda *_: "it was not compiled"
+    refusal = "select_neurons: backend 'cpp' was asked for, but it was not compiled; able: torch"
+    with _table.backend("cpp"), pytest.raises(_table.BackendUnavailable, match=refusal):
+        select_neurons(SCORE, top_k=1)
+
+
+def test_the_environment_asks_and_the_block_overrules_it(fake, monkeypatch):
+    monkeypatch.setenv("FASTEDIT_BACKEND", "torch")
+    assert select_neurons(SCORE, top_k=1).tolist() == [0]
+    with _table.backend("cpp"):
+        assert select_neurons(SCORE, top_k=1) == "cpp"
+    monkeypatch.setenv("FASTEDIT_BACKEND", "cpu")
+    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpp, torch, got 'cpu'"):
+        select_neurons(SCORE, top_k=1)
+
+
+def test_a_backend_that_breaks_is_not_passed_over(fake):
+    def broken(*_):
+        raise ImportError("undefined symbol")
+
+    fake.supports = broken
+    with pytest.raises(ImportError, match="undefined symbol"):
+        select_neurons(SCORE, top_k=1)
+
+
+def test_every_backend_of_the_table_answers_for_its_op():
+    for op, backends in _table.TABLE.items():
+        assert list(backends) == [name for name in _table.BACKENDS if name in backends]
+        for name in backends:
+            module = _table.module_of(op, name)
+            assert callable(getattr(module, op))
+            assert callable(module.supports)
+            assert callable(module.worth)
