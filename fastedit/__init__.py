@@ -9,11 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastedit.editor import BatchRejected, Editor
+    from fastedit.editor import Editor
     from fastedit.edits import Edit, EditSet, InvalidEdits, Probe
     from fastedit.evaluation import evaluate
+    from fastedit.guards import Guard
     from fastedit.readers import load_edits
     from fastedit.recipes import RECIPES
+    from fastedit.reports import BatchRejected
+    from fastedit.runlog import RunError
     from fastedit.stats import Source
     from fastedit.watch import Watch
 
@@ -25,7 +28,9 @@ _HOME = {
     "InvalidEdits": "fastedit.edits",
     "Probe": "fastedit.edits",
     "Editor": "fastedit.editor",
-    "BatchRejected": "fastedit.editor",
+    "BatchRejected": "fastedit.reports",
+    "Guard": "fastedit.guards",
+    "RunError": "fastedit.runlog",
     "evaluate": "fastedit.evaluation",
     "load_edits": "fastedit.readers",
     "RECIPES": "fastedit.recipes",
@@ -39,8 +44,10 @@ __all__ = [
     "Edit",
     "EditSet",
     "Editor",
+    "Guard",
     "InvalidEdits",
     "Probe",
+    "RunError",
     "Source",
     "Watch",
     "__version__",

@@ -57,6 +57,8 @@ class ModelAdapter:
             raise UnsupportedModel(f"{type(tokenizer).__name__}: a fast tokenizer with character offsets is needed")
         self.model = model
         self.tokenizer = tokenizer
+        # Where it was loaded from, for reports; None for a model that was handed over.
+        self.source: str | None = None
         self.family = choose(model, families)
         self.layers: nn.ModuleList = find(model, self.family.layers)
         check_weights(model, self.family, self.layers)

@@ -32,6 +32,5 @@ def apply_update(
     largest = torch.finfo(trial.weights.current(layer).dtype).max
     if norm > 0.5 * largest:
         raise RejectedUpdate(layer, rows.tolist(), f"the update's norm {norm:.3g} overflows the weight's dtype")
-    trial.save(layer, index)
-    trial.weights.add(layer, index, residual, solution)
+    trial.add(layer, index, residual, solution)
     return norm

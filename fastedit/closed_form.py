@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastedit.apply import apply_update
 from fastedit.capture import KeySweep
 from fastedit.edits import Edit
 from fastedit.journal import Trial
+from fastedit.runlog import tensors_hash
 from fastedit.solver import PastKeys, Solver
 from fastedit.target import Values, optimise_values
 
@@ -29,6 +30,43 @@ class EditState:
     moments: dict[int, Tensor]
     solvers: dict[int, Solver]
     past: dict[int, PastKeys]
+
+    def snapshot(self) -> dict[int, Any]:
+        """What `restore` needs to forget the batches remembered since."""
+        return {layer: past.snapshot() for layer, past in self.past.items()}
+
+    def restore(self, snapshot: Mapping[int, Any]) -> None:
+        """Go back to a snapshot, bit for bit."""
+        for layer, past in snapshot.items():
+            self.past[layer].restore(past)
+
+    def remember(self, keys: Mapping[int, Tensor]) -> None:
+        """The keys of a committed batch, layer -> (n_edits, d_ff), become history."""
+        for layer, rows in keys.items():
+            self.past[layer].add(rows.to(self.past[layer].device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What changes from batch to batch, by name, for `load`."""
+        return {f"{layer}/{name}": each for layer, past in self.past.items() for name, each in past.tensors().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Become what `tensors` returned; nothing = the state before the first batch."""
+        for layer, past in self.past.items():
+            prefix = f"{layer}/"
+            past.load({name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)})
+
+    def describe(self) -> dict[str, Any]:
+        """What was prepared: the templates, and the SHA-256 of each second moment."""
+        hashes = {layer: tensors_hash({"moment": moment}) for layer, moment in self.moments.items()}
+        return {"templates": list(self.templates), "moments": {str(layer): each for layer, each in hashes.items()}}
+
+    def adopt(self, described: Mapping[str, Any]) -> None:
+        """Go on where the state stood that `describe` told of. Raises ValueError for other second moments."""
+        now = self.describe()["moments"]
+        differ = [layer for layer, each in described["moments"].items() if now.get(layer) != each]
+        if differ:
+            raise ValueError(f"second moments of layers {', '.join(differ)} are not those that the run began with")
+        self.templates = tuple(described["templates"])
 
 
 @dataclass
@@ -45,10 +83,21 @@ class BatchResult:
     neurons: dict[int, int] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def losses(self) -> Tensor:
+        """(n_edits,) loss at the last forward."""
+        return self.values.losses
+
+    @property
+    def steps(self) -> Tensor:
+        """(n_edits,) int64, Adam steps."""
+        return self.values.steps
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of edits on its way into the model. progress: called with the number of values finished since."""
+    """One batch of edits on its way into the model. progress: called with the number of values finished since, also
+    where a batch may be abandoned; known: values of the edits that were optimised before."""
 
     model: ModelAdapter
     edits: Sequence[Edit]
@@ -56,9 +105,12 @@ class Batch:
     state: EditState
     trial: Trial
     progress: Callable[[int], None] | None = None
+    known: Values | None = None
 
     def values(self) -> Values:
         """Values at the last edited layer, on the original or the present weights as the config says."""
+        if self.known is not None:
+            return self.known
         config, state = self.config, self.state
         with self.trial.weights.rewound() if config.rewind_values else contextlib.nullcontext():
             return optimise_values(
@@ -101,6 +153,9 @@ def write_sweep(
                 return False
             result.written.append(int(active.sum()))
         layer = captured.layer
+        if batch.progress is not None:
+            # A batch may be abandoned here.
+            batch.progress(0)
         # In the last round that writes, weights below this layer are final: these are the post-edit keys.
         result.keys[layer], mass = sweep.keys(captured, active)
         if not bool(active.any()):

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import RejectedUpdate
+from fastedit.attempts import Notes, with_budget, with_less_memory
 from fastedit.checks import Checked, check_edits
 from fastedit.config import CONFIGS, EditConfig, load_preset, preset_for
-from fastedit.edits import Edit, EditSet, Problem
+from fastedit.edits import Edit, EditSet
 from fastedit.families import FAMILIES, Family
+from fastedit.guards import Guard, GuardTripped
+from fastedit.interrupts import Interrupts
 from fastedit.journal import Journal
 from fastedit.loading import load_model
 from fastedit.progress import track
 from fastedit.recipes import RECIPES, Batch, BatchResult, EditState
+from fastedit.recorder import Recorder, describe_run
+from fastedit.reports import BatchRejected, BatchReport, Run, Watcher
+from fastedit.runlog import RunError, is_run
 from fastedit.sampling import sample_templates
 from fastedit.solver import NotPositiveDefinite, PastKeys
 from fastedit.stats import Source, second_moments
@@ -29,74 +37,9 @@ from fastedit.target import upper_layers
 from fastedit.tokens import encode
 from fastedit.weights import EditableWeights
 
+__all__ = ["BatchRejected", "BatchReport", "Editor", "Run", "Watcher"]
+
 log = logging.getLogger(__name__)
-
-
-class BatchRejected(RuntimeError):
-    """A batch could not be written; its trial was rolled back bit for bit. `case_ids` are the edits to blame."""
-
-    def __init__(self, batch: int, case_ids: list[Any], reason: str) -> None:
-        shown = ", ".join(str(case) for case in case_ids[:5]) + (", ..." if len(case_ids) > 5 else "")
-        super().__init__(f"batch {batch} rolled back, no weight changed: {reason} (case ids {shown})")
-        self.batch, self.case_ids, self.reason = batch, case_ids, reason
-
-
-@dataclass(frozen=True)
-class BatchReport:
-    """What happened to one batch. loss: mean over its edits at the last forward; steps: mean Adam steps;
-    written: edits written in each round; neurons, norms: per layer, neurons written last and summed update norms;
-    error: why it was rolled back, or None when it was committed."""
-
-    batch: int
-    case_ids: tuple[Any, ...]
-    seconds: float
-    loss: float | None = None
-    steps: float | None = None
-    written: tuple[int, ...] = ()
-    neurons: Mapping[int, int] = field(default_factory=dict)
-    norms: Mapping[int, float] = field(default_factory=dict)
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One call of `Editor.edit`: the edits that were committed, a report per batch, and why edits were left out."""
-
-    edits: EditSet
-    batches: tuple[BatchReport, ...]
-    skipped: tuple[Problem, ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of all batches."""
-        return sum(report.seconds for report in self.batches)
-
-    @property
-    def seconds_per_edit(self) -> float:
-        """Wall time per committed edit."""
-        return self.seconds / max(1, len(self.edits))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "n_edits": len(self.edits),
-            "seconds": self.seconds,
-            "seconds_per_edit": self.seconds_per_edit,
-            "batches": [asdict(report) for report in self.batches],
-            "skipped": [asdict(problem) for problem in self.skipped],
-        }
-
-
-class Watcher(Protocol):
-    """What looks at a stream of batches from outside; see :class:`fastedit.watch.Watch`."""
-
-    def begin(self) -> None:
-        """Called before the first batch."""
-        ...
-
-    def after_batch(self, report: BatchReport, last: bool) -> None:
-        """Called after a batch was committed or rolled back; `last`: no other follows."""
-        ...
 
 
 class Editor:
@@ -132,6 +75,8 @@ class Editor:
         self._moments = moments
         self._state: EditState | None = None
         self._history: list[tuple[EditSet, dict[int, Any]]] = []
+        self.recorder: Recorder | None = None
+        self._token_budget: int | None = None
 
     @classmethod
     def from_pretrained(
@@ -169,11 +114,29 @@ class Editor:
         adapter.check_forward()
         return cls(adapter, method, **options)
 
+    @classmethod
+    def resume(cls, run_dir: str | Path, model: ModelAdapter | None = None, **options: Any) -> Editor:
+        """The editor of a run directory with its batches written into the model, ready to go on.
+
+        model: the unedited one; default: loaded from where the run says it was
+        options: moments, undo_depth, progress, as for `Editor`
+        Raises RunError: no run, damaged (DamagedRun), or of another model (WrongModel)."""
+        recorder = Recorder.open(run_dir)
+        method, config, seed, text = recorder.settings
+        options = {"moments": Source(text, seed), "seed": seed, **options}
+        editor = cls(model or recorder.load_model(), method, config, **options)
+        editor._attach(recorder)
+        return editor
+
     @property
     def state(self) -> EditState:
         """Context templates, second moments and past keys; made at first use, which can take a while."""
         if self._state is None:
-            self._state = self._prepare()
+            state = self._prepare()
+            if self.recorder is not None:
+                state.adopt(self.recorder.header["prepared"])
+                self.recorder.replay_state(state, len(self._history))
+            self._state = state
         return self._state
 
     @property
@@ -188,47 +151,76 @@ class Editor:
         on_error: str = "stop",
         on_invalid: str = "refuse",
         watch: Watcher | None = None,
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+        guard: Guard | None = None,
     ) -> Run:
         """Write `edits` in batches.
 
-        on_error: what to do with a batch that cannot be written (it is rolled back first): "stop" raises
-            BatchRejected, earlier batches stay; "skip" reports it and goes on
+        on_error: what to do with a batch that cannot be written, or goes past the guard's bounds (it is rolled back
+            first): "stop" raises BatchRejected, earlier batches stay; "skip" reports it and goes on
         on_invalid: what to do, before any weight is touched, with anything wrong in the edits: "refuse" raises
             InvalidEdits with all of it; "skip" leaves the wrong edits out, `Run.skipped` says why
-        watch: told before the first batch and after each one; its time is not counted in the reports"""
+        watch: told before the first batch and after each one; its time is not counted in the reports
+        run_dir: folder of a run, in which every batch is on the disk before the next one begins; from then on
+            everything this editor does is recorded there. Raises RunError, RunWriteError
+        resume: go on with the run in that folder; without a run there, begin one
+        guard: what batches are judged by before they are committed; default: Guard()
+        Ctrl-C stops after the batch at work, a second one abandons it."""
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         batches, skipped = self._check(edits, batch_size, on_invalid)
-        state = self.state
-        reports = []
-        done: list[Edit] = []
-        if watch is not None:
-            watch.begin()
-        with track(sum(map(len, batches)), f"editing ({self.method})", "edits", self.progress) as advance:
-            for number, batch in enumerate(batches):
-                report = self._edit_batch(number, batch, state, advance)
+        with self._recording(run_dir, resume) as recorder:
+            about = {"batch_size": batch_size, "on_error": on_error}
+            reports, done = ([], []) if recorder is None else recorder.begin(batches, about, resume)
+            for report in self._batches(batches, len(reports), on_error, watch, guard or Guard()):
                 reports.append(report)
-                if report.error is None:
-                    done.extend(batch)
-                elif on_error == "stop":
-                    raise BatchRejected(number, list(report.case_ids), report.error)
-                else:
-                    log.warning("batch %d skipped: %s", number, report.error)
-                if watch is not None:
-                    watch.after_batch(report, last=number + 1 == len(batches))
+                done.extend(batches[report.batch] if report.error is None else ())
         return Run(EditSet(tuple(done)), tuple(reports), skipped)
 
-    def undo(self, last: int = 1) -> None:
-        """Take the last batches back, weights and history bit for bit. Raises ValueError when fewer are in memory."""
-        if not 1 <= last <= len(self.journal):
-            raise ValueError(f"undo: {len(self.journal)} batches are in memory, asked for {last}")
-        for _ in range(last):
+    def undo(self, last: int | None = None, to: int | None = None) -> None:
+        """Take batches back, weights and history bit for bit: the last ones (default 1), or all but the first `to`.
+
+        Those in memory are rolled back, others are rebuilt from the run directory. Raises ValueError when there are
+        not as many, or neither memory nor a run directory reaches as far."""
+        count = len(self._history)
+        if last is not None and to is not None:
+            raise ValueError(f"undo: wanted last or to, got last={last} and to={to}")
+        taken = count - to if to is not None else (1 if last is None else last)
+        if not 1 <= taken <= count or (self.recorder is None and taken > len(self.journal)):
+            held = len(self.journal) if self.recorder is None else count
+            raise ValueError(f"undo: {held} batches are in memory or recorded, asked for {taken}")
+        if self.recorder is not None:
+            with self.recorder.log.writing():
+                self.recorder.rewind(count - taken)
+        if taken > len(self.journal):
+            self.restore(count - taken)
+            return
+        for _ in range(taken):
             self.journal.undo()
-            _, snapshots = self._history.pop()
-            for layer, snapshot in snapshots.items():
-                self.state.past[layer].restore(snapshot)
+            _, snapshot = self._history.pop()
+            self.state.restore(snapshot)
+
+    @contextlib.contextmanager
+    def temporarily(self, edits: Sequence[Edit], batch_size: int = 100, **options: Any) -> Iterator[Run]:
+        """Edits inside the block, the model and all else bit for bit as it was after it. Nothing is recorded.
+
+        options: those of `edit` but run_dir and resume"""
+        if {"run_dir", "resume"} & set(options):
+            raise ValueError("temporarily: edits that are taken back are not recorded, got run_dir or resume")
+        state = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
+        weights = {layer: self.weights.stored(layer) for layer in self.weights.layers}
+        outside = self.journal, self._history, self.recorder, self._token_budget
+        self.journal, self._history, self.recorder = Journal(self.weights), list(self._history), None
+        try:
+            yield self.edit(edits, batch_size, **options)
+        finally:
+            for layer, values in weights.items():
+                self.weights.put(layer, None, values)
+            self.state.load(state)
+            self.journal, self._history, self.recorder, self._token_budget = outside
 
     def ask(self, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:
         """Greedy continuations of the prompts, without the prompts."""
@@ -276,36 +268,133 @@ class Editor:
         upper = upper_layers(self.model, config.layers[-1], config.value)
         return EditState(templates, upper, moved, solvers, past)
 
-    def _edit_batch(self, number: int, batch: EditSet, state: EditState, advance: Any) -> BatchReport:
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"method": self.method, "config": self.config.model_dump(), "seed": self.seed}
+
+    @contextlib.contextmanager
+    def _recording(self, run_dir: str | Path | None, resume: bool) -> Iterator[Recorder | None]:
+        """The run directory, held for writing; None when nothing is recorded."""
+        known = self.recorder
+        if run_dir is not None and known is not None and Path(run_dir).resolve() != known.log.folder.resolve():
+            raise RunError(f"run_dir: this editor is recorded in {known.log.folder}, got {run_dir}")
+        if run_dir is not None and known is None:
+            if is_run(run_dir) and not resume:
+                raise RunError(f"{run_dir}: holds a run already; resume it (resume=True, --resume) or name another")
+            if is_run(run_dir):
+                self._attach(Recorder.open(run_dir), prepare=True)
+            elif self._history:
+                raise RunError(f"run_dir: {len(self._history)} batches were written before anything was recorded")
+            else:
+                text = self._moments.path if isinstance(self._moments, Source) else None
+                about = describe_run(self.model, self.weights, self._settings, self.state.describe(), text)
+                self.recorder = Recorder.create(run_dir, about)
+        with contextlib.nullcontext() if self.recorder is None else self.recorder.log.writing():
+            yield self.recorder
+
+    def _attach(self, recorder: Recorder, prepare: bool = False) -> None:
+        """Take a recorded run over: its batches are written into the model, which must be unedited. prepare: make the
+        state before, so that a run it does not belong to is refused with nothing written."""
+        if self._history:
+            raise RunError(f"resume: wanted an editor without edits, got one with {len(self._history)} batches")
+        recorder.check(self.model, self.weights, self._settings)
+        if prepare or self._state is not None:
+            self.state.adopt(recorder.header["prepared"])
+        self.recorder, self._token_budget = recorder, recorder.token_budget
+        self.restore(len(recorder.live))
+
+    def restore(self, keep: int) -> None:
+        """Read weights, state and history as after the first `keep` live batches from the run directory."""
+        if self.recorder is None:
+            raise RunError("restore: wanted an editor with a run directory, got one without")
+        self.recorder.replay_weights(self.weights, keep)
+        if self._state is not None:
+            self.recorder.replay_state(self._state, keep)
+        self.journal.forget()
+        self._history = [(self.recorder.edits(record), {}) for record in self.recorder.live[:keep]]
+
+    def _batches(
+        self, batches: Sequence[EditSet], first: int, on_error: str, watch: Watcher | None, guard: Guard
+    ) -> Iterator[BatchReport]:
+        """Write the batches from `first` on, each a report."""
+        guard.begin(self.model, self.weights)
+        if watch is not None:
+            watch.begin()
+        total = sum(map(len, batches[first:]))
+        with track(total, f"editing ({self.method})", "edits", self.progress) as advance, Interrupts() as interrupts:
+
+            def progress(n: int) -> None:
+                interrupts.check()
+                advance(n)
+
+            for number, batch in enumerate(batches[first:], first):
+                report = self._edit_batch(number, batch, guard, progress)
+                if report.error is not None:
+                    if self.recorder is not None:
+                        self.recorder.reject(number, asdict(report), skipped=on_error == "skip")
+                    if on_error == "stop":
+                        raise BatchRejected(number, list(report.case_ids), report.error)
+                    log.warning("batch %d skipped: %s", number, report.error)
+                elif self.recorder is not None:
+                    self.recorder.snapshot_if_due(self.weights, self.state)
+                yield report
+                if watch is not None:
+                    watch.after_batch(report, last=number + 1 == len(batches))
+                if interrupts.wanted:
+                    raise KeyboardInterrupt
+
+    def _edit_batch(self, number: int, batch: EditSet, guard: Guard, progress: Any) -> BatchReport:
+        """Write one batch. A token budget that had to be halved stays so."""
         started = time.perf_counter()
         case_ids = tuple(edit.case_id for edit in batch)
-        trial = self.journal.trial()
-        try:
-            with trial, torch.no_grad():
-                result = RECIPES[self.method].write(Batch(self.model, batch, self.config, state, trial, advance))
-                self.journal.commit(trial)
-        except RejectedUpdate as error:
-            blamed = tuple(case_ids[row] for row in error.rows)
-            return BatchReport(number, blamed, time.perf_counter() - started, error=str(error))
-        except NotPositiveDefinite as error:
-            return BatchReport(number, case_ids, time.perf_counter() - started, error=str(error))
+        config = with_budget(self.config, self._token_budget)
+        with Notes() as notes:
+            try:
+                write = partial(self.write, number, batch, guard=guard, progress=progress, notes=notes)
+                report = with_less_memory(write, config)
+                self._token_budget = report.token_budget
+            except RejectedUpdate as error:
+                blamed = tuple(case_ids[row] for row in error.rows)
+                report = BatchReport(number, blamed, 0.0, error=str(error))
+            except (NotPositiveDefinite, GuardTripped) as error:
+                report = BatchReport(number, case_ids, 0.0, error=str(error))
+        return replace(report, seconds=time.perf_counter() - started, notes=tuple(notes.lines))
+
+    def write(
+        self, number: int, batch: EditSet, config: Any, guard: Guard, progress: Any, notes: Notes, known: Any = None
+    ) -> BatchReport:
+        """Write one batch inside a trial, judge and commit it, first on the disk.
+
+        known: its values, for a batch that is written anew; its record then waits for a `rewind`"""
+        started = time.perf_counter()
+        state, trial = self.state, self.journal.trial()
+        with trial, torch.no_grad():
+            result = RECIPES[self.method].write(Batch(self.model, batch, config, state, trial, progress, known))
+            measured = guard.check(self.model, self.weights, trial.touched)
+            report = BatchReport(
+                number,
+                tuple(edit.case_id for edit in batch),
+                time.perf_counter() - started,
+                float(result.losses.mean()),
+                float(result.steps.float().mean()),
+                tuple(result.written),
+                dict(result.neurons),
+                dict(result.norms),
+                token_budget=config.value.token_budget,
+                notes=tuple(notes.lines),
+                measured=measured,
+            )
+            if self.recorder is not None:
+                pending = known is not None
+                self.recorder.commit(number, batch, trial, result.keys, vars(result.values), asdict(report), pending)
+            self.journal.commit(trial)
         self._remember(batch, state, result)
-        return BatchReport(
-            number,
-            case_ids,
-            time.perf_counter() - started,
-            float(result.values.losses.mean()),
-            float(result.values.steps.float().mean()),
-            tuple(result.written),
-            dict(result.neurons),
-            dict(result.norms),
-        )
+        return report
 
     def _remember(self, batch: EditSet, state: EditState, result: BatchResult) -> None:
         # Snapshots beyond the journal's depth could never be used again.
-        for old, (edits, snapshots) in enumerate(self._history):
-            if snapshots and old < len(self._history) + 1 - len(self.journal):
+        for old, (edits, snapshot) in enumerate(self._history):
+            if snapshot and old < len(self._history) + 1 - len(self.journal):
                 self._history[old] = (edits, {})
-        self._history.append((batch, {layer: past.snapshot() for layer, past in state.past.items()}))
-        for layer, keys in result.keys.items():
-            state.past[layer].add(keys)
+        self._history.append((batch, state.snapshot()))
+        state.remember(result.keys)

@@ -12,6 +12,7 @@ With every neuron selected and past keys as rows, the Cholesky factor L of weigh
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -33,14 +34,14 @@ class PastKeys:
     """Keys of all committed edits of one layer: rows while few, their sum of outer products H after."""
 
     def __init__(self, d_ff: int, device: torch.device | str = "cpu") -> None:
-        self.n_edits = 0
+        self.n_edits, self.d_ff, self.device = 0, d_ff, device
         self.rows: Tensor | None = torch.zeros(0, d_ff, device=device)
         self.dense: Tensor | None = None
 
     def add(self, keys: Tensor) -> None:
         """Append keys (n, d_ff)."""
         self.n_edits += keys.shape[0]
-        keys = keys.float()
+        keys = keys.float().contiguous()
         if self.rows is not None:
             self.rows = torch.cat([self.rows, keys])
             d_ff = keys.shape[1]
@@ -49,6 +50,18 @@ class PastKeys:
                 self.rows = None
         elif self.dense is not None:
             gram_update(self.dense, keys)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, for `load`: a count and either the rows or their dense sum."""
+        held = {"n_edits": torch.tensor(self.n_edits), "rows": self.rows, "dense": self.dense}
+        return {name: each for name, each in held.items() if each is not None}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Become what `tensors` returned; nothing = without a past edit."""
+        none = torch.zeros(0, self.d_ff, device=self.device)
+        held = tensors or {"n_edits": torch.tensor(0), "rows": none}
+        self.n_edits = int(held["n_edits"])
+        self.rows, self.dense = (held[n].to(self.device) if n in held else None for n in ("rows", "dense"))
 
     def snapshot(self) -> tuple[int, Tensor | None, Tensor | None]:
         """What `restore` needs to come back here bit for bit."""

@@ -206,6 +206,9 @@ def _optimise_group(group: _Group, config: ValueConfig, progress: Callable[[int]
     adam = AdamSettings(config.lr)
     # The published loop runs one forward more: its loss is printed and then the loop ends.
     for step in range(1, config.steps):
+        if progress is not None:
+            # A batch may be abandoned here.
+            progress(0)
         losses, grad, top1 = group.evaluate(state.delta)
         losses = losses + state.decay * torch.linalg.vector_norm(state.delta, dim=1)
         found.losses[state.index] = losses

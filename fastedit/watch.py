@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastedit.editor import BatchReport, Editor
+from fastedit.editor import Editor
 from fastedit.edits import Edit
 from fastedit.evaluation import METRICS, Measurement, Metric
+from fastedit.reports import BatchReport
 
 log = logging.getLogger(__name__)
 

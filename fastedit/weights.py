@@ -48,6 +48,33 @@ class EditableWeights:
         index = index.to(weight.device)
         return weight[:, index], None if master is None else master[:, index]
 
+    def working_dtype(self, layer: int) -> torch.dtype:
+        """The dtype in which updates of a layer are added: float32, or float64 for float64 weights."""
+        return torch.promote_types(self.current(layer).dtype, torch.float32)
+
+    def stored(self, layer: int, index: Tensor | None = None) -> Tensor:
+        """Copy of columns `index` (None = all), (d_model, k): of the master where there is one, else of the weight."""
+        weight, master = self.columns(layer, index)
+        return weight if master is None else master
+
+    def changed(self, layer: int) -> Tensor | None:
+        """Columns that may differ from the original, (k,) int64; None = any."""
+        return None
+
+    def put(self, layer: int, index: Tensor | None, values: Tensor) -> None:
+        """Write what `stored` returned: the master takes it as it is, a weight in half precision is rounded from it."""
+        weight = self.current(layer)
+        values = values.to(weight.device)
+        is_half = weight.dtype in (torch.bfloat16, torch.float16)
+        self.restore(layer, index, (values.to(weight.dtype), values.float() if is_half else None))
+
+    def reset(self) -> None:
+        """Go back to the weights before any edit."""
+        for layer in self.layers:
+            index = self.changed(layer)
+            original = self.original(layer)
+            self.put(layer, index, original if index is None else original[:, index])
+
     def add(self, layer: int, index: Tensor | None, residual: Tensor, solution: Tensor) -> None:
         """W[:, S] += R^T X^T; see :func:`fastedit.ops.apply_delta.apply_delta`."""
         weight = self.current(layer)
@@ -77,8 +104,13 @@ class EditableWeights:
                 self._model.down_parameter(layer).data = present[layer]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the present edited weights, hexadecimal."""
+        """SHA-256 over the present edited weights and their masters, hexadecimal."""
+        return hashlib.sha256("".join(map(self.layer_hash, self.layers)).encode()).hexdigest()
+
+    def layer_hash(self, layer: int) -> str:
+        """SHA-256 over one layer's present weight, and its master where there is one; hexadecimal."""
         digest = hashlib.sha256()
-        for layer in self.layers:
-            digest.update(self.current(layer).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for tensor in self.columns(layer, None):
+            if tensor is not None:
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""Undo of single edits: the batches from theirs on are solved again without them, from the recorded values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastedit.answers import answer
+from fastedit.attempts import Notes, with_budget
+from fastedit.editor import Editor
+from fastedit.edits import Edit, EditSet
+from fastedit.guards import Guard
+from fastedit.runlog import Record, RunError
+from fastedit.target import Values
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """One edit taken back. batches: how many were solved again; log_prob: mean over the target's tokens after the
+    prompt, of the model unedited, with the edit, and without it; moved: layer -> ||W - W_before|| / ||W_before - W_0||;
+    others: share of the remaining edits with every target token ranked first, before and after."""
+
+    case_id: Any
+    batches: int
+    seconds: float
+    log_prob: tuple[float, float, float]
+    moved: dict[int, float]
+    others: tuple[float, float]
+
+    @property
+    def residual(self) -> float:
+        """What is left of the edit: its target's log-probability minus that of the unedited model."""
+        return self.log_prob[2] - self.log_prob[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "residual": self.residual}
+
+    def __str__(self) -> str:
+        unedited, edited, now = self.log_prob
+        moved = max(self.moved.values(), default=0.0)
+        return (
+            f"case {self.case_id} taken back, {self.batches} batches solved again in {self.seconds:.1f} s\n"
+            f"log-probability of its target: {unedited:.2f} unedited, {edited:.2f} with the edit, {now:.2f} without it"
+            f" (residual {self.residual:+.2f})\n"
+            f"weights moved by {moved:.1%} of all that edits moved them; of the others"
+            f" {self.others[0]:.1%} held before, {self.others[1]:.1%} now"
+        )
+
+
+def forget(editor: Editor, case_id: Any) -> Forgotten:
+    """Take back one recorded edit. The batches of its run from its own on are written again without it, and come to
+    life together, in one record: a crash before that leaves the run as it was.
+
+    Raises RunError when nothing is recorded, ValueError for an unknown case_id; what stops a batch goes on to the
+    caller, with the model as it was."""
+    recorder = editor.recorder
+    if recorder is None:
+        raise RunError("forget: wanted an editor with a run directory, got one without")
+    live = recorder.live
+    holding = [at for at, record in enumerate(live) for each in record.body["edits"] if each["case_id"] == case_id]
+    if not holding:
+        raise ValueError(f"forget: {recorder.log.folder} holds no edit with case_id {case_id!r} in force")
+    started, first = time.perf_counter(), holding[-1]
+    (taken,) = [edit for edit in recorder.edits(live[first]) if edit.case_id == case_id]
+    others = [edit for edit in editor.edits if edit.case_id != case_id]
+    with editor.weights.rewound():
+        unedited = answer(editor.model, [(taken.prompt, taken.target_new)])[0].log_prob
+    edited, kept = _measure(editor, taken, others)
+    before = {layer: editor.weights.stored(layer) for layer in editor.weights.layers}
+    with recorder.log.writing():
+        try:
+            editor.restore(first)
+            pending = _solve_again(editor, live[first:], case_id)
+            recorder.rewind(first, pending)
+        except BaseException:
+            editor.restore(len(live))
+            raise
+    editor.restore(first + len(pending))
+    now, still = _measure(editor, taken, others)
+    moved = {layer: _share(editor, layer, old) for layer, old in before.items()}
+    seconds = time.perf_counter() - started
+    return Forgotten(case_id, len(pending), seconds, (unedited, edited, now), moved, (kept, still))
+
+
+def _solve_again(editor: Editor, records: Sequence[Record], case_id: Any) -> list[Record]:
+    recorder = editor.recorder
+    assert recorder is not None
+    guard, written = Guard(), []
+    guard.begin(editor.model, editor.weights)
+    for record in records:
+        edits = recorder.edits(record)
+        rows = [row for row, edit in enumerate(edits) if edit.case_id != case_id]
+        if not rows:
+            continue
+        held = recorder.log.tensors(record.number)
+        known = Values(**{name: held[f"values/{name}"][rows] for name in ("values", "hidden", "losses", "steps")})
+        left = EditSet(tuple(edits[row] for row in rows))
+        config = with_budget(editor.config, record.body["report"]["token_budget"])
+        with Notes() as notes:
+            editor.write(record.body["batch"], left, config, guard, None, notes, known)
+        written.append(recorder.log.records[-1])
+    return written
+
+
+def _measure(editor: Editor, taken: Edit, others: Sequence[Edit]) -> tuple[float, float]:
+    found = answer(editor.model, [(edit.prompt, edit.target_new) for edit in (taken, *others)])
+    exact = [each.exact for each in found[1:]]
+    return found[0].log_prob, sum(exact) / len(exact) if exact else 1.0
+
+
+def _share(editor: Editor, layer: int, before: Tensor) -> float:
+    edited = float((before - editor.weights.original(layer).to(before.dtype)).norm())
+    return float((editor.weights.stored(layer) - before).norm()) / edited if edited else 0.0

@@ -1,0 +1,121 @@
+"""SIGKILL at random instants of a run: whatever is left resumes to the bits of an uninterrupted one.
+
+The run is a forked child of this process, so that a kill costs no import. It is killed after a random share of the time
+that a whole run takes, and every third one is killed again while it resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastedit.editor import Editor
+from fastedit.edits import EditSet
+from fastedit.runlog import LOG, is_run
+
+BATCH = 3
+Make = Callable[..., Editor]
+
+
+def in_a_child(make: Make, stream: EditSet, folder: Path, seconds: float | None) -> float:
+    """Run, or go on with the run, in a forked child, killed after so many seconds (None = not); the time it had."""
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            make().edit(stream, BATCH, run_dir=folder, resume=True)
+            code = 0
+        finally:
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    return time.monotonic() - started
+
+
+def kill_and_resume(make: Make, stream: EditSet, folder: Path, whole: float, chance: random.Random) -> int:
+    """Kill a run, resume it to its end, and compare; returns how many batches were on the disk at the kill."""
+    in_a_child(make, stream, folder, chance.uniform(0, whole))
+    if chance.random() < 1 / 3:
+        in_a_child(make, stream, folder, chance.uniform(0, whole))
+    log = (folder / LOG).read_bytes() if is_run(folder) and (folder / LOG).is_file() else b""
+    n_batches = log.count(b'"kind":"batch"')
+    editor = make()
+    run = editor.edit(stream, BATCH, run_dir=folder, resume=True)
+    assert len(run.edits) == len(stream)
+    plain = make()
+    plain.edit(stream, BATCH)
+    assert editor.weights.fingerprint() == plain.weights.fingerprint()
+    for layer, past in plain.state.past.items():
+        assert past.rows is not None
+        assert editor.state.past[layer].rows.equal(past.rows)
+    return n_batches
+
+
+def kill_many(make: Make, stream: EditSet, folder: Path, times: int, seed: int) -> list[int]:
+    whole = in_a_child(make, stream, folder / "whole", None)
+    chance = random.Random(seed)
+    return [kill_and_resume(make, stream, folder / str(n), whole, chance) for n in range(times)]
+
+
+def test_a_handful_of_kills(fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
+    kill_many(fast_editor, stream, tmp_path, 4, seed=1)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
+    reached = kill_many(fast_editor, stream, tmp_path, 100, seed=2)
+    # Spread over the run: before the first batch, after each one.
+    assert set(reached) >= {0, 1, 2, 3, 4}
+
+
+def test_killed_between_rename_and_line(
+    fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The narrowest gap, hit on purpose: the file is there, its line is not."""
+    monkeypatch.setattr(
+        "fastedit.runlog.RunLog._append_line", lambda self, record: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    in_a_child(fast_editor, stream, tmp_path / "run", None)
+    monkeypatch.undo()
+    assert is_run(tmp_path / "run")
+    assert not (tmp_path / "run" / LOG).exists()
+    editor, plain = fast_editor(), fast_editor()
+    editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
+    plain.edit(stream, BATCH)
+    assert editor.weights.fingerprint() == plain.weights.fingerprint()
+
+
+def test_ctrl_c_finishes_the_batch_and_a_second_one_abandons_it(
+    fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastedit.closed_form as base
+
+    real, presses = base.optimise_values, []
+
+    def pressed(model: object, edits: EditSet, *rest: object) -> object:
+        for _ in range(presses.pop(0) if presses else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(model, edits, *rest)
+
+    monkeypatch.setattr(base, "optimise_values", pressed)
+    # Once in the second batch: it is finished. Twice in the next one: it is abandoned.
+    for presses[:], n_batches in (([0, 1], 2), ([2], 2)):
+        editor = fast_editor()
+        with pytest.raises(KeyboardInterrupt):
+            editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
+        assert len(editor.edits) == BATCH * n_batches
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    editor, plain = fast_editor(), fast_editor()
+    editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
+    plain.edit(stream, BATCH)
+    assert editor.weights.fingerprint() == plain.weights.fingerprint()
