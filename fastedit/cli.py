@@ -1,4 +1,4 @@
-"""The command line: edit, eval, stats, demo, doctor.
+"""The command line: edit, eval, stats, demo, doctor; what deals with run directories is in `run_cli`.
 
 Results go to standard output (a table, or one JSON object with --json), progress and messages to standard error.
 Exit codes: 0 done, 1 a batch was rejected or the installation is broken, 2 wrong input.
@@ -6,21 +6,21 @@ Exit codes: 0 done, 1 a batch was rejected or the installation is broken, 2 wron
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
+
+from fastedit import run_cli
+from fastedit.console import AsJson, emit, errors, open_console, say
 
 if TYPE_CHECKING:
     from fastedit.edits import EditSet, Problem
+    from fastedit.reports import Run
 
 app = typer.Typer(
     help="Edit facts inside transformer language models.",
@@ -28,9 +28,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+run_cli.register(app)
 Model = Annotated[str, typer.Argument(help="alias (smollm2-135m), hub id, folder or .gguf file")]
 Edits = Annotated[Path, typer.Argument(help="edit records, .jsonl or .json")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Seed = Annotated[int, typer.Option(help="seed of context templates and sampled text")]
 Start = Annotated[int, typer.Option(min=0, help="first record")]
 Limit = Annotated[int | None, typer.Option(min=1, help="number of records")]
@@ -48,38 +48,13 @@ OnInvalid = Annotated[str, typer.Option(help="a record that cannot be used: refu
 Fluency = Annotated[int, typer.Option(min=0, help="prompts continued to measure fluency")]
 
 
-@contextlib.contextmanager
-def _errors(console: Console) -> Iterator[None]:
-    """Errors a user can cause become one message and an exit code; anything else is ours and keeps its traceback."""
-    from fastedit.editor import BatchRejected
-    from fastedit.edits import InvalidEdits
-    from fastedit.families import UnsupportedModel
-    from fastedit.loading import ModelNotFound
-    from fastedit.stats import BadMoments
-
-    try:
-        yield
-    except BatchRejected as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    except (InvalidEdits, ModelNotFound, UnsupportedModel, BadMoments, OSError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-
-
-def _start() -> Console:
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
-    return console
-
-
 def _records(
     console: Console, path: Path, start: int, limit: int | None, form: str, target_field: str | None, on_invalid: str
 ) -> EditSet:
     from fastedit.readers import load_edits
 
     records = load_edits(path, start=start, limit=limit, form=form, target_field=target_field, on_invalid=on_invalid)
-    _say(console, records.describe())
+    say(console, records.describe())
     _tell_skipped(console, records.skipped)
     return records
 
@@ -89,21 +64,13 @@ def _tell_skipped(console: Console, problems: Sequence[Problem]) -> None:
 
     if problems:
         n_skipped = len({(problem.source, problem.line, problem.case_id) for problem in problems})
-        _say(console, f"skipped {n_skipped} record{'s' * (n_skipped != 1)}:\n{listing(problems)}")
+        say(console, f"skipped {n_skipped} record{'s' * (n_skipped != 1)}:\n{listing(problems)}")
 
 
 def _account(records: EditSet, skipped: Sequence[Problem]) -> dict[str, Any]:
     """What became of the records: those left out in reading, then those that the model cannot take."""
     told = [dataclasses.asdict(problem) for problem in (*records.skipped, *skipped)]
     return {"form": records.form, "target_field": records.target_field, "skipped": told}
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _emit(as_json: bool, data: dict[str, Any], text: str) -> None:
-    typer.echo(json.dumps(data) if as_json else text)
 
 
 def _editor(
@@ -130,6 +97,12 @@ def _editor(
     return Editor(adapter, method, changed(config, changes), Source(moments, seed), seed)
 
 
+def _told(records: EditSet, run: Run) -> tuple[dict[str, Any], list[str]]:
+    lines = [f"{len(run.edits)} edits, {run.seconds_per_edit:.2f} s per edit"]
+    lines += [f"batch {r.batch} skipped: {r.error}" for r in run.batches if r.error]
+    return {**run.to_dict(), **_account(records, run.skipped)}, lines
+
+
 @app.command()
 def edit(
     model: Model,
@@ -153,23 +126,29 @@ def edit(
     fluency_prompts: Fluency = 50,
     watch: Annotated[int | None, typer.Option(min=1, help="measure every so many batches on the way")] = None,
     save: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="record every batch there, so that nothing is lost")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --run-dir")] = False,
+    canaries: Annotated[int, typer.Option(min=0, help="records whose neighbours each batch must leave alone")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write edits into a model, measure it, and save it."""
-    console = _start()
-    with _errors(console):
+    console = open_console()
+    with errors(console):
         from fastedit.evaluation import evaluate
+        from fastedit.guards import Guard
         from fastedit.watch import Watch
 
+        if resume and run_dir is None:
+            raise ValueError("--resume needs --run-dir")
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
         prose = None if text is None else text.read_text(encoding="utf-8")
         watching = None if watch is None else Watch(editor, records[:50], watch, prose)
-        run = editor.edit(records, batch_size, on_error, on_invalid, watching)
+        # Spread over the stream.
+        guard = Guard(canaries=records[:: max(1, len(records) // canaries)] if canaries else ())
+        run = editor.edit(records, batch_size, on_error, on_invalid, watching, run_dir, resume, guard)
         _tell_skipped(console, run.skipped)
-        data = {**run.to_dict(), **_account(records, run.skipped)}
-        lines = [f"{len(run.edits)} edits, {run.seconds_per_edit:.2f} s per edit"]
-        lines += [f"batch {r.batch} skipped: {r.error}" for r in run.batches if r.error]
+        data, lines = _told(records, run)
         if watching is not None:
             data["curve"] = watching.to_dict()
             lines.append(f"on the first {len(watching.sample)} records:\n{watching}")
@@ -180,7 +159,7 @@ def edit(
         if save is not None:
             editor.save_pretrained(save)
             lines.append(f"saved to {save}")
-        _emit(as_json, data, "\n".join(lines))
+        emit(as_json, data, "\n".join(lines))
 
 
 @app.command("eval")
@@ -200,8 +179,8 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on edit records, beside the unedited one."""
-    console = _start()
-    with _errors(console):
+    console = open_console()
+    with errors(console):
         from fastedit.checks import check_edits
         from fastedit.evaluation import compare
         from fastedit.loading import load_model
@@ -215,7 +194,7 @@ def evaluate_command(
         _tell_skipped(console, skipped)
         asked = [edit for batch in batches for edit in batch]
         found = compare(before, after, asked, text=prose, fluency_prompts=fluency_prompts, seed=seed)
-        _emit(as_json, {**found.to_dict(), **_account(records, skipped)}, str(found))
+        emit(as_json, {**found.to_dict(), **_account(records, skipped)}, str(found))
 
 
 @app.command()
@@ -232,8 +211,8 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Compute and store second moments, or say that they are stored already."""
-    console = _start()
-    with _errors(console):
+    console = open_console()
+    with errors(console):
         from fastedit.stats import Source, second_moments
 
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
@@ -243,7 +222,7 @@ def stats(
         seconds = time.perf_counter() - started
         traces = {layer: float(moment.trace()) for layer, moment in found.items()}
         lines = [f"layer {layer}: trace {trace:.1f}" for layer, trace in traces.items()]
-        _emit(as_json, {"seconds": seconds, "trace": traces}, "\n".join([*lines, f"{seconds:.1f} s"]))
+        emit(as_json, {"seconds": seconds, "trace": traces}, "\n".join([*lines, f"{seconds:.1f} s"]))
 
 
 def _layers(text: str, n_layers: int) -> list[int]:
@@ -265,12 +244,12 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Edit a real model with the facts that ship with fastedit, and show what changed and what did not."""
-    console = _start()
-    with _errors(console):
+    console = open_console()
+    with errors(console):
         from fastedit.demo import run_demo
 
         data, text = run_demo(model, n_edits, seed, console)
-        _emit(as_json, data, text)
+        emit(as_json, data, text)
 
 
 @app.command()
@@ -279,7 +258,7 @@ def doctor(as_json: AsJson = False) -> None:
     from fastedit.doctor import examine
 
     found = examine()
-    _emit(as_json, found.to_dict(), str(found))
+    emit(as_json, found.to_dict(), str(found))
     if found.problems:
         raise typer.Exit(1)
 

@@ -35,7 +35,7 @@ def errors(console: Console) -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def start() -> Console:
+def open_console() -> Console:
     """The console of the error stream, with warnings shown on it."""
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])

@@ -77,9 +77,11 @@ def load_model(
     dtype: float32, bfloat16 or float16
     device: one for the whole model; "auto" or a device_map to spread it over several
     families: see ModelAdapter
-    Raises ModelNotFound, UnsupportedModel, or ValueError for another dtype."""
+    Raises ModelNotFound, UnsupportedModel, or ValueError for another dtype, or a CUDA device where there is none."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if isinstance(device, str) and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, and torch finds no CUDA device here; there is 'cpu'")
     place = resolve(source)
     spread = device if device == "auto" or isinstance(device, Mapping) else None
     try:

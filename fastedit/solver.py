@@ -146,19 +146,29 @@ class NullSpaceSolver:
 
 def cholesky(system: Tensor) -> Tensor:
     """Lower Cholesky factor of a symmetric (n, n) matrix; a growing share of the mean diagonal is added when it is
-    not positive definite in its precision, and the share is logged. Raises NotPositiveDefinite."""
+    not positive definite in its precision, or so ill-conditioned that no digit of a solution is right, and the share is
+    logged. Raises NotPositiveDefinite.
+
+    The condition is bounded from below by the squared ratio of the factor's largest and smallest diagonal element."""
     scale = float(system.diagonal().mean())
+    worst = 1 / torch.finfo(system.dtype).eps
+    condition = float("nan")
     for jitter in JITTERS:
         shifted = system
         if jitter:
             shifted = system.clone()
             shifted.diagonal().add_(jitter * scale)
         factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) == 0 and bool(torch.isfinite(factor).all()):
+        if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+            continue
+        pivots = factor.diagonal()
+        condition = float((pivots.max() / pivots.min()) ** 2) if len(pivots) else 1.0
+        if condition < worst:
             if jitter:
                 log.warning("system of size %d needed jitter %.0e of its mean diagonal", system.shape[0], jitter)
             return factor
     raise NotPositiveDefinite(
-        f"a system of size {system.shape[0]} is not positive definite with jitter up to {JITTERS[-1]:.0e}"
-        f" (mean diagonal {scale:.3g}); the second moments or the keys are broken"
+        f"a system of size {system.shape[0]} is not positive definite, or its condition is beyond {system.dtype}, with"
+        f" jitter up to {JITTERS[-1]:.0e} (mean diagonal {scale:.3g}, condition at least {condition:.3g}); the second"
+        " moments or the keys are broken"
     )

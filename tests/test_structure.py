@@ -22,7 +22,7 @@ LAYERS = (
     ("_cpu", "_cuda"),
     ("kernels",),
     ("ops",),
-    ("edits", "config", "attention", "scoring", "progress", "runlog", "interrupts"),
+    ("edits", "config", "attention", "scoring", "progress", "runlog", "interrupts", "load_delta"),
     ("families",),
     ("adapter", "checks", "drafts", "reports", "attempts"),
     ("tokens", "sampling", "loading", "forms"),
@@ -34,10 +34,11 @@ LAYERS = (
     ("null_space", "closed_form", "guards", "recorder"),
     ("recipes",),
     ("editor",),
-    ("evaluation",),
+    ("evaluation", "forget", "export"),
     ("watch",),
     ("fastedit",),
-    ("demo", "doctor"),
+    ("demo", "doctor", "console"),
+    ("run_cli",),
     ("cli", "compat", "testing"),
 )
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
