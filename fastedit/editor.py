@@ -162,9 +162,9 @@ class Editor:
         on_invalid: what to do, before any weight is touched, with anything wrong in the edits: "refuse" raises
             InvalidEdits with all of it; "skip" leaves the wrong edits out, `Run.skipped` says why
         watch: told before the first batch and after each one; its time is not counted in the reports
-        run_dir: folder of a run, in which every batch is on the disk before the next one begins; from then on
-            everything this editor does is recorded there. Raises RunError, RunWriteError
-        resume: go on with the run in that folder; without a run there, begin one
+        run_dir: folder of a run, where from then on all that this editor does is recorded, every batch before the
+            next one begins. Raises RunError, RunWriteError
+        resume: go on with the run in that folder, or begin one
         guard: what batches are judged by before they are committed; default: Guard()
         Ctrl-C stops after the batch at work, a second one abandons it."""
         if on_error not in ("stop", "skip"):
@@ -183,12 +183,11 @@ class Editor:
     def undo(self, last: int | None = None, to: int | None = None) -> None:
         """Take batches back, weights and history bit for bit: the last ones (default 1), or all but the first `to`.
 
-        Those in memory are rolled back, others are rebuilt from the run directory. Raises ValueError when there are
-        not as many, or neither memory nor a run directory reaches as far."""
+        Those in memory are rolled back, others rebuilt from the run directory. Raises ValueError for more than that."""
         count = len(self._history)
         if last is not None and to is not None:
             raise ValueError(f"undo: wanted last or to, got last={last} and to={to}")
-        taken = count - to if to is not None else (1 if last is None else last)
+        taken = count - to if to is not None else (last if last is not None else 1)
         if not 1 <= taken <= count or (self.recorder is None and taken > len(self.journal)):
             held = len(self.journal) if self.recorder is None else count
             raise ValueError(f"undo: {held} batches are in memory or recorded, asked for {taken}")
@@ -196,8 +195,7 @@ class Editor:
             with self.recorder.log.writing():
                 self.recorder.rewind(count - taken)
         if taken > len(self.journal):
-            self.restore(count - taken)
-            return
+            return self.restore(count - taken)
         for _ in range(taken):
             self.journal.undo()
             _, snapshot = self._history.pop()
@@ -213,7 +211,7 @@ class Editor:
         state = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
         weights = {layer: self.weights.stored(layer) for layer in self.weights.layers}
         outside = self.journal, self._history, self.recorder, self._token_budget
-        self.journal, self._history, self.recorder = Journal(self.weights), list(self._history), None
+        self.journal, self._history, self.recorder = Journal(self.weights), [*self._history], None
         try:
             yield self.edit(edits, batch_size, **options)
         finally:
@@ -268,17 +266,16 @@ class Editor:
         upper = upper_layers(self.model, config.layers[-1], config.value)
         return EditState(templates, upper, moved, solvers, past)
 
-    @property
     def _settings(self) -> dict[str, Any]:
         return {"method": self.method, "config": self.config.model_dump(), "seed": self.seed}
 
     @contextlib.contextmanager
     def _recording(self, run_dir: str | Path | None, resume: bool) -> Iterator[Recorder | None]:
         """The run directory, held for writing; None when nothing is recorded."""
-        known = self.recorder
-        if run_dir is not None and known is not None and Path(run_dir).resolve() != known.log.folder.resolve():
-            raise RunError(f"run_dir: this editor is recorded in {known.log.folder}, got {run_dir}")
-        if run_dir is not None and known is None:
+        if run_dir is not None and self.recorder is not None:
+            if Path(run_dir).resolve() != self.recorder.log.folder.resolve():
+                raise RunError(f"run_dir: this editor is recorded in {self.recorder.log.folder}, got {run_dir}")
+        elif run_dir is not None:
             if is_run(run_dir) and not resume:
                 raise RunError(f"{run_dir}: holds a run already; resume it (resume=True, --resume) or name another")
             if is_run(run_dir):
@@ -287,17 +284,17 @@ class Editor:
                 raise RunError(f"run_dir: {len(self._history)} batches were written before anything was recorded")
             else:
                 text = self._moments.path if isinstance(self._moments, Source) else None
-                about = describe_run(self.model, self.weights, self._settings, self.state.describe(), text)
+                about = describe_run(self.model, self.weights, self._settings(), self.state.describe(), text)
                 self.recorder = Recorder.create(run_dir, about)
         with contextlib.nullcontext() if self.recorder is None else self.recorder.log.writing():
             yield self.recorder
 
     def _attach(self, recorder: Recorder, prepare: bool = False) -> None:
         """Take a recorded run over: its batches are written into the model, which must be unedited. prepare: make the
-        state before, so that a run it does not belong to is refused with nothing written."""
+        state before, so that a run of another one is refused with nothing written."""
         if self._history:
             raise RunError(f"resume: wanted an editor without edits, got one with {len(self._history)} batches")
-        recorder.check(self.model, self.weights, self._settings)
+        recorder.check(self.model, self.weights, self._settings())
         if prepare or self._state is not None:
             self.state.adopt(recorder.header["prepared"])
         self.recorder, self._token_budget = recorder, recorder.token_budget
@@ -317,6 +314,7 @@ class Editor:
         self, batches: Sequence[EditSet], first: int, on_error: str, watch: Watcher | None, guard: Guard
     ) -> Iterator[BatchReport]:
         """Write the batches from `first` on, each a report."""
+        state = self.state
         guard.begin(self.model, self.weights)
         if watch is not None:
             watch.begin()
@@ -336,7 +334,7 @@ class Editor:
                         raise BatchRejected(number, list(report.case_ids), report.error)
                     log.warning("batch %d skipped: %s", number, report.error)
                 elif self.recorder is not None:
-                    self.recorder.snapshot_if_due(self.weights, self.state)
+                    self.recorder.snapshot_if_due(self.weights, state)
                 yield report
                 if watch is not None:
                     watch.after_batch(report, last=number + 1 == len(batches))
@@ -347,11 +345,10 @@ class Editor:
         """Write one batch. A token budget that had to be halved stays so."""
         started = time.perf_counter()
         case_ids = tuple(edit.case_id for edit in batch)
-        config = with_budget(self.config, self._token_budget)
         with Notes() as notes:
             try:
                 write = partial(self.write, number, batch, guard=guard, progress=progress, notes=notes)
-                report = with_less_memory(write, config)
+                report = with_less_memory(write, with_budget(self.config, self._token_budget))
                 self._token_budget = report.token_budget
             except RejectedUpdate as error:
                 blamed = tuple(case_ids[row] for row in error.rows)
@@ -361,15 +358,17 @@ class Editor:
         return replace(report, seconds=time.perf_counter() - started, notes=tuple(notes.lines))
 
     def write(
-        self, number: int, batch: EditSet, config: Any, guard: Guard, progress: Any, notes: Notes, known: Any = None
+        self, number: int, batch: EditSet, config: Any, guard: Guard, progress: Any, notes: Notes, **again: Any
     ) -> BatchReport:
         """Write one batch inside a trial, judge and commit it, first on the disk.
 
-        known: its values, for a batch that is written anew; its record then waits for a `rewind`"""
+        again: of a batch that is written anew, `known` values and the record that is `replaced`"""
         started = time.perf_counter()
         state, trial = self.state, self.journal.trial()
         with trial, torch.no_grad():
-            result = RECIPES[self.method].write(Batch(self.model, batch, config, state, trial, progress, known))
+            result = RECIPES[self.method].write(
+                Batch(self.model, batch, config, state, trial, progress, again.get("known"))
+            )
             measured = guard.check(self.model, self.weights, trial.touched)
             report = BatchReport(
                 number,
@@ -380,13 +379,14 @@ class Editor:
                 tuple(result.written),
                 dict(result.neurons),
                 dict(result.norms),
-                token_budget=config.value.token_budget,
-                notes=tuple(notes.lines),
-                measured=measured,
+                None,
+                config.value.token_budget,
+                tuple(notes.lines),
+                measured,
             )
             if self.recorder is not None:
-                pending = known is not None
-                self.recorder.commit(number, batch, trial, result.keys, vars(result.values), asdict(report), pending)
+                held = result.keys, vars(result.values)
+                self.recorder.commit(number, batch, trial, *held, asdict(report), again.get("replaced"))
             self.journal.commit(trial)
         self._remember(batch, state, result)
         return report

@@ -102,7 +102,7 @@ def _solve_again(editor: Editor, records: Sequence[Record], case_id: Any) -> lis
         left = EditSet(tuple(edits[row] for row in rows))
         config = with_budget(editor.config, record.body["report"]["token_budget"])
         with Notes() as notes:
-            editor.write(record.body["batch"], left, config, guard, None, notes, known)
+            editor.write(record.body["batch"], left, config, guard, None, notes, known=known, replaced=record)
         written.append(recorder.log.records[-1])
     return written
 

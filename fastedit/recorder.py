@@ -132,9 +132,9 @@ class Recorder:
         if resume and last is not None:
             reached = self.reached
             if last.body["edits_sha256"] == content:
-                live = {record.number for record in self.live}
                 reports = [BatchReport.from_record(reached[number].body["report"]) for number in sorted(reached)]
-                return reports, [e for n in sorted(reached) if reached[n].number in live for e in batches[n]]
+                ids = {each["case_id"] for record in self.live for each in record.body["edits"]}
+                return reports, [edit for n in sorted(reached) for edit in batches[n] if edit.case_id in ids]
             if len(reached) < last.body["n_batches"]:
                 raise RunError(
                     f"{self.log.folder}: stopped before batch {len(reached)} of {last.body['n_batches']} of other"
@@ -152,7 +152,7 @@ class Recorder:
             record.body["batch"]: record
             for record in self.log.records
             if record.kind in ("batch", "rejected") and record.body["stream"] == stream
-            if record.kind == "batch" or record.body["skipped"]
+            if not record.body["pending" if record.kind == "batch" else "stopped"]
         }
 
     @property
@@ -175,26 +175,27 @@ class Recorder:
         keys: Mapping[int, Tensor],
         values: Mapping[str, Tensor],
         report: Mapping[str, Any],
-        pending: bool = False,
+        replaced: Record | None = None,
     ) -> Record:
-        """Write a batch; when this returns it is committed. pending: it waits for a `rewind` to bring it to life."""
+        """Write a batch; when this returns it is committed. replaced: the record of an earlier batch in place of which
+        it waits for a `rewind` to bring it to life."""
         tensors = {f"written/{name}": each for name, each in trial.written().items()}
         tensors |= {f"keys/{layer}": each.float() for layer, each in keys.items()}
         tensors |= {f"values/{name}": each for name, each in values.items()}
         tensors["edits"] = _as_tensor(canonical([edit.model_dump(mode="json") for edit in edits]))
         body = {
-            "stream": self.streams[-1].number,
+            "stream": self.streams[-1].number if replaced is None else replaced.body["stream"],
             "batch": number,
             "edits": [{"case_id": edit.case_id, "sha256": edit_hash(edit)} for edit in edits],
             "weights": {layer: trial.weights.layer_hash(layer) for layer in sorted(trial.touched)},
             "report": report,
-            "pending": pending,
+            "pending": replaced is not None,
         }
         return self.log.append("batch", body, {name: each.cpu().contiguous() for name, each in tensors.items()})
 
     def reject(self, number: int, report: Mapping[str, Any], skipped: bool) -> None:
         """Note a batch that was rolled back. skipped: the stream goes on without it."""
-        body = {"stream": self.streams[-1].number, "batch": number, "report": report, "skipped": skipped}
+        body = {"stream": self.streams[-1].number, "batch": number, "report": report, "stopped": not skipped}
         self.log.append("rejected", body)
 
     def rewind(self, keep: int, then: Sequence[Record] = ()) -> None:

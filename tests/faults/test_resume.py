@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,8 @@ def test_half_precision_comes_back_with_its_masters(
     made = fast_editor()
     first = Editor(half(), "nse", made.config, moments=made.state.moments, progress=False)
     first.edit(stream[:6], BATCH, run_dir=tmp_path / "run")
-    second = Editor.resume(tmp_path / "run", half(), moments=made.state.moments, progress=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    second = Editor.resume(tmp_path / "copy", half(), moments=made.state.moments, progress=False)
     assert second.weights.fingerprint() == first.weights.fingerprint()
     for editor in (first, second):
         editor.edit(stream[6:9])
@@ -154,7 +156,10 @@ def test_stopping_and_skipping_batches(
         run = editor.edit(stream, BATCH, run_dir=tmp_path / "skipping", resume=True, on_error="skip")
         assert [report.error is None for report in run.batches] == [True, True, False, True, True]
         again = fast_editor()
-        assert again.edit(stream, BATCH, run_dir=tmp_path / "skipping", resume=True).batches == run.batches
+        found = again.edit(stream, BATCH, run_dir=tmp_path / "skipping", resume=True)
+        assert [report.error for report in found.batches] == [report.error for report in run.batches]
+        assert found.batches[2].case_ids == (stream[7].case_id,)
+        assert [edit.case_id for edit in found.edits] == [edit.case_id for edit in run.edits]
         assert prints(again) == prints(editor)
     mended, plain = fast_editor(), fast_editor()
     mended.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
@@ -224,6 +229,17 @@ class TestRefused:
         assert editor.weights.fingerprint() == before
 
 
+def full_from_the_batch_on(editor: Editor, real: Callable[..., Any]) -> Callable[..., Any]:
+    """`real`, but on a disk that is full as soon as the stream's own record is written."""
+
+    def write(*arguments: Any) -> Any:
+        if editor.recorder.log.records[-1].kind == "stream":
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    return write
+
+
 def test_failing_writes_stop_the_run_and_lose_nothing(
     fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,11 +252,10 @@ def test_failing_writes_stop_the_run_and_lose_nothing(
         editor.edit(stream[:6], BATCH, run_dir=folder)
         before = prints(editor)
 
-        def full(*arguments: Any) -> None:
-            raise OSError(28, "No space left on device")
-
+        place = runlog.os if fault == "fsync" else runlog
+        writes = full_from_the_batch_on(editor, getattr(place, fault))
         with monkeypatch.context() as broken:
-            broken.setattr(runlog.os if fault == "fsync" else runlog, fault, full)
+            broken.setattr(place, fault, writes)
             with pytest.raises(RunWriteError, match="No space left on device"):
                 editor.edit(stream[6:9], run_dir=folder)
             assert prints(editor) == before
@@ -258,7 +273,8 @@ def test_clock_that_goes_back_changes_nothing(
     fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hours = iter(range(100, 0, -1))
-    monkeypatch.setattr("fastedit.runlog.time.strftime", lambda form: f"2020-01-01T{next(hours)}:00:00")
+    clock = SimpleNamespace(strftime=lambda form: f"2020-01-01T{next(hours)}:00:00")
+    monkeypatch.setattr("fastedit.runlog.time", clock)
     editor = fast_editor()
     editor.edit(stream, BATCH, run_dir=tmp_path / "run")
     again = fast_editor()
