@@ -40,10 +40,19 @@ class EditState:
         for layer, past in snapshot.items():
             self.past[layer].restore(past)
 
-    def remember(self, keys: Mapping[int, Tensor]) -> None:
-        """The keys of a committed batch, layer -> (n_edits, d_ff), become history."""
-        for layer, rows in keys.items():
-            self.past[layer].add(rows.to(self.past[layer].device))
+    def remember(self, result: BatchResult) -> None:
+        """The keys of a committed batch become history."""
+        self.take_in(self.kept(result))
+
+    def kept(self, result: BatchResult) -> dict[str, Tensor]:
+        """What of a batch becomes history, by name, for `take_in`: layer -> keys (n_edits, d_ff)."""
+        return {str(layer): keys.float() for layer, keys in result.keys.items()}
+
+    def take_in(self, kept: Mapping[str, Tensor]) -> None:
+        """Remember a batch by what `kept` returned of it."""
+        for layer, keys in kept.items():
+            past = self.past[int(layer)]
+            past.add(keys.to(past.device))
 
     def tensors(self) -> dict[str, Tensor]:
         """What changes from batch to batch, by name, for `load`."""
@@ -82,6 +91,10 @@ class BatchResult:
     written: list[int] = field(default_factory=list)
     neurons: dict[int, int] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a later solve can start from, by name: the values."""
+        return dict(vars(self.values))
 
     @property
     def losses(self) -> Tensor:

@@ -385,7 +385,7 @@ class Editor:
                 measured,
             )
             if self.recorder is not None:
-                held = result.keys, vars(result.values)
+                held = state.kept(result), result.tensors()
                 self.recorder.commit(number, batch, trial, *held, asdict(report), again.get("replaced"))
             self.journal.commit(trial)
         self._remember(batch, state, result)
@@ -397,4 +397,4 @@ class Editor:
             if snapshot and old < len(self._history) + 1 - len(self.journal):
                 self._history[old] = (edits, {})
         self._history.append((batch, state.snapshot()))
-        state.remember(result.keys)
+        state.remember(result)

@@ -3,7 +3,7 @@
 Kinds of record, in the words of `runlog`:
     run        settings, seed, identity of the model, what the recipe prepared (templates, second moments), versions
     stream     one call of `Editor.edit`: how many batches of which edits
-    batch      a committed batch: what was written, the keys that became history, the edits, the report
+    batch      a committed batch: what was written, what the state keeps of it (keys), values, the edits, the report
     rejected   a batch that was rolled back, and why
     rewind     the first `keep` live batches stay, then the batches of the records `then` come to life
     snapshot   edited weights and state after the first `live` live batches, which bounds what a replay reads
@@ -56,8 +56,8 @@ class State(Protocol):
         """Become what `tensors` returned; nothing = the state before the first batch."""
         ...
 
-    def remember(self, keys: Mapping[int, Tensor]) -> None:
-        """Take in the keys of a committed batch, layer -> (n_edits, d_ff)."""
+    def take_in(self, kept: Mapping[str, Tensor]) -> None:
+        """Remember a committed batch by what was kept of it, such as its keys."""
         ...
 
 
@@ -172,15 +172,16 @@ class Recorder:
         number: int,
         edits: Sequence[Edit],
         trial: Trial,
-        keys: Mapping[int, Tensor],
+        kept: Mapping[str, Tensor],
         values: Mapping[str, Tensor],
         report: Mapping[str, Any],
         replaced: Record | None = None,
     ) -> Record:
-        """Write a batch; when this returns it is committed. replaced: the record of an earlier batch in place of which
+        """Write a batch; when this returns it is committed. kept: of it in the state; values: what a later solve can
+        start from; replaced: the record of an earlier batch in place of which
         it waits for a `rewind` to bring it to life."""
         tensors = {f"written/{name}": each for name, each in trial.written().items()}
-        tensors |= {f"keys/{layer}": each.float() for layer, each in keys.items()}
+        tensors |= {f"kept/{name}": each for name, each in kept.items()}
         tensors |= {f"values/{name}": each for name, each in values.items()}
         tensors["edits"] = _as_tensor(canonical([edit.model_dump(mode="json") for edit in edits]))
         body = {
@@ -256,8 +257,7 @@ class Recorder:
         start = self._snapshot(live)
         state.load({} if start is None else _part(self.log.tensors(start.number), "state/"))
         for record in live[start.body["live"] if start else 0 :]:
-            keys = _part(self.log.tensors(record.number), "keys/")
-            state.remember({int(layer): each for layer, each in keys.items()})
+            state.take_in(_part(self.log.tensors(record.number), "kept/"))
 
     def edits(self, record: Record) -> EditSet:
         """The edits of a batch's record."""

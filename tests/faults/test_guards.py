@@ -30,7 +30,7 @@ def test_growth_past_its_bound_is_rolled_back(fast_editor: Make, stream: EditSet
     editor.edit(stream[:3], run_dir=tmp_path / "run")
     before = bits(editor)
     tight = Guard(max_growth=1 + 1e-7)
-    with pytest.raises(BatchRejected, match=r"layer \d has 1 times its norm \(bound 1\)"):
+    with pytest.raises(BatchRejected, match=r"layer \d has 1\S* times its norm \(bound 1\)"):
         editor.edit(stream[3:6], guard=tight)
     assert bits(editor) == before
     run = editor.edit(stream[3:9], BATCH, on_error="skip", guard=tight)
@@ -79,6 +79,7 @@ def test_wrong_bounds_are_named(stream: EditSet) -> None:
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_broken_activations(number: float, fast_editor: Make, stream: EditSet) -> None:
     editor = fast_editor()
+    assert editor.state.templates
     # Above the edited layers: keys are sound, the values that come back through it are not.
     dict(editor.model.model.named_parameters())[editor.model.weight_name(5)].data[0, 0] = number
     before = bits(editor)
@@ -116,7 +117,8 @@ class TestSecondMoments:
 
     def test_of_low_rank_needs_jitter_and_says_so(self, fast_editor: Make, stream: EditSet) -> None:
         made = fast_editor()
-        keys = torch.randn(7, made.model.d_ff, generator=torch.Generator().manual_seed(3))
+        # Small integers: their products are exact, so the rank is.
+        keys = torch.randint(-3, 4, (7, made.model.d_ff), generator=torch.Generator().manual_seed(3)).float()
         run = self.editor(made, keys.T @ keys).edit(stream[:3])
         assert any("needed jitter" in note for note in run.batches[0].notes)
 
