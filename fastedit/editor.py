@@ -162,8 +162,7 @@ class Editor:
         on_invalid: what to do, before any weight is touched, with anything wrong in the edits: "refuse" raises
             InvalidEdits with all of it; "skip" leaves the wrong edits out, `Run.skipped` says why
         watch: told before the first batch and after each one; its time is not counted in the reports
-        run_dir: folder of a run, where from then on all that this editor does is recorded, every batch before the
-            next one begins. Raises RunError, RunWriteError
+        run_dir: folder of a run, where all that this editor does from then on is recorded. Raises RunError
         resume: go on with the run in that folder, or begin one
         guard: what batches are judged by before they are committed; default: Guard()
         Ctrl-C stops after the batch at work, a second one abandons it."""
@@ -272,6 +271,8 @@ class Editor:
     @contextlib.contextmanager
     def _recording(self, run_dir: str | Path | None, resume: bool) -> Iterator[Recorder | None]:
         """The run directory, held for writing; None when nothing is recorded."""
+        if resume and run_dir is None and self.recorder is None:
+            raise ValueError("resume: wanted run_dir, the folder of the run to go on with")
         if run_dir is not None and self.recorder is not None:
             if Path(run_dir).resolve() != self.recorder.log.folder.resolve():
                 raise RunError(f"run_dir: this editor is recorded in {self.recorder.log.folder}, got {run_dir}")
@@ -283,8 +284,7 @@ class Editor:
             elif self._history:
                 raise RunError(f"run_dir: {len(self._history)} batches were written before anything was recorded")
             else:
-                text = self._moments.path if isinstance(self._moments, Source) else None
-                about = describe_run(self.model, self.weights, self._settings(), self.state.describe(), text)
+                about = describe_run(self.model, self.weights, self._settings(), self.state.describe(), self._moments)
                 self.recorder = Recorder.create(run_dir, about)
         with contextlib.nullcontext() if self.recorder is None else self.recorder.log.writing():
             yield self.recorder

@@ -93,7 +93,7 @@ def load_model(
         raise ModelNotFound(f"cannot load {place!r}: {str(error).splitlines()[0]}{hint}") from error
     adapter = ModelAdapter(model if spread else model.to(device), tokenizer, families)
     adapter.check_forward()
-    adapter.source = source
+    adapter.source = str(Path(source).resolve()) if Path(source).exists() else source
     return adapter
 
 

@@ -30,6 +30,7 @@ from fastedit.journal import Trial, rewrite
 from fastedit.loading import load_model
 from fastedit.reports import BatchReport
 from fastedit.runlog import LockedRun, Record, RunError, RunLog, canonical, tensor_bytes, tensors_hash
+from fastedit.stats import Source
 
 if TYPE_CHECKING:
     from fastedit.weights import EditableWeights
@@ -178,8 +179,7 @@ class Recorder:
         replaced: Record | None = None,
     ) -> Record:
         """Write a batch; when this returns it is committed. kept: of it in the state; values: what a later solve can
-        start from; replaced: the record of an earlier batch in place of which
-        it waits for a `rewind` to bring it to life."""
+        start from; replaced: the record of an earlier batch, in place of which it waits for a `rewind`."""
         tensors = {f"written/{name}": each for name, each in trial.written().items()}
         tensors |= {f"kept/{name}": each for name, each in kept.items()}
         tensors |= {f"values/{name}": each for name, each in values.items()}
@@ -278,10 +278,11 @@ def describe_run(
     weights: EditableWeights,
     settings: Mapping[str, Any],
     prepared: Mapping[str, Any],
-    text: Path | None = None,
+    moments: object = None,
 ) -> dict[str, Any]:
-    """The body of a run's first record. settings: method, config, seed; prepared: the state's `describe()`; text: of
-    the second moments."""
+    """The body of a run's first record. settings: method, config, seed; prepared: the state's `describe()`; moments: as
+    given to the editor."""
+    text = moments.path if isinstance(moments, Source) else None
     return {
         "moments_text": None if text is None else str(text.resolve()),
         "settings": json.loads(canonical(settings)),

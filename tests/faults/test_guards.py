@@ -58,7 +58,7 @@ def test_canaries_and_perplexity(fast_editor: Make, stream: EditSet) -> None:
     with pytest.raises(GuardTripped, match=r"of the canaries' tokens stayed \(bound 0.9\).*perplexity is .* times"):
         guard.check(editor.model, editor.weights, [2])
     editor.weights.put(2, None, 1e30 * editor.weights.original(2))
-    with pytest.raises(GuardTripped, match="layer 2 has 1e\\+30 times its norm"):
+    with pytest.raises(GuardTripped, match="layer 2 has inf times its norm"):
         guard.check(editor.model, editor.weights, [2])
     editor.weights.put(2, None, float("nan") * editor.weights.original(2))
     with pytest.raises(GuardTripped, match="layer 2 has nan times its norm"):

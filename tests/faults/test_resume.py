@@ -213,6 +213,8 @@ class TestRefused:
         with pytest.raises(RunError, match="1 batches were written before anything was recorded"):
             editor.edit(stream[3:6], run_dir=tmp_path / "run")
         assert not (tmp_path / "run").exists()
+        with pytest.raises(ValueError, match="resume: wanted run_dir"):
+            editor.edit(stream[3:6], resume=True)
 
     def test_a_run_that_is_being_written(self, finished: Path, fast_editor: Make, stream: EditSet) -> None:
         with RunLog(finished).writing(), pytest.raises(LockedRun):
