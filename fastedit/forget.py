@@ -33,8 +33,8 @@ class Forgotten:
 
     @property
     def residual(self) -> float:
-        """Its target's log-probability minus that of the unedited model: what the other edits do to it, and what is left
-        of this one."""
+        """Its target's log-probability minus that of the unedited model: what the other edits do to it, and what is
+        left of this one."""
         return self.log_prob[2] - self.log_prob[0]
 
     def to_dict(self) -> dict[str, Any]:
