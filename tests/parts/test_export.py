@@ -50,13 +50,15 @@ def test_checkpoint_of_shards_gives_the_same_logits_and_metrics(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_checkpoint_in_half_precision(dtype: str, edited: Editor, tiny_facts: EditSet, tmp_path: Path) -> None:
+def test_checkpoint_in_half_precision(dtype: str, edited: Editor, tmp_path: Path) -> None:
     before = edited.weights.fingerprint()
     export(edited, tmp_path / "half", dtype=dtype)
     assert edited.weights.fingerprint() == before
-    model, tokenizer = load_transformers(str(tmp_path / "half"), dtype)
-    wanted = copy.deepcopy(edited.model.model).to(getattr(torch, dtype))
-    assert torch.equal(logits(model, tokenizer, tiny_facts), logits(wanted, tokenizer, tiny_facts))
+    model, _ = load_transformers(str(tmp_path / "half"), dtype)
+    found, wanted = dict(model.named_parameters()), dict(edited.model.model.named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, parameter in found.items():
+        assert torch.equal(parameter, wanted[name].to(getattr(torch, dtype))), name
 
 
 def test_delta_in_plain_torch(edited: Editor, tiny_parts: tuple[Any, Any], tiny_facts: EditSet, tmp_path: Path) -> None:
