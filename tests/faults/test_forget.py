@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,11 +62,11 @@ def test_failure_on_the_way_changes_nothing(
     before = edited.weights.fingerprint()
     real, calls = Editor.write, []
 
-    def fails(self: Editor, *rest: object) -> object:
+    def fails(self: Editor, *rest: Any, **again: Any) -> object:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, *rest)  # type: ignore[arg-type]
+        return real(self, *rest, **again)
 
     monkeypatch.setattr(Editor, "write", fails)
     with pytest.raises(KeyboardInterrupt):
