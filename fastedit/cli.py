@@ -20,7 +20,9 @@ from fastedit.console import AsJson, emit, errors, open_console, say
 
 if TYPE_CHECKING:
     from fastedit.edits import EditSet, Problem
+    from fastedit.guards import Guard
     from fastedit.reports import Run
+    from fastedit.watch import Watch
 
 app = typer.Typer(
     help="Edit facts inside transformer language models.",
@@ -97,10 +99,22 @@ def _editor(
     return Editor(adapter, method, changed(config, changes), Source(moments, seed), seed)
 
 
-def _told(records: EditSet, run: Run) -> tuple[dict[str, Any], list[str]]:
+def _guard(records: EditSet, canaries: int) -> Guard:
+    """Canaries are taken from all over the stream."""
+    from fastedit.guards import Guard
+
+    return Guard(canaries=records[:: max(1, len(records) // canaries)] if canaries else ())
+
+
+def _told(records: EditSet, run: Run, watching: Watch | None) -> tuple[dict[str, Any], list[str]]:
+    """What `edit` says of its run, as data and as lines."""
+    data = {**run.to_dict(), **_account(records, run.skipped)}
     lines = [f"{len(run.edits)} edits, {run.seconds_per_edit:.2f} s per edit"]
     lines += [f"batch {r.batch} skipped: {r.error}" for r in run.batches if r.error]
-    return {**run.to_dict(), **_account(records, run.skipped)}, lines
+    if watching is not None:
+        data["curve"] = watching.to_dict()
+        lines.append(f"on the first {len(watching.sample)} records:\n{watching}")
+    return data, lines
 
 
 @app.command()
@@ -135,7 +149,6 @@ def edit(
     console = open_console()
     with errors(console):
         from fastedit.evaluation import evaluate
-        from fastedit.guards import Guard
         from fastedit.watch import Watch
 
         if resume and run_dir is None:
@@ -144,14 +157,10 @@ def edit(
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
         prose = None if text is None else text.read_text(encoding="utf-8")
         watching = None if watch is None else Watch(editor, records[:50], watch, prose)
-        # Spread over the stream.
-        guard = Guard(canaries=records[:: max(1, len(records) // canaries)] if canaries else ())
+        guard = _guard(records, canaries)
         run = editor.edit(records, batch_size, on_error, on_invalid, watching, run_dir, resume, guard)
         _tell_skipped(console, run.skipped)
-        data, lines = _told(records, run)
-        if watching is not None:
-            data["curve"] = watching.to_dict()
-            lines.append(f"on the first {len(watching.sample)} records:\n{watching}")
+        data, lines = _told(records, run, watching)
         if evaluation and len(run.edits):
             found = evaluate(editor, run.edits, text=prose, fluency_prompts=fluency_prompts)
             data["evaluation"] = found.to_dict()
