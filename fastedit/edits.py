@@ -25,9 +25,15 @@ class Problem:
 
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.source, self.line) if part is not None)
-        case = "" if self.case_id is None else f"case {self.case_id}"
+        case = "" if self.case_id is None else f"case {_named(self.case_id)}"
         field = "" if self.field is None else f"field {self.field!r}"
         return ": ".join(filter(None, (place, ", ".join(filter(None, (case, field))), self.message)))
+
+
+def _named(case_id: int | str) -> str:
+    """A case id as it may stand in a message: one that was not checked yet may be anything."""
+    text = str(case_id)
+    return text if text.isprintable() and len(text) <= 60 else show(case_id)
 
 
 def listing(problems: Sequence[Problem]) -> str:

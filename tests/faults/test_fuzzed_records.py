@@ -111,14 +111,14 @@ def fuzz(count: int, seed: int, editor: Editor, folder: Path) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(count):
         path = file_of_chance(good, chance, folder)
-        started = time.monotonic()
+        started = time.process_time()
         found = judged(path, editor)
         outcomes.append(isinstance(found, EditSet))
         if isinstance(found, InvalidEdits):
             assert found.problems
             assert all(problem.message for problem in found.problems)
         assert 0 < len(str(found)) < 20_000
-        assert time.monotonic() - started < SECONDS, path.read_bytes()[:1000]
+        assert time.process_time() - started < SECONDS, path.read_bytes()[:1000]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < GIGABYTE
     assert editor.weights.fingerprint() == untouched
     # Both kinds are there, or nothing was tried.
