@@ -46,9 +46,9 @@ def value(chance: random.Random, depth: int = 0) -> Any:
 
 
 def mutated(record: Any, chance: random.Random) -> Any:
-    """A good record with something put into it, taken out of it, or another name in it."""
+    """A good record, as it is or with things put into it, taken out of it, or named otherwise."""
     record = json.loads(json.dumps(record))
-    for _ in range(chance.randrange(1, 4)):
+    for _ in range(chance.randrange(3)):
         place, names = record, []
         while isinstance(place, (dict, list)) and place and (not names or chance.random() < 0.5):
             keys = list(place) if isinstance(place, dict) else list(range(len(place)))
