@@ -3,10 +3,13 @@
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fastedit.editor import Editor
+from fastedit.edits import EditSet
 from fastedit.memory import give_back_freed
 
 FRAGMENTED = """
@@ -35,6 +38,27 @@ def test_freed_blocks_between_others_leave_the_process() -> None:
     assert int(run.stdout) > 80 << 20
 
 
-def test_nothing_happens_where_it_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_asked_of_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("fastedit.memory.ctypes.CDLL", asked.append)
     monkeypatch.setattr(sys, "platform", "win32")
     give_back_freed()
+    assert asked == []
+
+
+def test_a_c_library_that_does_not_offer_it_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("fastedit.memory.ctypes.CDLL", asked.append)
+    monkeypatch.setattr(sys, "platform", "linux")
+    give_back_freed()
+    assert asked == [None]
+
+
+def test_every_batch_gives_back_what_it_freed(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    editor = tiny_editor(value={"steps": 2})
+    monkeypatch.setattr("fastedit.editor.give_back_freed", lambda: given.append(len(editor.edits)))
+    editor.edit(tiny_facts[:3], batch_size=1)
+    assert given == [1, 2, 3]
