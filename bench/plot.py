@@ -1,4 +1,4 @@
-"""One picture per device from its rows: milliseconds of every backend at every size, the newest row of each.
+"""One picture per device from its rows: the gain of every backend over torch at every size, the newest row of each.
 
 python bench/plot.py            every file in bench/results
 python bench/plot.py nvidia-h100-80gb-hbm3
@@ -24,7 +24,7 @@ def newest(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[str, dict[str
     for settings in found.values():
         for name, backends in settings.items():
             forms = [row for backend, row in backends.items() if backend.startswith("torch")]
-            others = {backend: row for backend, row in backends.items() if not backend.startswith("torch")}
+            others = {name: row for name, row in backends.items() if not name.startswith(("torch", "yardstick"))}
             settings[name] = {"torch": min(forms, key=lambda row: float(row["median"])), **others} if forms else others
     return found
 
@@ -51,16 +51,18 @@ def draw(device: str) -> str:
     for axis, (op, settings) in zip(axes[:, 0], ops.items(), strict=True):
         for line, measured in enumerate(settings.values()):
             for place, (backend, row) in enumerate(sorted(measured.items())):
-                height = 0.8 / len(measured)
+                height, milliseconds = 0.8 / len(measured), float(row["median"])
                 middle = line + (place + 0.5) * height - 0.4
-                axis.barh(middle, float(row["median"]), height, color=colours[backend])
-                share = f" {float(row['roof_share']):.0%} of its roof" if row["roof_share"] else ""
-                axis.text(float(row["median"]), middle, share, va="center", fontsize=5)
-        axis.set(title=op, xscale="log", yticks=range(len(settings)), yticklabels=list(settings))
-        axis.margins(x=0.2)
+                gain = float(measured["torch"]["median"]) / milliseconds if "torch" in measured else 0.0
+                axis.barh(middle, gain, height, color=colours[backend])
+                words = f" {milliseconds:.3g} ms, {float(row['roof_share'] or 'nan'):.0%} of its roof"
+                axis.text(gain, middle, words, va="center", fontsize=5)
+        axis.set(title=op, yticks=range(len(settings)), yticklabels=list(settings))
+        axis.axvline(1, color="black", linewidth=0.5)
+        axis.margins(x=0.3)
         axis.tick_params(axis="y", labelsize=6)
         axis.invert_yaxis()
-    axes[-1, 0].set_xlabel("ms, median")
+    axes[-1, 0].set_xlabel("speed, the fastest form in torch = 1 (medians)")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     figure.legend(handles, list(colours), loc="outside upper right", ncols=len(colours))
     figure.suptitle(device, x=0.01, ha="left")

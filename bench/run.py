@@ -53,7 +53,8 @@ AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2**-6, to
 
 
 class Contestant(NamedTuple):
-    """name: a backend, or "torch: how" for a plain form; call: runs it once on the setting's inputs."""
+    """name: a backend, "torch: how" for a plain form, "yardstick: what" for something else to measure by;
+    call: runs it once on the setting's inputs."""
 
     name: str
     call: Callable[[], Any]
@@ -91,8 +92,9 @@ def gate(op: str, device: str) -> str | None:
 
 
 def contestants(module: ModuleType, given: tuple[Any, ...]) -> list[Contestant]:
-    """Torch's forms first, then every backend of the op's row in the table."""
-    found = [Contestant(name, lambda form=form: form(given)) for name, form in module.PLAIN.items()]
+    """Yardsticks and torch's forms first, then every backend of the op's row in the table."""
+    plain = {**getattr(module, "YARDSTICKS", {}), **module.PLAIN}
+    found = [Contestant(name, lambda form=form: form(given)) for name, form in plain.items()]
     for name in ("torch", *(name for name in _table.TABLE.get(module.__name__, {}) if name != "torch")):
         found.append(Contestant(name, lambda name=name: on_backend(name, module, given)))
     return found
@@ -153,7 +155,8 @@ def measure(module: ModuleType, at: Setting, options: argparse.Namespace, rates:
         given = module.inputs(at, device)
         cost: Cost = module.cost(at, given, device)
         entered = contestants(module, given)
-        reasons = wrong(module, given, [found.name for found in entered if found.name != "torch"])
+        rivals = [found.name for found in entered if found.name != "torch" and not found.name.startswith("yardstick")]
+        reasons = wrong(module, given, rivals)
         for name, reason in reasons.items():
             say(options, f"  {module.__name__} {at}: {name} left out, {reason}")
         running = {found.name: found.call for found in entered if found.name not in reasons}

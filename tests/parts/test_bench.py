@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,3 +279,20 @@ def test_the_picture_takes_the_newest_rows_and_the_fastest_torch(bench):
         "torch": "4",
         "cpp": "1",
     }
+
+
+DEVICE_SH = ["bash", str(ROOT / "bench/device.sh")]
+
+
+def test_the_device_script_names_its_parts_and_what_is_missing(tmp_path):
+    done = subprocess.run([*DEVICE_SH, "tests"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (100, "no part tests; there are build, test, sanitize, ops, editing\n")
+    bare = tmp_path / "python"
+    # Without site-packages, this interpreter has none of what the package needs.
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n', encoding="utf-8")
+    bare.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(bare), "OUT": str(tmp_path / "out"), "DEVICE": "cpu"}
+    done = subprocess.run([*DEVICE_SH, "ops"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 100
+    assert "missing, carry their wheels in the folder $WHEELS: torch transformers" in done.stderr
+    assert "pybind11 is not installed: no build" in done.stdout
