@@ -92,10 +92,14 @@ def gate(op: str, device: str) -> str | None:
 
 
 def contestants(module: ModuleType, given: tuple[Any, ...]) -> list[Contestant]:
-    """Yardsticks and torch's forms first, then every backend of the op's row in the table."""
+    """Yardsticks and torch's forms first, then every backend of the op's row in the table.
+
+    Triton's interpreter, which runs on the CPU, is no contestant: its speed says nothing."""
     plain = {**getattr(module, "YARDSTICKS", {}), **module.PLAIN}
     found = [Contestant(name, lambda form=form: form(given)) for name, form in plain.items()]
-    for name in ("torch", *(name for name in _table.TABLE.get(module.__name__, {}) if name != "torch")):
+    on_gpu = any(isinstance(part, Tensor) and part.is_cuda for part in given)
+    backends = [name for name in _table.TABLE.get(module.__name__, {}) if on_gpu or name != "triton"]
+    for name in ("torch", *backends):
         found.append(Contestant(name, lambda name=name: on_backend(name, module, given)))
     return found
 
