@@ -101,7 +101,7 @@ class Rates:
     def __init__(self, device: str) -> None:
         self.device = device
         # Four times the last cache at least, and enough on a GPU to hide the launch.
-        n = 1 << (28 if device == "cuda" else 25)
+        n = 1 << 28 if device == "cuda" else max(1 << 25, last_cache())
         self.source, self.target = torch.rand(n, device=device), torch.empty(n, device=device)
         self.copy = 0.0
         self.products: dict[torch.dtype, float] = {}
@@ -222,6 +222,7 @@ def give_back() -> None:
 def available_bytes(device: str) -> int:
     """Memory that can still be taken."""
     if device == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     path = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text(encoding="ascii")) if path.exists() else None

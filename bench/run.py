@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -50,6 +51,10 @@ OPS = tuple(sorted(path.stem for path in (ROOT / "fastedit/ops").glob("[a-z]*.py
 TIMED = tuple(op for op in OPS if (ROOT / f"bench/{op}.py").is_file())
 # Far above rounding in each dtype, far below what a wrong index or a lost tile does.
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
+
+
+FAULT = "FAULT"
+log = logging.getLogger(__name__)
 
 
 class Contestant(NamedTuple):
@@ -142,18 +147,26 @@ def wrong(module: ModuleType, given: tuple[Any, ...], names: list[str]) -> dict[
         except _table.BackendUnavailable as error:
             reasons[name] = str(error)
             continue
+        except Exception as error:
+            # On a lent machine the other kernels' rows are wanted all the same.
+            log.exception("%s: %s", module.__name__, name)
+            reasons[name] = f"{FAULT}: {type(error).__name__}"
+            continue
         for result, reference in zip(found, expected, strict=True):
             if not reference.is_floating_point():
                 agrees = torch.equal(result, reference)
             else:
                 agrees = relative_error(result, reference) <= AGREEMENT[reference.dtype]
             if not agrees:
-                reasons[name] = "WRONG RESULT"
+                reasons[name] = f"{FAULT}: wrong result"
     return reasons
 
 
-def measure(module: ModuleType, at: Setting, options: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
-    """A row for every contestant that can run the setting, and a line on those that cannot."""
+def measure(
+    module: ModuleType, at: Setting, options: argparse.Namespace, rates: Rates, faults: list[str]
+) -> list[dict[str, Any]]:
+    """A row for every contestant that can run the setting, and a line on those that cannot; a kernel that fails or is
+    wrong is among the faults too."""
     device = options.device
     with torch.no_grad():
         given = module.inputs(at, device)
@@ -163,6 +176,7 @@ def measure(module: ModuleType, at: Setting, options: argparse.Namespace, rates:
         reasons = wrong(module, given, rivals)
         for name, reason in reasons.items():
             say(options, f"  {module.__name__} {at}: {name} left out, {reason}")
+            faults += [f"{module.__name__} {at}: {name}, {reason}"] if reason.startswith(FAULT) else []
         running = {found.name: found.call for found in entered if found.name not in reasons}
         flush = Flush(device) if module.COLD or device == "cuda" else None
         first = timed(running, device, flush, rounds=2)
@@ -242,7 +256,7 @@ def keep(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         )
 
 
-def time_op(op: str, options: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
+def time_op(op: str, options: argparse.Namespace, rates: Rates, faults: list[str]) -> list[dict[str, Any]]:
     """All rows of an op, printed and kept as they come."""
     module = importlib.import_module(op)
     found = []
@@ -252,7 +266,7 @@ def time_op(op: str, options: argparse.Namespace, rates: Rates) -> list[dict[str
         if module.memory(at) > available_bytes(options.device):
             say(options, f"\n{op} {at}: left out, needs up to {module.memory(at) / 2**30:.1f} GiB of free memory")
             continue
-        rows = measure(module, at, options, rates)
+        rows = measure(module, at, options, rates, faults)
         say(options, f"\n{op} {at} {str(at.dtype).removeprefix('torch.')}, {rows[0]['rounds']} rounds\n{HEADING}")
         for row in rows:
             say(options, table_line(row))
@@ -268,21 +282,23 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     say(options, machine_line(options.device))
     say(options, ", ".join(f"{name} {version}" for name, version in versions().items() if version))
-    rates, rows, red = Rates(options.device), [], []
+    rates, rows, faults = Rates(options.device), [], []
     for op in options.ops or TIMED:
         failure = None if options.no_gate else gate(op, options.device)
         if failure is not None:
-            red.append(op)
-            say(options, f"\n{op}: its tests do not pass, no speed is told\n{failure}")
+            faults.append(f"{op}: its tests do not pass, no speed is told")
+            say(options, f"\n{faults[-1]}\n{failure}")
             continue
-        rows += time_op(op, options, rates)
+        rows += time_op(op, options, rates, faults)
     say(options, f"\n{rates}")
     if options.json:
         json.dump({"device": device_name(options.device), "versions": versions(), "rows": rows}, sys.stdout, indent=1)
     if rows and not (options.no_rows or options.no_gate):
         picture = plot.draw(device_name(options.device))
         say(options, f"rows in bench/results/{device_name(options.device)}.csv, {picture}")
-    return 1 if red else 0
+    for fault in faults:
+        say(options, fault)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

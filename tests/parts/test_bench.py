@@ -153,14 +153,18 @@ def test_a_backend_is_compared_told_when_it_cannot_and_never_timed_when_wrong(be
     assert "it was not compiled" in run.wrong(module, given, ["cpp"])["cpp"]
     backend.supports = lambda *_: None
     backend.gram_update = lambda history, keys: history.addmm_(keys.T, keys, alpha=1.01)
-    assert run.wrong(module, given, ["cpp"]) == {"cpp": "WRONG RESULT"}
+    assert run.wrong(module, given, ["cpp"]) == {"cpp": "FAULT: wrong result"}
     backend.gram_update = lambda history, keys: history.fill_(float("nan"))
-    assert run.wrong(module, given, ["cpp"]) == {"cpp": "WRONG RESULT"}
+    assert run.wrong(module, given, ["cpp"]) == {"cpp": "FAULT: wrong result"}
+    backend.gram_update = lambda history, keys: history.view(7)
+    assert run.wrong(module, given, ["cpp"]) == {"cpp": "FAULT: RuntimeError"}
     backend.gram_update = lambda history, keys: None
     options = run.arguments(["--budget", "0", "--device", "cpu"])
     rates = SimpleNamespace(measure=lambda dtype: None, roof=lambda cost: 1.0, copy=1.0, products={torch.float32: 1.0})
-    rows = run.measure(module, small(bench, n_edits=3, d_ff=30), options, rates)
+    faults = []
+    rows = run.measure(module, small(bench, n_edits=3, d_ff=30), options, rates, faults)
     assert {row["backend"] for row in rows} == {"torch: one product", "torch"}
+    assert faults == ["gram_update smollm2-135m: cpp, FAULT: wrong result"]
 
 
 def test_calls_take_turns_and_none_is_lost(bench):
