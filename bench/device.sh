@@ -6,7 +6,8 @@
 #
 #   OUT=build/device   where logs, rows and the picture go: at most seven files
 #   WHEELS=.whl        folder of wheels of Python packages that the machine lacks
-#   OPS= SIZES= SHAPE=llama-3-8b LIMIT=540   narrow the parts; LIMIT is seconds for each
+#   OPS= SIZES= SHAPE=llama-3-8b             narrow the parts
+#   LIMIT=570          seconds for all parts together; a lent machine ends a command after ten minutes
 #   COMMIT=abc1234     what the rows say where the files came without git
 #   DEVICE=cpu         a rehearsal without a GPU, which keeps no rows
 #
@@ -19,7 +20,7 @@ OUT=${OUT:-build/device}
 WHEELS=${WHEELS:-.whl}
 DEVICE=${DEVICE:-cuda}
 SHAPE=${SHAPE:-llama-3-8b}
-LIMIT=${LIMIT:-540}
+LIMIT=${LIMIT:-570}
 SITE=$PWD/build/device-site
 read -ra OPS <<<"${OPS:-}"
 read -ra SIZES <<<"${SIZES:-}"
@@ -82,7 +83,13 @@ PYTHON
 
 has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is None for n in sys.argv[1:]))" "$@"; }
 
-limited() { timeout --kill-after=10 "$LIMIT" "$@"; }
+# Runs a command in what is left of the time, or in the given share (1/n) of it.
+limited() { shared 1 "$@"; }
+shared() {
+  local left=$(((LIMIT - SECONDS) / $1))
+  shift
+  timeout --kill-after=10 $((left > 5 ? left : 5)) "$@"
+}
 
 # From elsewhere: the checkout's own folder would be found as the package, built or not.
 built() { (cd / && "$PYTHON" -c 'import sys, fastedit.kernels; sys.argv[1] != "cuda" or __import__("fastedit._cuda")' \
@@ -111,21 +118,23 @@ part_build() {
 
 part_test() {
   has pytest hypothesis || { echo "pytest and hypothesis are wanted for the tests"; return 1; }
-  local marked=gpu
-  [ "$DEVICE" = cuda ] || marked="not gpu and not slow"
-  limited "$PYTHON" -m pytest -q -m "$marked" -p no:cacheprovider tests/ops
+  if [ "$DEVICE" = cuda ]; then
+    limited "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
+  else
+    limited "$PYTHON" -m pytest -q -m "not gpu and not slow" -p no:cacheprovider tests/ops
+  fi
 }
 
 # Small cases alone: a kernel is ten to a hundred times slower here. Torch's caching allocator would hide an access
 # beyond the end of a tensor.
 part_sanitize() {
-  local tool failed=0 sanitizer
+  local tool left=3 failed=0 sanitizer
   sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
   [ -x "$sanitizer" ] || { echo "compute-sanitizer is not installed"; return 1; }
   has pytest || { echo "pytest is wanted"; return 1; }
   for tool in memcheck racecheck synccheck; do
     echo "== $tool"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((LIMIT / 3)) "$sanitizer" --tool "$tool" --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 shared $((left--)) "$sanitizer" --tool "$tool" --error-exitcode 9 \
       --print-limit 5 "$PYTHON" -m pytest -q -x -m gpu -p no:cacheprovider tests/ops \
       -k "tiny or odd or strided or one_neuron" || { echo "$tool: exit status $?"; failed=1; }
   done
