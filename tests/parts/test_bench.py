@@ -131,6 +131,16 @@ def test_every_baseline_computes_the_op(bench, run, monkeypatch, op, gated):
         assert run.wrong(module, given, list(module.PLAIN)) == {}
 
 
+@pytest.mark.parametrize("rule", [{"top_k": 20}, {"reaching": 0.5}])
+def test_the_baselines_of_the_selection_keep_its_promises(bench, rule):
+    module, score = bench("select_neurons"), torch.arange(60.0) % 3
+    for form in module.PLAIN.values():
+        assert torch.equal(form((score, rule)), module.call((score, rule)))
+        for bad in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="scores from"):
+                form((score.clone().index_fill_(0, torch.tensor(7), bad), rule))
+
+
 @pytest.fixture
 def backend(monkeypatch):
     """A second backend of gram_update, whose function the test may replace."""
