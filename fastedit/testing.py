@@ -328,8 +328,15 @@ class Factory:
         return self._place(chosen.sort().values, torch.int64)
 
     def _second_moment(self) -> Tensor:
-        rows = self._normal(self.case.d_ff // 2 + 3, self.case.d_ff)
-        return rows.T @ rows / rows.shape[0]
+        d_ff = self.case.d_ff
+        if d_ff <= 4096:
+            rows = self._normal(d_ff // 2 + 3, d_ff)
+            return rows.T @ rows / rows.shape[0]
+        # At a real model's width: few rows and a diagonal, in float32, so that it takes a second and no third copy.
+        rows = self._normal(128, d_ff).float()
+        moment = rows.T @ rows / rows.shape[0]
+        moment.diagonal().add_(0.5)
+        return moment
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
