@@ -22,8 +22,8 @@ NVCC = shutil.which("nvcc", path=f"{os.environ.get('PATH')}:{os.environ.get('CUD
 GPU = os.path.exists("/dev/nvidiactl")
 CXX = os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")
 SHARED = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-fopenmp"
-# Contraction to fused multiply-add is wanted; nothing else of fast-math is: the results feed a linear solve.
-FLAGS = f"{CXX} -std=c++17 -O3 -ffp-contract=fast -fPIC -fvisibility=hidden {SHARED} {os.environ.get('CXXFLAGS', '')}"
+# Fused multiply-add is wanted, and roots without errno; nothing else of fast-math is: the results feed a linear solve.
+FLAGS = f"{CXX} -std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fPIC -fvisibility=hidden {SHARED} {os.environ.get('CXXFLAGS', '')}"
 FLAGS += f" -I{sysconfig.get_path('include')}"
 ISAS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c"}
 ISAS["avx512"] = f"{ISAS['avx2']} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"

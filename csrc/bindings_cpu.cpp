@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "cpu.h"
 
@@ -38,6 +39,13 @@ void check(int isa, int threads) {
     if (threads < 1) throw std::invalid_argument("threads must be positive");
 }
 
+// An index outside of the matrix would be read, or written, all the same.
+void check_index(const int64_t *index, int64_t size, int64_t end) {
+    bool inside = true;
+    for (int64_t i = 0; index && i < size; ++i) inside &= 0 <= index[i] && index[i] < end;
+    if (!inside) throw py::index_error("an index lies outside of [0, " + std::to_string(end) + ")");
+}
+
 template <class T>
 T *at(uintptr_t address) {
     return reinterpret_cast<T *>(address);
@@ -60,5 +68,70 @@ PYBIND11_MODULE(_cpu, m) {
                             up_template, static_cast<Type>(type), static_cast<Activation>(activation), threads};
         py::gil_scoped_release release;
         FASTEDIT_RUN(isa, capture_keys, a);
+    });
+
+    m.def("masked_gram", [](int isa, int threads, uintptr_t moment, uintptr_t history, uintptr_t keys, uintptr_t index,
+                            uintptr_t out, double weight, int64_t n_edits, int64_t width, int64_t moment_row,
+                            int64_t history_row, int64_t keys_row, int64_t keys_column, int moment_type,
+                            int history_type, int keys_type, int out_type, int64_t d_ff) {
+        check(isa, threads);
+        check_index(at<int64_t>(index), width, d_ff);
+        const MaskedGram a{at<void>(moment), at<void>(history), at<void>(keys), at<int64_t>(index), at<void>(out),
+                           weight, n_edits, width, moment_row, history_row, keys_row, keys_column,
+                           static_cast<Type>(moment_type), static_cast<Type>(history_type),
+                           static_cast<Type>(keys_type), static_cast<Type>(out_type), threads};
+        py::gil_scoped_release release;
+        FASTEDIT_RUN(isa, masked_gram, a);
+    });
+
+    m.def("gram_update", [](int isa, int threads, uintptr_t history, uintptr_t keys, int64_t n, int64_t width,
+                            int64_t history_row, int64_t keys_row, int64_t keys_column, int type) {
+        check(isa, threads);
+        const GramUpdate a{at<void>(history), at<void>(keys), n, width, history_row, keys_row, keys_column,
+                           static_cast<Type>(type), threads};
+        py::gil_scoped_release release;
+        FASTEDIT_RUN(isa, gram_update, a);
+    });
+
+    m.def("ascending", [](uintptr_t index, int64_t size) {
+        const int64_t *all = at<int64_t>(index);
+        bool so = true;
+        for (int64_t i = 1; i < size; ++i) so &= all[i - 1] < all[i];
+        return so;
+    }, "Whether the numbers are strictly ascending.");
+
+    m.def("apply_delta", [](int isa, int threads, uintptr_t weight, uintptr_t master, uintptr_t saved,
+                            uintptr_t saved_master, uintptr_t residual, uintptr_t solution, uintptr_t index,
+                            int64_t n_edits, int64_t d_model, int64_t width, int64_t weight_row,
+                            int64_t weight_column, int64_t residual_row, int64_t residual_column,
+                            int64_t solution_row, int64_t solution_column, int type, int residual_type,
+                            int solution_type, int64_t d_ff) {
+        check(isa, threads);
+        check_index(at<int64_t>(index), width, d_ff);
+        const ApplyDelta a{at<void>(weight), at<void>(master), at<void>(saved), at<void>(saved_master),
+                           at<void>(residual), at<void>(solution), at<int64_t>(index), n_edits, d_model, width,
+                           weight_row, weight_column, residual_row, residual_column, solution_row, solution_column,
+                           static_cast<Type>(type), static_cast<Type>(residual_type),
+                           static_cast<Type>(solution_type), threads};
+        py::gil_scoped_release release;
+        FASTEDIT_RUN(isa, apply_delta, a);
+    });
+
+    m.def("select_neurons", [](int isa, int threads, uintptr_t score, uintptr_t index, int64_t n, int64_t count,
+                               double share, bool reaching) {
+        check(isa, threads);
+        const SelectNeurons a{at<float>(score), at<int64_t>(index), n, count, share, reaching};
+        py::gil_scoped_release release;
+        return FASTEDIT_RUN(isa, select_neurons, a);
+    });
+
+    m.def("sparse_adam", [](int isa, int threads, uintptr_t delta, uintptr_t moment1, uintptr_t moment2,
+                            uintptr_t grad, uintptr_t decay, uintptr_t radius, int64_t n, int64_t d, int64_t step,
+                            double lr, double beta1, double beta2, double eps, int type) {
+        check(isa, threads);
+        const SparseAdam a{at<void>(delta), at<void>(moment1), at<void>(moment2), at<void>(grad), at<void>(decay),
+                           at<void>(radius), n, d, step, lr, beta1, beta2, eps, static_cast<Type>(type), threads};
+        py::gil_scoped_release release;
+        FASTEDIT_RUN(isa, sparse_adam, a);
     });
 }

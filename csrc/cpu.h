@@ -28,9 +28,69 @@ struct CaptureKeys {
     int threads;
 };
 
-#define FASTEDIT_DECLARE(isa)                 \
-    namespace isa {                           \
-    void capture_keys(const CaptureKeys &);   \
+// out: (width, width) float32 or float64, contiguous; width = n selected neurons, or d_ff where index is null
+// moment, history (may be null): rows of float32 or float64, last stride 1; keys: any strides; index: within d_ff
+struct MaskedGram {
+    const void *moment, *history, *keys;
+    const int64_t *index;
+    void *out;
+    double weight;
+    int64_t n_edits, width, moment_row, history_row, keys_row, keys_column;
+    Type moment_type, history_type, keys_type, out_type;
+    int threads;
+};
+
+// history: (width, width), last stride 1, of the dtype of keys: (n, width), float32 or float64
+struct GramUpdate {
+    void *history;
+    const void *keys;
+    int64_t n, width, history_row, keys_row, keys_column;
+    Type type;
+    int threads;
+};
+
+// weight: (d_model, d_ff) of `type`, any strides; master (may be null): the same strides, float32, or float64 where
+// the weight is; saved, saved_master (may be null): (d_model, width) contiguous copies of what is overwritten
+// residual: (n_edits, d_model), solution: (width, n_edits), float32 or float64, any strides
+// index: strictly ascending and within d_ff, null for every column
+struct ApplyDelta {
+    void *weight, *master, *saved, *saved_master;
+    const void *residual, *solution;
+    const int64_t *index;
+    int64_t n_edits, d_model, width, weight_row, weight_column;
+    int64_t residual_row, residual_column, solution_row, solution_column;
+    Type type, residual_type, solution_type;
+    int threads;
+};
+
+// score: (n,) float32, finite, contiguous; by mass: not negative. index: (n,), of which the first `return value` are
+// written, ascending. share < 0: the `count` largest; else the prefix that reaches the share or stays within it.
+struct SelectNeurons {
+    const float *score;
+    int64_t *index;
+    int64_t n, count;
+    double share;
+    bool reaching;
+};
+
+// delta, grad, moment1, moment2: (n, d), contiguous, float32 or float64; decay, radius: (n,) of it, or null
+struct SparseAdam {
+    void *delta, *moment1, *moment2;
+    const void *grad, *decay, *radius;
+    int64_t n, d, step;
+    double lr, beta1, beta2, eps;
+    Type type;
+    int threads;
+};
+
+#define FASTEDIT_DECLARE(isa)                      \
+    namespace isa {                                \
+    void capture_keys(const CaptureKeys &);        \
+    void masked_gram(const MaskedGram &);          \
+    void gram_update(const GramUpdate &);          \
+    void apply_delta(const ApplyDelta &);          \
+    int64_t select_neurons(const SelectNeurons &); \
+    void sparse_adam(const SparseAdam &);          \
     }
 FASTEDIT_DECLARE(baseline)
 #ifdef FASTEDIT_X86

@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 # op -> backend -> module, in the order in which the automatic choice tries them.
 TABLE: dict[str, dict[str, str]] = {
     "capture_keys": {"cpp": "fastedit.ops.cpp.capture_keys"},
+    "select_neurons": {"cpp": "fastedit.ops.cpp.select_neurons"},
+    "masked_gram": {"cpp": "fastedit.ops.cpp.masked_gram"},
+    "gram_update": {"cpp": "fastedit.ops.cpp.gram_update"},
+    "apply_delta": {"cpp": "fastedit.ops.cpp.apply_delta"},
+    "sparse_adam": {"cpp": "fastedit.ops.cpp.sparse_adam"},
 }
 
 # The module of each kind of kernel, whose `missing()` says why none of them runs in this installation, or None.

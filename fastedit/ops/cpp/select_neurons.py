@@ -1,0 +1,36 @@
+"""Exact selection by radix histograms, without a sort, on one thread."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastedit.ops import cpp
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> str | None:
+    """float32, bf16 and fp16 on the CPU; float64 scores could be told apart only by a longer key."""
+    return cpp.cannot(score, dtypes=DTYPES)
+
+
+def worth(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> str | None:
+    """Faster at every size measured."""
+    return None
+
+
+def select_neurons(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> Tensor:
+    """See :func:`fastedit.ops.select_neurons.select_neurons`."""
+    values = score.float().contiguous()
+    share = reaching if reaching is not None else within
+    index = score.new_empty(score.shape, dtype=torch.int64)
+    found = cpp.compiled().select_neurons(
+        *cpp.setting(),
+        *map(cpp.address, (values, index)),
+        score.numel(),
+        top_k or 0,
+        -1.0 if share is None else share,
+        reaching is not None,
+    )
+    return index[:found]
