@@ -118,9 +118,9 @@ PYBIND11_MODULE(_cpu, m) {
     });
 
     m.def("select_neurons", [](int isa, int threads, uintptr_t score, uintptr_t index, int64_t n, int64_t count,
-                               double share, bool reaching) {
+                               double share, bool reaching, int type) {
         check(isa, threads);
-        const SelectNeurons a{at<float>(score), at<int64_t>(index), n, count, share, reaching};
+        const SelectNeurons a{at<void>(score), at<int64_t>(index), n, count, share, reaching, static_cast<Type>(type)};
         py::gil_scoped_release release;
         return FASTEDIT_RUN(isa, select_neurons, a);
     });

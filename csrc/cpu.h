@@ -63,14 +63,15 @@ struct ApplyDelta {
     int threads;
 };
 
-// score: (n,) float32, finite, contiguous; by mass: not negative. index: (n,), of which the first `return value` are
+// score: (n,) float32 or float64, finite, contiguous; by mass: not negative. index: (n,), of which the first `return value` are
 // written, ascending. share < 0: the `count` largest; else the prefix that reaches the share or stays within it.
 struct SelectNeurons {
-    const float *score;
+    const void *score;
     int64_t *index;
     int64_t n, count;
     double share;
     bool reaching;
+    Type type;
 };
 
 // delta, grad, moment1, moment2: (n, d), contiguous, float32 or float64; decay, radius: (n,) of it, or null

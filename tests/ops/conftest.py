@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -26,16 +26,30 @@ def absent(name: str) -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for `backend` is run on every backend of its op, which is the file's name."""
+    """A test that asks for `backend` is run on every backend of its op, which is the file's name.
+
+    One that does not ask for `device` too makes its tensors on the CPU."""
     if "backend" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
-        kernels = list(_table.TABLE.get(op, {}))
-        marks = {"cuda": [pytest.mark.gpu]}
+        on_gpu = {"cuda", "triton"} if torch.cuda.is_available() else {"cuda"}
+        kernels = [name for name in _table.TABLE.get(op, {}) if "device" in metafunc.fixturenames or name not in on_gpu]
+        marks = {name: [pytest.mark.gpu] for name in on_gpu}
         metafunc.parametrize(
             "backend",
             [pytest.param(name, marks=marks.get(name, [])) for name in [*kernels, "torch"] if absent(name) is None],
             indirect=True,
         )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A GPU kernel that does not take a dtype skips the test, with its reason; the C++ kernels take them all."""
+    try:
+        return (yield)
+    except _table.BackendUnavailable as refusal:
+        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") not in ("cuda", "triton"):
+            raise
+        pytest.skip(str(refusal))
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fastedit.ops import cpp
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def supports(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> str | None:
-    """float32, bf16 and fp16 on the CPU; float64 scores could be told apart only by a longer key."""
+    """Scores on the CPU of any floating-point dtype of DTYPES."""
     return cpp.cannot(score, dtypes=DTYPES)
 
 
@@ -22,7 +22,7 @@ def worth(score: Tensor, top_k: int | None, reaching: float | None, within: floa
 
 def select_neurons(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> Tensor:
     """See :func:`fastedit.ops.select_neurons.select_neurons`."""
-    values = score.float().contiguous()
+    values = (score if score.dtype == torch.float64 else score.float()).contiguous()
     share = reaching if reaching is not None else within
     index = score.new_empty(score.shape, dtype=torch.int64)
     found = cpp.compiled().select_neurons(
@@ -32,5 +32,6 @@ def select_neurons(score: Tensor, top_k: int | None, reaching: float | None, wit
         top_k or 0,
         -1.0 if share is None else share,
         reaching is not None,
+        cpp.TYPES[values.dtype],
     )
     return index[:found]
