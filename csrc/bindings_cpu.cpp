@@ -134,4 +134,34 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         FASTEDIT_RUN(isa, sparse_adam, a);
     });
+
+    m.def("score_neurons", [](int isa, int threads, uintptr_t activations, uintptr_t weight, uintptr_t directions,
+                              uintptr_t values, uintptr_t neurons, int64_t n_slots, int64_t d_model, int64_t d_ff,
+                              int64_t weight_row, int64_t top_k, int type) {
+        check(isa, threads);
+        const ScoreNeurons a{at<void>(activations), at<void>(weight), at<void>(directions), at<void>(values),
+                             at<int64_t>(neurons), n_slots, d_model, d_ff, weight_row, top_k, static_cast<Type>(type),
+                             threads};
+        py::gil_scoped_release release;
+        FASTEDIT_RUN(isa, score_neurons, a);
+    });
+
+    // Forward where y is given, else both gradients.
+    m.def("sparse_delta", [](int isa, int threads, uintptr_t activations, uintptr_t row_starts, uintptr_t index,
+                             uintptr_t slot_starts, uintptr_t delta, uintptr_t grad, uintptr_t y,
+                             uintptr_t grad_activations, uintptr_t grad_delta, int64_t n_samples, int64_t n_rows,
+                             int64_t n_slots, int64_t d_ff, int64_t d_model, int64_t activation_row, double scale,
+                             int activation_type, int delta_type, bool forward) {
+        check(isa, threads);
+        check_index(at<int64_t>(index), n_slots, d_ff);
+        const SparseDelta a{at<void>(activations), at<void>(delta), at<void>(grad), at<int64_t>(row_starts),
+                            at<int64_t>(slot_starts), at<int64_t>(index), at<void>(y), at<void>(grad_activations),
+                            at<void>(grad_delta), n_samples, n_rows, n_slots, d_ff, d_model, activation_row, scale,
+                            static_cast<Type>(activation_type), static_cast<Type>(delta_type), threads};
+        py::gil_scoped_release release;
+        if (forward)
+            FASTEDIT_RUN(isa, sparse_delta, a);
+        else
+            FASTEDIT_RUN(isa, sparse_delta_grads, a);
+    });
 }

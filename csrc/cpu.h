@@ -84,6 +84,32 @@ struct SparseAdam {
     int threads;
 };
 
+// weight: (d_model, d_ff) of `type`, last stride 1; activations: (n_slots, d_ff), directions: (n_slots, d_model),
+// contiguous, float32, or float64 where the weight is, as values are: (n_slots, d_ff), or with top_k > 0
+// (n_slots, top_k) beside neurons: (n_slots, top_k)
+struct ScoreNeurons {
+    const void *activations, *weight, *directions;
+    void *values;
+    int64_t *neurons;
+    int64_t n_slots, d_model, d_ff, weight_row, top_k;
+    Type type;
+    int threads;
+};
+
+// Row p of activations: (n_rows, d_ff), last stride 1, and slot r of index: (n_slots,), delta: (n_slots, d_model),
+// belong to the sample in whose starts they lie. Forward: y (n_rows, d_model). Gradients: grad (n_rows, d_model) of y,
+// grad_activations (n_rows, d_ff) zero before, grad_delta (n_slots, d_model). All but activations contiguous and of
+// delta_type, float32 or float64.
+struct SparseDelta {
+    const void *activations, *delta, *grad;
+    const int64_t *row_starts, *slot_starts, *index;
+    void *y, *grad_activations, *grad_delta;
+    int64_t n_samples, n_rows, n_slots, d_ff, d_model, activation_row;
+    double scale;
+    Type activation_type, delta_type;
+    int threads;
+};
+
 #define FASTEDIT_DECLARE(isa)                      \
     namespace isa {                                \
     void capture_keys(const CaptureKeys &);        \
@@ -92,6 +118,9 @@ struct SparseAdam {
     void apply_delta(const ApplyDelta &);          \
     int64_t select_neurons(const SelectNeurons &); \
     void sparse_adam(const SparseAdam &);          \
+    void score_neurons(const ScoreNeurons &);      \
+    void sparse_delta(const SparseDelta &);        \
+    void sparse_delta_grads(const SparseDelta &);  \
     }
 FASTEDIT_DECLARE(baseline)
 #ifdef FASTEDIT_X86

@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace fastedit {
 namespace FASTEDIT_ISA {
@@ -35,6 +38,14 @@ constexpr int64_t SIDE = 64;
 constexpr int64_t TILE_STRIDE = SIDE + 8;
 // Rows of the factors per pass over a tile: a panel's part stays in the second-level cache.
 constexpr int64_t DEPTH = 256;
+
+static inline int64_t thread_number() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 // Fresh pages of 4 KB cost more than a kernel that fills them once; larger ones cost next to nothing.
 static inline void prefer_large_pages(void *start, size_t bytes) {
@@ -88,9 +99,9 @@ static int64_t packed_size(int64_t n, int64_t width) {
     return n * ceil_div(width, SIDE) * SIDE;
 }
 
-// sums[r][c] = or += sum over e < n of left[e][r] * right[e][c], r < MR, c < NR.
+// sums[r][c] = or += sum over e < n of left[e][r] * right[e][c], r < MR, c < NR; rows of sums `stride` apart.
 template <class T>
-static inline void block(const T *left, const T *right, int64_t n, T *sums, bool add) {
+static inline void block(const T *left, const T *right, int64_t n, T *sums, int64_t stride, bool add) {
     typedef typename Vector<T>::type V;
     constexpr int64_t half = NR<T> / 2;
     V low[MR], high[MR];
@@ -105,7 +116,7 @@ static inline void block(const T *left, const T *right, int64_t n, T *sums, bool
         }
     }
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < MR; ++r, sums += TILE_STRIDE) {
+    for (int64_t r = 0; r < MR; ++r, sums += stride) {
         store_as(sums, add ? load_as<V>(sums) + low[r] : low[r]);
         store_as(sums + half, add ? load_as<V>(sums + half) + high[r] : high[r]);
     }
@@ -119,7 +130,7 @@ static void product_tile(const T *left, const T *right, int64_t n, int64_t rows,
         for (int64_t c = 0; c < SIDE; c += NR<T>)
             for (int64_t r = 0; r < rows; r += MR)
                 block(left + (r / NR<T> * n + depth) * NR<T> + r % NR<T>, right + c * n + depth * NR<T>, here,
-                      tile + r * TILE_STRIDE + c, depth > 0);
+                      tile + r * TILE_STRIDE + c, TILE_STRIDE, depth > 0);
     }
 }
 
