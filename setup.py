@@ -1,5 +1,4 @@
 """Hands csrc/ to ninja, if there is a compiler; without one every op runs in plain torch.
-
 fastedit._cpu    C++17 and OpenMP; csrc/<op>.cpp once per instruction set, one of which is chosen at run time
 fastedit._cuda   nvcc; if there are a GPU and nvcc, or FASTEDIT_CUDA=1 (FASTEDIT_CUDA=0: never)
 fastedit/_build.txt tells `fastedit doctor` what was built, or why not. CXX, CXXFLAGS and LDFLAGS are heeded.
@@ -23,8 +22,8 @@ GPU = os.path.exists("/dev/nvidiactl")
 CXX = os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")
 SHARED = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-fopenmp"
 # Fused multiply-add is wanted, and roots without errno; nothing else of fast-math is: the results feed a linear solve.
-FLAGS = f"{CXX} -std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fPIC -fvisibility=hidden {SHARED} {os.environ.get('CXXFLAGS', '')}"
-FLAGS += f" -I{sysconfig.get_path('include')}"
+FLAGS = f"{CXX} -std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fPIC -fvisibility=hidden {SHARED} "
+FLAGS += f"{os.environ.get('CXXFLAGS', '')} -I{sysconfig.get_path('include')}"
 ISAS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c"}
 ISAS["avx512"] = f"{ISAS['avx2']} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 if platform.machine() not in ("x86_64", "AMD64"):

@@ -95,7 +95,9 @@ def test_repeated_indices_add_up(dtype, backend, device):
 @pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_overwritten_is_saved_bit_for_bit(dtype, transposed, with_master, chosen, backend, device):
-    inputs = Factory(Case("", 4, 12, d_model=5, selected=None if chosen is None else len(chosen)), dtype, device).delta()
+    inputs = Factory(
+        Case("", 4, 12, d_model=5, selected=None if chosen is None else len(chosen)), dtype, device
+    ).delta()
     weight, residual, solution, _, master = inputs
     weight[1, 2], weight[2, 7], weight[0, 0] = float("nan"), -float("inf"), -0.0
     if transposed:

@@ -19,9 +19,7 @@ def worth(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | 
     return None if weight.stride(1) == 1 else "W would be copied, which costs more than the scores"
 
 
-def score_neurons(
-    activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None
-) -> Tensor | BestNeurons:
+def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> Tensor | BestNeurons:
     """See :func:`fastedit.ops.score_neurons.score_neurons`."""
     working = torch.promote_types(weight.dtype, torch.float32)
     activations, directions = activations.to(working).contiguous(), directions.to(working).contiguous()
