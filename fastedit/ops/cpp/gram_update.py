@@ -14,7 +14,8 @@ def supports(history: Tensor, keys: Tensor) -> str | None:
 
 
 def worth(history: Tensor, keys: Tensor) -> str | None:
-    """Faster at every size measured."""
+    """Always. Two threads of an AMD EPYC (Zen 4), a busy machine, against an addmm_ of torch, which is not symmetric:
+    0.75 times with 100 rows at 1536, 2.0 with 4096 rows; 1.6 with 100 rows at 14336; more against symmetric tiles."""
     return None
 
 

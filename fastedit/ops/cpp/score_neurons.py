@@ -15,8 +15,10 @@ def supports(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int
 
 
 def worth(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> str | None:
-    """Where W lies by rows; torch takes a transposed W as it is."""
-    return None if weight.stride(1) == 1 else "W would be copied, which costs more than the scores"
+    """Not chosen by itself before it is timed; never where W would have to be copied."""
+    if weight.stride(1) != 1:
+        return "W would be copied, which costs more than the scores"
+    return "it has not been timed against torch yet"
 
 
 def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> Tensor | BestNeurons:

@@ -33,7 +33,7 @@ def worth(
     decay: Tensor | None,
     radius: Tensor | None,
 ) -> str | None:
-    """Faster at every size measured."""
+    """Always: one pass instead of fifteen. Measured on a busy machine only, at (24, 576) and (100, 4096)."""
     return None
 
 
