@@ -25,7 +25,7 @@ help:
 	@echo "make bench [SIZE=llama] | bench DATA=FILE | bench-ops [OPS=\"masked_gram capture_keys\"]"
 
 # torch goes first and alone: it is the big one, and with TORCH_INDEX it is the only package taken from there.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: name one with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fastedit needs Python 3.10 or newer, $(PYTHON) is `$(PYTHON) -V 2>&1`: name another with make PYTHON=..."; exit 1; }
@@ -33,7 +33,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@echo "installing torch (the largest download, once)"
 	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
 	@echo "installing fastedit and its tools"
-	@$(PIP) -c constraints.txt setuptools
+	@$(PIP) -c constraints.txt setuptools pybind11 ninja
 	@$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -99,5 +99,5 @@ docs: $(PDOC)
 	@echo "open build/docs/index.html"
 
 clean:
-	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info fastedit/_build.txt fastedit/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find fastedit kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

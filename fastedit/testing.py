@@ -119,8 +119,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """max |found - expected| / max |expected| in float64, NaN or Inf where either has one; 0 for empty tensors."""
     if expected.numel() == 0:
         return 0.0
-    difference = (found.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+    difference = (found.double().cpu() - expected.double().cpu()).abs().max()
+    return float(difference / expected.double().cpu().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _bound(expected: Tensor, same_dtype: Tensor, op: str) -> float:
@@ -359,9 +359,9 @@ def strided(value: Tensor) -> Tensor:
 
 
 def in_float64(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Copies of the floating-point tensors in float64, of the other tensors as they are; the rest is passed on."""
+    """CPU copies of the floating-point tensors in float64, of the other tensors as they are; the rest is passed on."""
     return tuple(
-        value.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
+        value.to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)
         if isinstance(value, Tensor)
         else value
         for value in values

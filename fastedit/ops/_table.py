@@ -23,7 +23,19 @@ from types import ModuleType
 from typing import Any
 
 # op -> backend -> module, in the order in which the automatic choice tries them.
-TABLE: dict[str, dict[str, str]] = {}
+TABLE: dict[str, dict[str, str]] = {
+    "capture_keys": {"cpp": "fastedit.ops.cpp.capture_keys"},
+    "select_neurons": {"cpp": "fastedit.ops.cpp.select_neurons"},
+    "masked_gram": {"cpp": "fastedit.ops.cpp.masked_gram"},
+    "gram_update": {"cpp": "fastedit.ops.cpp.gram_update"},
+    "apply_delta": {"cpp": "fastedit.ops.cpp.apply_delta"},
+    "sparse_adam": {"cpp": "fastedit.ops.cpp.sparse_adam"},
+    "score_neurons": {"cpp": "fastedit.ops.cpp.score_neurons"},
+    "sparse_delta": {"cpp": "fastedit.ops.cpp.sparse_delta"},
+}
+
+# The module of each kind of kernel, whose `missing()` says why none of them runs in this installation, or None.
+HOMES = {"cuda": "fastedit.ops.cuda", "triton": "fastedit.kernels._launch", "cpp": "fastedit.ops.cpp"}
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 
@@ -83,6 +95,16 @@ def unsupported(op: str, name: str, *arguments: Any) -> str | None:
     if name not in TABLE.get(op, {}):
         return f"{op} has no {name} kernel"
     return module_of(op, name).supports(*arguments)
+
+
+def absent(op: str, name: str) -> str | None:
+    """Why backend `name` can run `op` on no arguments at all in this installation; None if it can run some."""
+    if name == "torch":
+        return None
+    if name not in TABLE.get(op, {}):
+        return "no kernel"
+    reason: str | None = importlib.import_module(HOMES[name]).missing()
+    return reason
 
 
 @cache

@@ -29,8 +29,8 @@ def in_order(scores, k):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_scores_follow_the_formula(case, dtype):
-    inputs = Factory(case, dtype).scored()
+def test_scores_follow_the_formula(case, dtype, backend, device, nan_scratch):
+    inputs = Factory(case, dtype, device).scored()
     found = score_neurons(*inputs)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = formula(*inputs) if case.d_ff < 100 else score_neurons_ref(*in_float64(inputs))
@@ -38,16 +38,16 @@ def test_scores_follow_the_formula(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_tolerance_bites(dtype):
-    inputs = Factory(SMALL, dtype).scored()
+def test_the_tolerance_bites(dtype, backend, device):
+    inputs = Factory(SMALL, dtype, device).scored()
     assert_tolerance_bites(score_neurons(*inputs), formula(*inputs), score_neurons_ref(*inputs), "score_neurons")
 
 
 @pytest.mark.parametrize("k", [1, 5, 1000])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "tied"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_best_are_the_first_of_the_sorted_scores(case, ties, k):
-    inputs = Factory(case, torch.float64).scored(ties)
+def test_the_best_are_the_first_of_the_sorted_scores(case, ties, k, backend, device):
+    inputs = Factory(case, torch.float64, device).scored(ties)
     k = min(k, case.d_ff)
     values, index = score_neurons(*inputs, top_k=k)
     assert values.shape == index.shape == (case.n_edits, k)
@@ -66,7 +66,21 @@ def test_slots_beyond_one_block_are_scored_too(monkeypatch):
         assert torch.equal(part, expected)
 
 
-def test_worked_example():
+@pytest.mark.parametrize("n_slots", [1, 8, 9, 70])
+def test_a_nan_is_the_best_of_its_slot_and_equals_are_in_order(n_slots, backend, device):
+    generator = torch.Generator().manual_seed(n_slots)
+    activations = torch.randint(-2, 3, (n_slots, 700), generator=generator).double()
+    weight = torch.randint(-1, 2, (5, 700), generator=generator).double()
+    directions = torch.randint(-2, 3, (n_slots, 5), generator=generator).double()
+    activations[0, 601] = float("nan")
+    expected = score_neurons_ref(activations, weight, directions, 40)
+    found = score_neurons(*(part.to(device) for part in (activations, weight, directions)), top_k=40)
+    for part, wanted in zip(found, expected, strict=True):
+        assert torch.equal(part.cpu().nan_to_num(9e9), wanted.nan_to_num(9e9))
+    assert found.neurons[0, 0] == 601
+
+
+def test_worked_example(backend):
     activations = torch.tensor([[1.0, -2.0, 3.0], [1.0, 1.0, 0.0]])
     weight = torch.tensor([[1.0, 0.0, 2.0], [5.0, 1.0, 0.0]])
     directions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -82,8 +96,8 @@ def test_a_nan_comes_first_and_equals_behind_it_in_order():
     assert best(scores, 1).neurons.tolist() == [[1], [1]]
 
 
-def test_inputs_are_left_alone():
-    inputs = Factory(SMALL).scored()
+def test_inputs_are_left_alone(backend, device):
+    inputs = Factory(SMALL, device=device).scored()
     before = [value.clone() for value in inputs]
     score_neurons(*inputs)
     score_neurons(*inputs, top_k=2)

@@ -56,8 +56,8 @@ def torch_result(inputs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_gradients_follow_the_formula(case, dtype):
-    inputs = Factory(case, dtype).sparse()
+def test_output_and_gradients_follow_the_formula(case, dtype, backend, device, nan_scratch):
+    inputs = Factory(case, dtype, device).sparse()
     found = (sparse_delta(*inputs[:-1]), *sparse_delta_grads(*inputs))
     dtypes = (inputs.delta.dtype, dtype, inputs.delta.dtype)
     for value, expected, wanted, result in zip(
@@ -68,8 +68,8 @@ def test_output_and_gradients_follow_the_formula(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_tolerance_bites(dtype):
-    inputs = Factory(SMALL, dtype).sparse()
+def test_the_tolerance_bites(dtype, backend, device):
+    inputs = Factory(SMALL, dtype, device).sparse()
     found = (sparse_delta(*inputs[:-1]), *sparse_delta_grads(*inputs))
     for value, expected, result in zip(
         found, (formula(inputs), *formula_grads(inputs)), torch_result(inputs), strict=True
@@ -77,16 +77,16 @@ def test_the_tolerance_bites(dtype):
         assert_tolerance_bites(value, expected, result, "sparse_delta")
 
 
-def test_autograd_gives_the_gradients_in_float64():
-    inputs = Factory(SMALL, torch.float64).sparse()
+def test_autograd_gives_the_gradients_in_float64(backend, device):
+    inputs = Factory(SMALL, torch.float64, device).sparse()
     activations, delta = inputs.activations.requires_grad_(), inputs.delta.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda a, d: sparse_delta(a, *inputs[1:4], d, inputs.scale), (activations, delta), fast_mode=False
     )
 
 
-def test_a_loss_of_half_precision_activations_reaches_both():
-    inputs = Factory(SMALL, torch.bfloat16).sparse()
+def test_a_loss_of_half_precision_activations_reaches_both(backend, device):
+    inputs = Factory(SMALL, torch.bfloat16, device).sparse()
     activations, delta = inputs.activations.requires_grad_(), inputs.delta.requires_grad_()
     (sparse_delta(activations, *inputs[1:4], delta, inputs.scale) * inputs.grad).sum().backward()
     with torch.no_grad():
@@ -95,15 +95,15 @@ def test_a_loss_of_half_precision_activations_reaches_both():
     assert torch.equal(delta.grad, expected.delta)
 
 
-def test_it_is_the_change_of_the_weight_when_one_sample_owns_all():
-    inputs = Factory(Case("shared", 1, 12, d_model=7, n_templates=9), torch.float64).sparse()
+def test_it_is_the_change_of_the_weight_when_one_sample_owns_all(backend, device):
+    inputs = Factory(Case("shared", 1, 12, d_model=7, n_templates=9), torch.float64, device).sparse()
     assert len(inputs.chosen.unique()) < len(inputs.chosen)
     weight = torch.zeros(7, 12, dtype=torch.float64).index_add_(1, inputs.chosen, inputs.delta.T * inputs.scale)
     torch.testing.assert_close(sparse_delta(*inputs[:-1]), inputs.activations @ weight.T, rtol=1e-12, atol=1e-14)
 
 
-def test_another_samples_slots_change_nothing():
-    inputs = Factory(SMALL, torch.float64).sparse()
+def test_another_samples_slots_change_nothing(backend, device):
+    inputs = Factory(SMALL, torch.float64, device).sparse()
     second = slice(int(inputs.slot_starts[1]), int(inputs.slot_starts[2]))
     rows = slice(int(inputs.row_starts[1]), int(inputs.row_starts[2]))
     assert second.start < second.stop
@@ -116,8 +116,8 @@ def test_another_samples_slots_change_nothing():
     assert not changed[rows.stop :].any()
 
 
-def test_inputs_are_left_alone():
-    inputs = Factory(SMALL).sparse()
+def test_inputs_are_left_alone(backend, device):
+    inputs = Factory(SMALL, device=device).sparse()
     before = [value.clone() for value in inputs if isinstance(value, torch.Tensor)]
     sparse_delta(*inputs[:-1])
     sparse_delta_grads(*inputs)
