@@ -32,6 +32,29 @@ Rows rows(const Cube& from) {
   return {at<void>(std::get<0>(from)), std::get<1>(from), std::get<2>(from), std::get<3>(from), std::get<4>(from)};
 }
 
+// In the order of the fields.
+using CaptureTuple = std::tuple<Cube, Cube, Line, Line, Address, Address, int, int, int, int>;
+using SelectTuple = std::tuple<Line, int, int, int, double, Address, Address>;
+using GramTuple = std::tuple<Plane, Plane, Plane, Plane, Plane, Line, Line, Address, double, int, int, int, int, bool>;
+
+CaptureKeys capture_of(const CaptureTuple& from) {
+  const auto& [gate, up, weights, active, keys, mass, n_edits, n_templates, d_ff, activation] = from;
+  return {rows(gate),      rows(up), vector(weights), vector(active), at<float>(keys),
+          at<float>(mass), n_edits,  n_templates,     d_ff,           activation};
+}
+
+SelectNeurons select_of(const SelectTuple& from) {
+  const auto& [score, d_ff, rule, top_k, share, index, status] = from;
+  return {vector(score), d_ff, rule, top_k, share, at<std::int64_t>(index), at<std::int64_t>(status)};
+}
+
+MaskedGram gram_of(const GramTuple& from) {
+  const auto& [moment, keys, past, history, out, active, index, count, weight, n_edits, n_past, d_ff, capacity,
+               packed] = from;
+  return {matrix(moment), matrix(keys), matrix(past), matrix(history), matrix(out), vector(active), vector(index),
+          at<const std::int64_t>(count), weight, n_edits, n_past, d_ff, capacity, packed};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -39,27 +62,26 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def("problem", &problem, "Why no kernel can run in this process, or None.");
 
-  m.def("capture_keys", [](Cube gate, Cube up, Line weights, Line active, Address keys, Address mass, int n_edits,
-                           int n_templates, int d_ff, int activation, Address stream) {
-    const CaptureKeys arguments{rows(gate),      rows(up), vector(weights), vector(active), at<float>(keys),
-                                at<float>(mass), n_edits,  n_templates,     d_ff,           activation};
-    return capture_keys(arguments, at<void>(stream));
+  m.def("capture_keys", [](const CaptureTuple& capture, Address stream) {
+    return capture_keys(capture_of(capture), at<void>(stream));
   });
-
-  m.def("select_neurons", [](Line score, int d_ff, int rule, int top_k, double share, Address index, Address status,
-                             Address stream) {
-    const SelectNeurons arguments{
-        vector(score), d_ff, rule, top_k, share, at<std::int64_t>(index), at<std::int64_t>(status)};
-    return select_neurons(arguments, at<void>(stream));
+  m.def("select_neurons", [](const SelectTuple& select, Address stream) {
+    return select_neurons(select_of(select), at<void>(stream));
   });
+  m.def("masked_gram", [](const GramTuple& gram, Address stream) {
+    return masked_gram(gram_of(gram), at<void>(stream));
+  });
+  m.def("system_chain",
+        [](const CaptureTuple& capture, const SelectTuple& select, const GramTuple& gram, Address stream) {
+          return system_chain(capture_of(capture), select_of(select), gram_of(gram), at<void>(stream));
+        });
 
-  m.def("masked_gram", [](Plane moment, double weight, Plane keys, Plane past, Plane history, Plane out, Line active,
-                          Line index, Address count, int n_edits, int n_past, int d_ff, int capacity, bool packed,
+  m.def("apply_delta", [](Plane weight, Plane master, Plane residual, Plane solution, Plane saved, Plane saved_master,
+                          Line index, Address ascending, int d_model, int d_ff, int width, int n_edits,
                           Address stream) {
-    const MaskedGram arguments{matrix(moment), matrix(keys),  matrix(past), matrix(history),
-                               matrix(out),    vector(active), vector(index), at<const std::int64_t>(count),
-                               weight,         n_edits,        n_past,        d_ff,
-                               capacity,       packed};
-    return masked_gram(arguments, at<void>(stream));
+    const ApplyDelta arguments{matrix(weight), matrix(master),       matrix(residual), matrix(solution),
+                               matrix(saved),  matrix(saved_master), vector(index),    at<int>(ascending),
+                               d_model,        d_ff,                 width,            n_edits};
+    return apply_delta(arguments, at<void>(stream));
   });
 }

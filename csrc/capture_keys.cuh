@@ -87,7 +87,8 @@ __device__ void capture_strip(const CaptureKeys& in, int strip, CaptureShared<T,
   const int neuron = strip * Shape::kWidth + lane * Shape::kVector;
   const bool* active = static_cast<const bool*>(in.active.data);
   float mass[Shape::kVector] = {};
-  for (int edit = group; edit < in.n_edits && neuron < in.d_ff; edit += Shape::kGroups) {
+  for (int edit = group; group < Shape::kGroups && neuron < in.d_ff && edit < in.n_edits;
+       edit += Shape::kGroups) {
     float key[Shape::kVector] = {};
 #pragma unroll 2
     for (int tmpl = 0; tmpl < in.n_templates; ++tmpl) {
@@ -104,8 +105,9 @@ __device__ void capture_strip(const CaptureKeys& in, int strip, CaptureShared<T,
 #pragma unroll
     for (int v = 0; v < Shape::kVector; ++v) mass[v] += counted ? fabsf(key[v]) : 0.0f;
   }
+  // A launch with more threads leaves the others idle here, so that sums are taken in the same order everywhere.
 #pragma unroll
-  for (int v = 0; v < Shape::kVector; ++v) shared.mass[group][lane * Shape::kVector + v] = mass[v];
+  for (int v = 0; v < Shape::kVector && group < Shape::kGroups; ++v) shared.mass[group][lane * Shape::kVector + v] = mass[v];
   __syncthreads();
   for (int place = threadIdx.x; place < Shape::kWidth; place += kCaptureThreads) {
     float sum = 0.0f;

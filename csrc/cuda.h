@@ -72,4 +72,20 @@ struct MaskedGram {
 };
 const char* masked_gram(const MaskedGram& arguments, void* stream);
 
+// The three above in one cooperative launch. The score is the mass, the keys and the index of the matrix are those
+// written before, and its count is the first of the status. Rows must be readable 16 bytes at a time.
+const char* system_chain(const CaptureKeys& capture, const SelectNeurons& select, const MaskedGram& gram, void* stream);
+
+// weight[:, S] += residual^T solution^T, in float32 (float64 for a float64 weight), rounded once. weight and master are
+// (d_model, d_ff), the master in the dtype of the sums; residual (n_edits, d_model) and solution (width, n_edits) are
+// float32 or float64; saved and saved_master are (d_model, width) and get the columns as they were. `ascending`, of one
+// element in device memory, is scratch; null where there is no index. Equal neurons of the index add up.
+struct ApplyDelta {
+  Matrix weight, master, residual, solution, saved, saved_master;
+  Vector index;
+  int* ascending;
+  int d_model, d_ff, width, n_edits;
+};
+const char* apply_delta(const ApplyDelta& arguments, void* stream);
+
 }  // namespace fastedit::cuda

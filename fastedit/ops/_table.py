@@ -24,7 +24,13 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # op -> backend -> module, in the order in which the automatic choice tries them.
-TABLE: dict[str, dict[str, str]] = {}
+TABLE: dict[str, dict[str, str]] = {
+    "apply_delta": {"cuda": "fastedit.ops.cuda.apply_delta"},
+    "capture_keys": {"cuda": "fastedit.ops.cuda.capture_keys"},
+    "gram_update": {"cuda": "fastedit.ops.cuda.gram_update"},
+    "masked_gram": {"cuda": "fastedit.ops.cuda.masked_gram"},
+    "select_neurons": {"cuda": "fastedit.ops.cuda.select_neurons"},
+}
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 

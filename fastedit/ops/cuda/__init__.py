@@ -77,7 +77,7 @@ def operand(value: Tensor | None, rank: int) -> tuple[int, ...]:
 
 
 def launch(op: str, like: Tensor, *arguments: Any) -> None:
-    """Enqueue a kernel of the module on the stream of a tensor's device.
+    """Enqueue a kernel of the module on the stream of a tensor's device. arguments: as csrc/bindings_cuda.cpp has them.
 
     Raises RuntimeError with CUDA's words when it cannot be launched."""
     kernel: Callable[..., str | None] = getattr(compiled(), op)

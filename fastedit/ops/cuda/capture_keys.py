@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,21 +27,28 @@ def capture_keys(gate: Tensor, up: Tensor | None, weights: Tensor, activation: s
     """See :func:`fastedit.ops.capture_keys.capture_keys`."""
     weights = weights.to(torch.float32)
     active = None if active is None else active.to(gate.device)
-    n_edits, n_templates, d_ff = gate.shape
-    keys = gate.new_empty(n_edits, d_ff, dtype=torch.float32)
-    mass = gate.new_empty(d_ff, dtype=torch.float32)
-    cuda.launch(
-        "capture_keys",
-        gate,
+    found = empty(gate)
+    cuda.launch("capture_keys", gate, task(gate, up, weights, activation, active, found))
+    return found
+
+
+def empty(gate: Tensor) -> Keys:
+    """Where keys and mass of these rows go."""
+    n_edits, _, d_ff = gate.shape
+    return Keys(gate.new_empty(n_edits, d_ff, dtype=torch.float32), gate.new_empty(d_ff, dtype=torch.float32))
+
+
+def task(
+    gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None, found: Keys
+) -> tuple[Any, ...]:
+    """What the kernel is told; the tensors must live until it is enqueued."""
+    return (
         cuda.operand(gate, 3),
         cuda.operand(up, 3),
         cuda.operand(weights, 1),
         cuda.operand(active, 1),
-        keys.data_ptr(),
-        mass.data_ptr(),
-        n_edits,
-        n_templates,
-        d_ff,
+        found.keys.data_ptr(),
+        found.mass.data_ptr(),
+        *gate.shape,
         ACTIVATIONS.index(activation),
     )
-    return Keys(keys, mass)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,18 +54,24 @@ def masked_gram_on_device(
     count: int64 in device memory whose first element is k, at most the length of index; None = all of index
     past: (n_past, d_ff), more rows of keys, same dtype; active: (n_edits,) bool, the rows of keys that count
     """
-    largest = keys.shape[1] if index is None else index.shape[0]
-    out = torch.empty(largest * largest, dtype=dtype, device=keys.device)
-    _launch(moment, weight, keys, history, index, out.view(largest, largest), count, past, active, packed=True)
-    return out
+    out = empty(keys, index, dtype)
+    cuda.launch("masked_gram", keys, task(moment, weight, keys, history, index, out, count, past, active))
+    return out.view(-1)
 
 
 def add_gram(history: Tensor, keys: Tensor) -> None:
     """H += K^T K in place: the same kernel with H as both the moment and the result."""
-    _launch(history, 1.0, keys, None, None, history, None, None, None, packed=False)
+    given = task(history, 1.0, keys, None, None, history, None, None, None, packed=False)
+    cuda.launch("masked_gram", keys, given)
 
 
-def _launch(
+def empty(keys: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Where the matrix goes, for as many neurons as there can be."""
+    largest = keys.shape[1] if index is None else index.shape[0]
+    return torch.empty(largest, largest, dtype=dtype, device=keys.device)
+
+
+def task(
     moment: Tensor,
     weight: float,
     keys: Tensor,
@@ -73,22 +81,16 @@ def _launch(
     count: Tensor | None,
     past: Tensor | None,
     active: Tensor | None,
-    *,
-    packed: bool,
-) -> None:
+    packed: bool = True,
+) -> tuple[Any, ...]:
+    """What the kernel is told; the tensors must live until it is enqueued."""
     n_edits, d_ff = keys.shape
-    cuda.launch(
-        "masked_gram",
-        keys,
-        cuda.operand(moment, 2),
-        weight,
-        cuda.operand(keys, 2),
-        cuda.operand(past, 2),
-        cuda.operand(history, 2),
-        cuda.operand(out, 2),
+    return (
+        *(cuda.operand(value, 2) for value in (moment, keys, past, history, out)),
         cuda.operand(active, 1),
         cuda.operand(index, 1),
         0 if count is None else count.data_ptr(),
+        weight,
         n_edits,
         0 if past is None else past.shape[0],
         d_ff,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,27 +30,30 @@ def select_on_device(
 
     The first status[0] of index are the selected neurons; status[1] counts NaN and Inf scores, status[2] negative
     ones. Where status[1], or with a share of the mass status[2], is not 0, status[0] is 0."""
-    size = score.shape[0]
-    index = torch.empty(size, dtype=torch.int64, device=score.device)
-    status = torch.empty(3, dtype=torch.int64, device=score.device)
-    if size == 0:
+    index, status = empty(score)
+    if score.shape[0] == 0:
         return index, status.zero_()
+    cuda.launch("select_neurons", score, task(score, top_k, reaching, within, index, status))
+    return index, status
+
+
+def empty(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Where index and status of these scores go."""
+    options = {"dtype": torch.int64, "device": score.device}
+    return torch.empty(score.shape[0], **options), torch.empty(3, **options)
+
+
+def task(
+    score: Tensor, top_k: int | None, reaching: float | None, within: float | None, index: Tensor, status: Tensor
+) -> tuple[Any, ...]:
+    """What the kernel is told; the tensors must live until it is enqueued."""
+    size = score.shape[0]
     share = reaching if reaching is not None else within
     rule = "reaching" if reaching is not None else "within"
     if share is None or share >= 1:
         rule, top_k = "top_k", size if share is not None else top_k
-    cuda.launch(
-        "select_neurons",
-        score,
-        cuda.operand(score, 1),
-        size,
-        RULES.index(rule),
-        top_k or 0,
-        share or 0.0,
-        index.data_ptr(),
-        status.data_ptr(),
-    )
-    return index, status
+    parts = (cuda.operand(score, 1), size, RULES.index(rule), top_k or 0, share or 0.0)
+    return (*parts, index.data_ptr(), status.data_ptr())
 
 
 def select_neurons(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> Tensor:

@@ -230,6 +230,13 @@ inline unsigned __ballot_sync(unsigned, int vote) {
   return bits;
 }
 
+inline int atomicAdd(int* at, int value) { return *at += value, *at - value; }
+inline int atomicMin(int* at, int value) {
+  const int before = *at;
+  *at = std::min(before, value);
+  return before;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __trap() {
   std::fputs("emulated kernel: trap\n", stderr);
