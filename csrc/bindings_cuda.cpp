@@ -84,4 +84,12 @@ PYBIND11_MODULE(_cuda, m) {
                                d_model,        d_ff,                 width,            n_edits};
     return apply_delta(arguments, at<void>(stream));
   });
+
+  m.def("sparse_adam", [](Plane delta, Plane grad, Plane moment1, Plane moment2, Line decay, Line radius, double lr,
+                          double beta1, double beta2, double eps, double bias1, double bias2, int n, int d,
+                          Address stream) {
+    const SparseAdam arguments{matrix(delta), matrix(grad), matrix(moment1), matrix(moment2), vector(decay),
+                               vector(radius), lr, beta1, beta2, eps, bias1, bias2, n, d};
+    return sparse_adam(arguments, at<void>(stream));
+  });
 }

@@ -88,4 +88,14 @@ struct ApplyDelta {
 };
 const char* apply_delta(const ApplyDelta& arguments, void* stream);
 
+// One Adam step in place; all of one type, float32 or float64. delta, grad and the moments are (n, d), decay and radius
+// (n,); bias1 = 1 - beta1^step, bias2 = 1 - beta2^step.
+struct SparseAdam {
+  Matrix delta, grad, moment1, moment2;
+  Vector decay, radius;
+  double lr, beta1, beta2, eps, bias1, bias2;
+  int n, d;
+};
+const char* sparse_adam(const SparseAdam& arguments, void* stream);
+
 }  // namespace fastedit::cuda

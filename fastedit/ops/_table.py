@@ -30,6 +30,7 @@ TABLE: dict[str, dict[str, str]] = {
     "gram_update": {"cuda": "fastedit.ops.cuda.gram_update"},
     "masked_gram": {"cuda": "fastedit.ops.cuda.masked_gram"},
     "select_neurons": {"cuda": "fastedit.ops.cuda.select_neurons"},
+    "sparse_adam": {"cuda": "fastedit.ops.cuda.sparse_adam"},
 }
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")

@@ -17,9 +17,11 @@ from fastedit.ops.cuda.capture_keys import capture_keys
 from fastedit.ops.cuda.gram_update import gram_update
 from fastedit.ops.cuda.masked_gram import masked_gram, masked_gram_on_device
 from fastedit.ops.cuda.select_neurons import select_neurons, select_on_device
+from fastedit.ops.cuda.sparse_adam import sparse_adam
 from fastedit.ops.gram_update import gram_update_ref
 from fastedit.ops.masked_gram import masked_gram_ref
 from fastedit.ops.select_neurons import select_neurons_ref
+from fastedit.ops.sparse_adam import AdamSettings, sparse_adam_ref
 from fastedit.testing import CASES, Case, Factory, assert_close, assert_same_indices, in_float64
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -238,3 +240,17 @@ def test_repeated_neurons_add_up_and_are_rounded_once(names):
     apply_delta(weight, residual, solution, index, None, saved)
     assert torch.equal(saved, before[:, index])
     assert_close(weight, wide, same_dtype, "apply_delta")
+
+
+@pytest.mark.parametrize("dtype", SYSTEM_DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*CASES[:-1], Case("several", 5, 9, d_model=300)], ids=str)
+def test_a_block_steps_its_row(case, dtype, order):
+    state = Factory(case, dtype).adam()
+    optimiser = AdamSettings(lr=0.3)
+    tensors, (decay, radius) = state[:4], state[4:]
+    expected = sparse_adam_ref(*in_float64(tensors), 3, optimiser, *in_float64((decay, radius)))
+    yardstick = sparse_adam_ref(*tensors, 3, optimiser, decay, radius)
+    sparse_adam(*tensors, 3, optimiser, decay, radius)
+    delta, _, moment1, moment2 = tensors
+    for found, wanted, same_dtype in zip((delta, moment1, moment2), expected, yardstick, strict=True):
+        assert_close(found, wanted, same_dtype, "sparse_adam")

@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include <math.h>
 #include <ucontext.h>
 
 #include <algorithm>
