@@ -107,7 +107,9 @@ __device__ void capture_strip(const CaptureKeys& in, int strip, CaptureShared<T,
   }
   // A launch with more threads leaves the others idle here, so that sums are taken in the same order everywhere.
 #pragma unroll
-  for (int v = 0; v < Shape::kVector && group < Shape::kGroups; ++v) shared.mass[group][lane * Shape::kVector + v] = mass[v];
+  for (int v = 0; v < Shape::kVector && group < Shape::kGroups; ++v) {
+    shared.mass[group][lane * Shape::kVector + v] = mass[v];
+  }
   __syncthreads();
   for (int place = threadIdx.x; place < Shape::kWidth; place += kCaptureThreads) {
     float sum = 0.0f;

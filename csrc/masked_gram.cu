@@ -5,7 +5,8 @@
 namespace fastedit::cuda {
 
 template <class In, class Out>
-__global__ void __launch_bounds__(kGramThreads<Out>, sizeof(Out) == 4 ? 2 : 1) masked_gram_kernel(MaskedGram arguments) {
+__global__ void __launch_bounds__(kGramThreads<Out>, sizeof(Out) == 4 ? 2 : 1)
+    masked_gram_kernel(MaskedGram arguments) {
   __shared__ GramShared<Out> shared;
   gram_tiles<In, Out>(arguments, shared);
 }

@@ -22,7 +22,9 @@ __global__ void __launch_bounds__(kGramThreads<Out>, sizeof(Out) == 4 ? 2 : 1)
   __shared__ ChainShared<T, Out> shared;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const int strips = static_cast<int>(ceil_div(capture.d_ff, Strip<T, true>::kWidth));
-  for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) capture_strip<T, true>(capture, strip, shared.capture);
+  for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
+    capture_strip<T, true>(capture, strip, shared.capture);
+  }
   grid.sync();
   if (blockIdx.x == 0) Selector<float>(select, shared.select).run();
   grid.sync();

@@ -60,8 +60,12 @@ def emulated_file(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     toolkit = toolkit_headers(nvcc, sources[0])
     headers = [toolkit, toolkit / "cccl", pybind11.get_include(), sysconfig.get_path("include")]
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = [compiler, *"-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -Wno-unknown-pragmas -pthread".split()]
-    command += ["-I", str(ROOT / "tests/cuda/emulation"), *(part for path in headers for part in ("-isystem", str(path)))]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
+    command += [
+        "-I",
+        str(ROOT / "tests/cuda/emulation"),
+        *(part for path in headers for part in ("-isystem", str(path))),
+    ]
     done = subprocess.run([*command, str(folder / "all.cpp"), "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target

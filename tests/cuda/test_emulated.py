@@ -110,7 +110,9 @@ def test_each_activation_is_its_own(activation):
     gate, up, weights, active = Factory(Case("odd", 7, 61)).capture()
     found = capture_keys(gate, up, weights, activation, active)
     expected = capture_keys_ref(*in_float64((gate, up, weights)), activation, active)
-    assert_close(found.keys, expected.keys, capture_keys_ref(gate, up, weights, activation, active).keys, "capture_keys")
+    assert_close(
+        found.keys, expected.keys, capture_keys_ref(gate, up, weights, activation, active).keys, "capture_keys"
+    )
 
 
 def test_rows_that_cannot_be_read_16_bytes_at_a_time_give_the_same_bits(order):
@@ -138,7 +140,7 @@ def rule_of(rule, size):
 
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "tied"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("case", [*CASES, Case("wide", 1, 3000)], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:-1], Case("wide", 1, 1100)], ids=str)
 def test_the_bits_select_what_the_sort_selects(case, rule, ties):
     score = Factory(case).score(ties)
     wanted = rule_of(rule, case.d_ff)
@@ -166,7 +168,7 @@ def test_ties_and_bounds_fall_as_in_the_sort(scores, share, sign):
 
 
 def test_no_barrier_is_missing_in_the_selection(order):
-    score = Factory(Case("wide", 1, 2500)).score(ties=True)
+    score = Factory(Case("wide", 1, 1200)).score(ties=True)
     found = select_neurons(score, None, 0.4, None)
     assert_same_indices(found, select_neurons_ref(score, None, 0.4).tolist(), "select_neurons")
 

@@ -61,7 +61,9 @@ def _too_old(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= SMALLEST_CAPABILITY:
         return None
-    return f"the kernels are compiled for compute capability 8.0 and newer, {device} has {'.'.join(map(str, capability))}"
+    return (
+        f"the kernels are compiled for compute capability 8.0 and newer, {device} has {'.'.join(map(str, capability))}"
+    )
 
 
 def unmeasured() -> str:

@@ -1,4 +1,4 @@
-"""The chain of capture_keys, select_neurons and masked_gram in one cooperative launch, without waiting for the device."""
+"""The chain of capture_keys, select_neurons and masked_gram in one cooperative launch, the host waiting for nothing."""
 
 from __future__ import annotations
 
