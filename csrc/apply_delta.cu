@@ -39,7 +39,7 @@ struct DeltaTile {
   static constexpr int kRows = kDeltaTile / kWarps;
   static constexpr int kColumns = kDeltaTile / kWarpSize;
   static constexpr int kFetched = kDeltaDepth * kDeltaTile / kThreads;
-  static constexpr int kBatch = 8;
+  static constexpr int kBatch = sizeof(Sum) == 4 ? 8 : 2;
 
   const ApplyDelta& in;
   DeltaShared<Sum>& shared;
