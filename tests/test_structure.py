@@ -48,10 +48,14 @@ TOP_LEVEL = [
 ]
 WEIGHT_WRITERS = {"weights", "apply", "journal", "editor"}
 NO_OP_NEEDED = {
-    "csrc": {"README.md", "checks.h", "cpu.h", "simd.h", "gemm.h", "cuda.h", "bindings_cpu.cpp", "bindings_cuda.cpp"},
+    "csrc": {
+        *("README.md", "checks.h", "cpu.h", "simd.h", "gemm.h", "bindings_cpu.cpp"),
+        *("cuda.h", "cuda.cuh", "cuda.cu", "system_chain.cu", "bindings_cuda.cpp"),
+    },
+    "kernels/triton": {"__init__.py", "_launch.py"},
     "kernels/triton": {"__init__.py"},
     "fastedit/ops/cpp": {"__init__.py"},
-    "fastedit/ops/cuda": {"__init__.py"},
+    "fastedit/ops/cuda": {"__init__.py", "system_chain.py"},
     "bench": {
         "README.md",
         "run.py",

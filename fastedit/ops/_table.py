@@ -24,14 +24,36 @@ from typing import Any
 
 # op -> backend -> module, in the order in which the automatic choice tries them.
 TABLE: dict[str, dict[str, str]] = {
-    "capture_keys": {"cpp": "fastedit.ops.cpp.capture_keys"},
-    "select_neurons": {"cpp": "fastedit.ops.cpp.select_neurons"},
-    "masked_gram": {"cpp": "fastedit.ops.cpp.masked_gram"},
-    "gram_update": {"cpp": "fastedit.ops.cpp.gram_update"},
-    "apply_delta": {"cpp": "fastedit.ops.cpp.apply_delta"},
-    "sparse_adam": {"cpp": "fastedit.ops.cpp.sparse_adam"},
-    "score_neurons": {"cpp": "fastedit.ops.cpp.score_neurons"},
-    "sparse_delta": {"cpp": "fastedit.ops.cpp.sparse_delta"},
+    "capture_keys": {
+        "cuda": "fastedit.ops.cuda.capture_keys",
+        "cpp": "fastedit.ops.cpp.capture_keys",
+    },
+    "score_neurons": {
+        "cpp": "fastedit.ops.cpp.score_neurons",
+    },
+    "select_neurons": {
+        "cuda": "fastedit.ops.cuda.select_neurons",
+        "cpp": "fastedit.ops.cpp.select_neurons",
+    },
+    "masked_gram": {
+        "cuda": "fastedit.ops.cuda.masked_gram",
+        "cpp": "fastedit.ops.cpp.masked_gram",
+    },
+    "gram_update": {
+        "cuda": "fastedit.ops.cuda.gram_update",
+        "cpp": "fastedit.ops.cpp.gram_update",
+    },
+    "apply_delta": {
+        "cuda": "fastedit.ops.cuda.apply_delta",
+        "cpp": "fastedit.ops.cpp.apply_delta",
+    },
+    "sparse_delta": {
+        "cpp": "fastedit.ops.cpp.sparse_delta",
+    },
+    "sparse_adam": {
+        "cuda": "fastedit.ops.cuda.sparse_adam",
+        "cpp": "fastedit.ops.cpp.sparse_adam",
+    },
 }
 
 # The module of each kind of kernel, whose `missing()` says why none of them runs in this installation, or None.
