@@ -49,7 +49,7 @@ TOP_LEVEL = [
 WEIGHT_WRITERS = {"weights", "apply", "journal", "editor"}
 NO_OP_NEEDED = {
     "csrc": {"README.md", "checks.h", "cpu.h", "cuda.h", "bindings_cpu.cpp", "bindings_cuda.cpp"},
-    "kernels/triton": {"__init__.py"},
+    "kernels/triton": {"__init__.py", "_launch.py"},
     "fastedit/ops/cpp": {"__init__.py"},
     "fastedit/ops/cuda": {"__init__.py"},
     "bench": {

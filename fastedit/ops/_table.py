@@ -24,7 +24,11 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # op -> backend -> module, in the order in which the automatic choice tries them.
-TABLE: dict[str, dict[str, str]] = {}
+TABLE: dict[str, dict[str, str]] = {
+    "capture_keys": {"triton": "fastedit.kernels.capture_keys"},
+    "masked_gram": {"triton": "fastedit.kernels.masked_gram"},
+    "select_neurons": {"triton": "fastedit.kernels.select_neurons"},
+}
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 
