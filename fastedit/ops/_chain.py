@@ -5,9 +5,9 @@ On a device whose kernels offer it, nothing waits between the rows and the matri
 memory and the kernel of the matrix reads it there. It is read once, by `Chain.read`, just before the solve. Elsewhere
 the chain is the three public ops one after the other.
 
-A backend takes part with two more functions: `select_on_device(score, top_k, reaching, within) -> (index, count)` in its
-module of select_neurons, and `masked_gram_on_device(moment, weight, keys, history, index, dtype, count, past, active)`
-in that of masked_gram; what they return is described at the fields of `Chain`.
+A backend takes part with two more functions: `select_on_device(score, top_k, reaching, within) -> (index, count)` in
+its module of select_neurons, and, in that of masked_gram, `masked_gram_on_device(moment, weight, keys, history, index,
+dtype, count, past, active) -> system`; what they return is described at the fields of `Chain`.
 """
 
 from __future__ import annotations

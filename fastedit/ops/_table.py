@@ -25,9 +25,12 @@ log = logging.getLogger(__name__)
 
 # op -> backend -> module, in the order in which the automatic choice tries them.
 TABLE: dict[str, dict[str, str]] = {
+    "apply_delta": {"triton": "fastedit.kernels.apply_delta"},
     "capture_keys": {"triton": "fastedit.kernels.capture_keys"},
+    "gram_update": {"triton": "fastedit.kernels.gram_update"},
     "masked_gram": {"triton": "fastedit.kernels.masked_gram"},
     "select_neurons": {"triton": "fastedit.kernels.select_neurons"},
+    "sparse_adam": {"triton": "fastedit.kernels.sparse_adam"},
 }
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastedit.closed_form import Batch, BatchResult, Recipe, write_sweep
 from fastedit.config import NSEConfig
-from fastedit.selection import active_edits, neurons_by_mass
+from fastedit.selection import active_edits, mass_rule
 from fastedit.solver import RidgeSolver
 
 
@@ -23,7 +23,7 @@ def nse(batch: Batch) -> BatchResult:
     """Write one batch inside its trial."""
     config: NSEConfig = batch.config
     near = partial(active_edits, smallest=config.residual_min, largest=config.residual_max)
-    heavy = partial(neurons_by_mass, share=config.mass, as_released=config.as_released)
+    heavy = mass_rule(config.mass, config.as_released)
     result = BatchResult(batch.values())
     with batch.model.packed():
         sweep = batch.sweep()

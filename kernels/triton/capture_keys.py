@@ -32,7 +32,7 @@ def worth(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, act
 
 @dataclass(frozen=True)
 class Config:
-    """block: neurons of a program; edits: edits of a program; templates: templates whose loads are in flight together."""
+    """block: neurons of a program; edits: edits of a program; templates: those whose loads are in flight together."""
 
     block: int
     edits: int

@@ -42,8 +42,8 @@ class Config:
     num_stages: int
 
 
-def config(dtype: torch.dtype, capability: int) -> Config:
-    """The launch for a result dtype and a compute capability (90 for Hopper).
+def config(dtype: torch.dtype) -> Config:
+    """The launch for a result dtype.
 
     block       64: the mirrored tile leaves in runs of 64 elements, and at 30 % of 14336 neurons there are 2278 tiles,
                 17 for each of 132 multiprocessors; a float64 tile is 64 registers per thread on four warps
@@ -156,8 +156,7 @@ def masked_gram_on_device(
     out = torch.empty(largest * largest, dtype=dtype, device=keys.device) if out is None else out
     if largest == 0:
         return out
-    capability = 10 * torch.cuda.get_device_capability(keys.device)[0] if keys.is_cuda else 0
-    launch = config(dtype, capability)
+    launch = config(dtype)
     tiles = cdiv(largest, launch.block)
     # As 32-bit numbers: with a byte in the mask Triton 3.7 lays float64 operands out in a way that it cannot lower.
     active = None if active is None else active.to(torch.int32)

@@ -1,6 +1,6 @@
 """Exact neuron selection on the device, without a sort. The rules are those of `fastedit.ops.select_neurons`.
 
-One program holds every score in registers as a 32-bit key that orders like the score, and finds the last key of the
+One program holds every score in registers as a 32-bit key in the order of the scores, and finds the last key of the
 prefix bit by bit from the top: 32 counts (or float64 sums) over the keys not below a candidate. A sum in a fixed order
 grows with every score added, rounding included, so the search is exact for the sums it takes, and it repeats bit for
 bit. Ties go by rank in index order. The index list and the count stay on the device.
@@ -53,10 +53,10 @@ def config(n_scores: int) -> Config:
 
 @triton.jit
 def _mass(key, smallest):
-    """Summed score, float64, of the keys not below `smallest`; no score is negative.
+    """Summed score, float64, of the keys not below `smallest`; here keys are the bits of the scores.
 
-    Only keys live in registers: a score is made from its key after the comparison, never before the search."""
-    bits = tl.where(key >= smallest, key, 0x80000000) ^ 0x80000000
+    Only keys live in registers: a score is widened after the comparison, so not once for all before the search."""
+    bits = tl.where(key >= smallest, key, 0)
     return tl.sum(bits.to(tl.float32, bitcast=True).to(tl.float64), 0)
 
 
@@ -73,9 +73,13 @@ def _select_kernel(
     negative = (bits & 0x80000000) != 0
     tl.store(status + 1, tl.sum((inside & ((bits & 0x7F800000) == 0x7F800000)).to(tl.int64), 0))
     tl.store(status + 2, tl.sum((inside & negative).to(tl.int64), 0))
-    # Ascending as unsigned numbers; no finite score has key 0, the key of the padding.
-    key = tl.where(inside, tl.where(negative, bits ^ 0xFFFFFFFF, bits | 0x80000000), 0)
-    bound = _mass(key, 1) * share
+    # Unsigned numbers in the order of the scores. The padding's 0 is below every top-k key, and mass that adds nothing.
+    key = bits
+    bound = 0.0
+    if RULE == "top_k":
+        key = tl.where(inside, tl.where(negative, bits ^ 0xFFFFFFFF, bits | 0x80000000), 0)
+    else:
+        bound = _mass(key, 0) * share
 
     last = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
@@ -101,12 +105,12 @@ def _select_kernel(
         taken = rank <= top_k - n_over
     else:
         above = _mass(key, last + 1)
-        tie = (last ^ 0x80000000).to(tl.float32, bitcast=True).to(tl.float64)
+        tie = last.to(tl.float32, bitcast=True).to(tl.float64)
         if RULE == "reaching":
             taken = (rank == 1) | (above + tie * (rank - 1) < bound)
         else:
             taken = (above + tie * rank <= bound) | ((rank == 1) & (n_over == 0))
-    chosen = over | (tied & taken)
+    chosen = inside & (over | (tied & taken))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(index + place, neuron.to(tl.int64), mask=chosen)
     tl.store(status, tl.sum(chosen.to(tl.int64), 0))
