@@ -29,8 +29,10 @@ TABLE: dict[str, dict[str, str]] = {
     "capture_keys": {"triton": "fastedit.kernels.capture_keys"},
     "gram_update": {"triton": "fastedit.kernels.gram_update"},
     "masked_gram": {"triton": "fastedit.kernels.masked_gram"},
+    "score_neurons": {"triton": "fastedit.kernels.score_neurons"},
     "select_neurons": {"triton": "fastedit.kernels.select_neurons"},
     "sparse_adam": {"triton": "fastedit.kernels.sparse_adam"},
+    "sparse_delta": {"triton": "fastedit.kernels.sparse_delta"},
 }
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")

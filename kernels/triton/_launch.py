@@ -37,14 +37,21 @@ def unavailable(**tensors: Tensor | None) -> str | None:
     """Why Triton cannot run on these tensors (name = tensor, None = argument not given), or None if it can.
 
     Triton may be installed where no device is, so the tensors' device and an active driver are asked for."""
-    if not INSTALLED:
-        return "Triton is not installed"
-    if INTERPRETED:
-        return None
+    if not INSTALLED or INTERPRETED:
+        return missing()
     for name, value in tensors.items():
         if value is not None and not value.is_cuda:
             return f"{name} is on {value.device}: Triton kernels run on CUDA devices, elsewhere with TRITON_INTERPRET=1"
     return driver_problem()
+
+
+def missing() -> str | None:
+    """Why no Triton kernel can run in this process, whatever it is given, or None."""
+    if not INSTALLED:
+        return "Triton is not installed"
+    if INTERPRETED:
+        return None
+    return driver_problem() if torch.cuda.is_available() else "there is no CUDA device"
 
 
 @functools.cache

@@ -162,7 +162,7 @@ def masked_gram_on_device(
     active = None if active is None else active.to(torch.int32)
     with on_device_of(keys):
         _gram_kernel[(tiles * (tiles + 1) // 2,)](
-            moment, history, keys, past, active, index, count, out, weight,
+            moment, history, keys, past, active, index, count, out, float(weight),
             keys.shape[0], 0 if past is None else past.shape[0], largest,
             *moment.stride(), *strides(history, 2), *keys.stride(), *strides(past, 2), *strides(active, 1),
             *strides(index, 1),

@@ -23,7 +23,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastedit.kernels import apply_delta, capture_keys, gram_update, masked_gram, select_neurons, sparse_adam
+from fastedit.kernels import (
+    apply_delta,
+    capture_keys,
+    gram_update,
+    masked_gram,
+    score_neurons,
+    select_neurons,
+    sparse_adam,
+    sparse_delta,
+)
 from fastedit.ops.sparse_adam import AdamSettings
 
 
@@ -121,6 +130,17 @@ def launches(capability: int) -> Iterator[tuple[str, list[Kernel]]]:
         with compiled(capability) as kernels:
             sparse_adam.sparse_adam(*[state] * 4, 3, AdamSettings(0.1), state[:, 0], state[:, 0])
         yield f"sparse_adam {dtype}", kernels
+        starts = torch.zeros(5, dtype=torch.int64)
+        with compiled(capability) as kernels:
+            sparse_delta.sparse_delta(state, starts, count, starts, state[:3], 0.5)
+            sparse_delta.sparse_delta_grads(state, starts, count, starts, state[:3], 0.5, state)
+        yield f"sparse_delta {dtype}", kernels
+        with compiled(capability) as kernels:
+            score_neurons.score_neurons(row.to(dtype), square[:576].to(dtype), state, None)
+        yield f"score_neurons {dtype}", kernels
+    with compiled(capability) as kernels:
+        score_neurons.score_neurons(row.bfloat16(), square[:576].bfloat16(), row[:, :576].bfloat16(), 10)
+    yield "score_neurons top_k", kernels
 
 
 def main() -> None:
