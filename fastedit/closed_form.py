@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import apply_update
-from fastedit.capture import KeySweep
+from fastedit.capture import KeySweep, LayerCapture
 from fastedit.config import MEMITConfig, NSEConfig
 from fastedit.edits import Edit
 from fastedit.journal import Trial
@@ -86,30 +86,32 @@ def write_sweep(
     sweep: KeySweep,
     result: BatchResult,
     choose_edits: Callable[[Tensor], Tensor] | None = None,
-    choose_neurons: Callable[[Tensor], Tensor | None] | None = None,
+    rule: dict[str, float] | None = None,
 ) -> bool:
     """One pass from the first edited layer to the last, the residual spread over the layers still to come.
 
     choose_edits: residuals (n_edits, d_model) at the first layer -> (n_edits,) bool, the edits written; None = all
-    choose_neurons: mass (d_ff,) -> (k,) int64 ascending, the neurons written, or None for every neuron
+    rule: how the neurons written are selected by their mass (`selection.mass_rule`), or None for every neuron
     Returns False, with nothing written, when a later round has no edit left to write."""
     active = torch.ones(len(batch.edits), dtype=torch.bool)
+    rows = torch.arange(len(batch.edits))
     for position, captured in enumerate(sweep):
         residual = result.values.values.to(captured.hidden.device) - captured.hidden
         if position == 0:
             active = active.to(residual.device) if choose_edits is None else choose_edits(residual)
-            if result.written and not bool(active.any()):
+            # Looked at once: from here to the solve of a layer nothing waits for the device.
+            rows = active.nonzero().flatten()
+            if result.written and not len(rows):
                 return False
-            result.written.append(int(active.sum()))
+            result.written.append(len(rows))
         layer = captured.layer
         # In the last round that writes, weights below this layer are final: these are the post-edit keys.
-        result.keys[layer], mass = sweep.keys(captured, active)
-        if not bool(active.any()):
+        if not len(rows):
+            result.keys[layer] = sweep.keys(captured, active).keys
             continue
-        chosen = None if choose_neurons is None else choose_neurons(mass)
-        solution = batch.state.solvers[layer].solve(result.keys[layer][active], batch.state.past[layer], chosen)
-        share = residual[active] / (len(sweep.layers) - position)
-        norm = apply_update(batch.trial, layer, chosen, share, solution, active.nonzero().flatten())
+        result.keys[layer], chosen, solution = _solved(batch, sweep, captured, active, rows, rule)
+        share = residual[rows] / (len(sweep.layers) - position)
+        norm = apply_update(batch.trial, layer, chosen, share, solution, rows)
         result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
         result.norms[layer] = result.norms.get(layer, 0.0) + norm
     return True
@@ -118,6 +120,26 @@ def write_sweep(
 def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
     """The ridge system over lambda C. moment: (d_ff, d_ff)"""
     return RidgeSolver(moment, config.covariance_weight)
+
+
+def _solved(
+    batch: Batch,
+    sweep: KeySweep,
+    captured: LayerCapture,
+    active: Tensor,
+    rows: Tensor,
+    rule: dict[str, float] | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Keys of all edits (n_edits, d_ff), the selected neurons (k,) or None for all, X (k, number of rows)."""
+    solver, past = batch.state.solvers[captured.layer], batch.state.past[captured.layer]
+    if rule is None:
+        keys = sweep.keys(captured, active).keys
+        return keys, None, solver.solve(keys[rows], past)
+    if not isinstance(solver, RidgeSolver):
+        raise TypeError(f"neurons are selected for a RidgeSolver, got {type(solver).__name__}")
+    chain = sweep.chain(captured, active, solver.moment, solver.weight, past.dense, past.rows, rule)
+    chosen, system = chain.read()
+    return chain.keys, chosen, solver.solve_system(system, chain.keys[rows][:, chosen])
 
 
 def one_round(batch: Batch) -> BatchResult:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastedit.ops.select_neurons import select_neurons
-
 
 def active_edits(residual: Tensor, smallest: float, largest: float) -> Tensor:
     """(n_edits,) bool: smallest < ||z - h|| < largest, both strict. residual: (n_edits, d_model).
@@ -17,10 +15,10 @@ def active_edits(residual: Tensor, smallest: float, largest: float) -> Tensor:
     return ~((distance <= smallest) | (distance >= largest))
 
 
-def neurons_by_mass(mass: Tensor, share: float, as_released: bool) -> Tensor | None:
-    """Selected neurons, (k,) int64 ascending, or None for all. mass: (d_ff,).
+def mass_rule(share: float, as_released: bool) -> dict[str, float] | None:
+    """The rule by which neurons are selected, as an argument of `select_neurons`; None for every neuron.
 
     The paper takes the smallest set reaching `share` of the mass; the released code the largest set within it."""
     if share >= 1:
         return None
-    return select_neurons(mass, within=share) if as_released else select_neurons(mass, reaching=share)
+    return {"within": share} if as_released else {"reaching": share}

@@ -85,8 +85,13 @@ class RidgeSolver:
             return self._solve_low_rank(keys.double(), past.rows.double())
         rows = keys if past.rows is None else torch.cat([past.rows, keys.float()])
         system = masked_gram(self.moment, self.weight, rows, past.dense, index)
-        chosen = keys if index is None else keys[:, index]
-        return torch.cholesky_solve(chosen.double().T, cholesky(system))
+        return self.solve_system(system, keys if index is None else keys[:, index])
+
+    def solve_system(self, system: Tensor, keys: Tensor) -> Tensor:
+        """X, (k, n_edits) float64, for a system matrix (k, k) and the keys (n_edits, k) on its neurons.
+
+        Raises NotPositiveDefinite."""
+        return torch.cholesky_solve(keys.double().T, cholesky(system))
 
     def _solve_low_rank(self, keys: Tensor, past: Tensor) -> Tensor:
         if self._factor is None:

@@ -53,7 +53,6 @@ NO_OP_NEEDED = {
         *("cuda.h", "cuda.cuh", "cuda.cu", "system_chain.cu", "bindings_cuda.cpp"),
     },
     "kernels/triton": {"__init__.py", "_launch.py"},
-    "kernels/triton": {"__init__.py"},
     "fastedit/ops/cpp": {"__init__.py"},
     "fastedit/ops/cuda": {"__init__.py", "system_chain.py"},
     "bench": {

@@ -26,32 +26,40 @@ from typing import Any
 TABLE: dict[str, dict[str, str]] = {
     "capture_keys": {
         "cuda": "fastedit.ops.cuda.capture_keys",
+        "triton": "fastedit.kernels.capture_keys",
         "cpp": "fastedit.ops.cpp.capture_keys",
     },
     "score_neurons": {
+        "triton": "fastedit.kernels.score_neurons",
         "cpp": "fastedit.ops.cpp.score_neurons",
     },
     "select_neurons": {
         "cuda": "fastedit.ops.cuda.select_neurons",
+        "triton": "fastedit.kernels.select_neurons",
         "cpp": "fastedit.ops.cpp.select_neurons",
     },
     "masked_gram": {
         "cuda": "fastedit.ops.cuda.masked_gram",
+        "triton": "fastedit.kernels.masked_gram",
         "cpp": "fastedit.ops.cpp.masked_gram",
     },
     "gram_update": {
         "cuda": "fastedit.ops.cuda.gram_update",
+        "triton": "fastedit.kernels.gram_update",
         "cpp": "fastedit.ops.cpp.gram_update",
     },
     "apply_delta": {
         "cuda": "fastedit.ops.cuda.apply_delta",
+        "triton": "fastedit.kernels.apply_delta",
         "cpp": "fastedit.ops.cpp.apply_delta",
     },
     "sparse_delta": {
+        "triton": "fastedit.kernels.sparse_delta",
         "cpp": "fastedit.ops.cpp.sparse_delta",
     },
     "sparse_adam": {
         "cuda": "fastedit.ops.cuda.sparse_adam",
+        "triton": "fastedit.kernels.sparse_adam",
         "cpp": "fastedit.ops.cpp.sparse_adam",
     },
 }

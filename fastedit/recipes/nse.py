@@ -13,14 +13,14 @@ from functools import partial
 
 from fastedit.closed_form import Batch, BatchResult, Recipe, ridge, write_sweep
 from fastedit.config import NSEConfig
-from fastedit.selection import active_edits, neurons_by_mass
+from fastedit.selection import active_edits, mass_rule
 
 
 def nse(batch: Batch) -> BatchResult:
     """Write one batch inside its trial."""
     config: NSEConfig = batch.config
     near = partial(active_edits, smallest=config.residual_min, largest=config.residual_max)
-    heavy = partial(neurons_by_mass, share=config.mass, as_released=config.as_released)
+    heavy = mass_rule(config.mass, config.as_released)
     result = BatchResult(batch.values())
     with batch.model.packed():
         sweep = batch.sweep()
