@@ -12,6 +12,8 @@ dtype, count, past, active) -> system`; what they return is described at the fie
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,13 +29,14 @@ DEVICE_BACKENDS = ("cuda", "triton")
 
 
 class System(NamedTuple):
-    """index: (k,) int64, the selected neurons, ascending; matrix: (k, k) symmetric."""
+    """neurons: (k,) int64, the selected ones, ascending; matrix: (k, k) symmetric."""
 
-    index: Tensor
+    neurons: Tensor
     matrix: Tensor
 
 
-class Chain(NamedTuple):
+@dataclass(frozen=True)
+class Chain:
     """What a chain leaves behind, all of it where its inputs are.
 
     keys: (n_edits, d_ff) float32; mass: (d_ff,) float32
@@ -87,6 +90,10 @@ def system_chain(
     share = reaching if within is None else within
     if share is None or not 0 < share <= 1 or (reaching is not None and within is not None):
         raise ValueError(f"system_chain: give reaching or within, in (0, 1], got {reaching} and {within}")
+    fused = _one_launch(gate, up, moment, history, past)
+    if fused is not None:
+        given = (gate, up, weights, activation, active, moment, weight, history, past, reaching, within, dtype)
+        return Chain(*fused.system_chain(*given))
     keys, mass = capture_keys(gate, up, weights, activation, active)
     device = _device_modules(mass, reaching, within, moment, weight, keys, history, dtype)
     if device is not None:
@@ -99,6 +106,17 @@ def system_chain(
     rows = rows if past is None else torch.cat([past, rows])
     system = masked_gram(moment, weight, rows, history, index, dtype)
     return Chain(keys, mass, index, torch.tensor([len(index), 0, 0]), system.view(-1))
+
+
+def _one_launch(
+    gate: Tensor, up: Tensor | None, moment: Tensor, history: Tensor | None, past: Tensor | None
+) -> ModuleType | None:
+    """The module of the chain in one CUDA launch, where that can run and measured faster than three."""
+    if _table.wanted() not in (None, "cuda") or not gate.is_cuda:
+        return None
+    module = importlib.import_module("fastedit.ops.cuda.system_chain")
+    given = (gate, up, moment, history, past)
+    return module if module.supports(*given) is None and module.worth(*given) is None else None
 
 
 def _device_modules(

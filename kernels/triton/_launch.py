@@ -91,6 +91,12 @@ def on_device_of(value: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext()
 
 
+def checked(index: Tensor, size: int) -> Tensor:
+    """The index, unchanged. A number outside [0, size) is an IndexError, or on a GPU stops the device as torch's own
+    gathers do; nothing waits for it."""
+    return torch.arange(size, device=index.device).index_select(0, index)
+
+
 def strides(value: Tensor | None, rank: int) -> tuple[int, ...]:
     """Strides in elements; zeros for an argument not given."""
     return (0,) * rank if value is None else value.stride()

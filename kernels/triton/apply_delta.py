@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastedit.kernels._launch import cdiv, first, not_worth, on_device_of, strides, tl, triton, unavailable, wrong_dtype
+from fastedit.kernels._launch import cdiv, checked, first, not_worth, on_device_of, strides, tl, triton, unavailable, wrong_dtype
 
 
 def supports(
@@ -195,6 +195,7 @@ def apply_delta(
     owner = None
     with on_device_of(weight):
         if index is not None:
+            index = checked(index, d_ff)
             owner, solution = _owned(index, solution, d_ff, wide)
         _apply_kernel[(columns, cdiv(d_model, launch.rows))](
             weight, master, residual, solution, index, owner, saved, saved_master, d_model, d_ff, width, n_edits,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastedit.kernels._launch import cdiv, not_worth, on_device_of, strides, tl, triton, unavailable
+from fastedit.kernels._launch import cdiv, checked, not_worth, on_device_of, strides, tl, triton, unavailable
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -179,4 +179,5 @@ def masked_gram(
 ) -> Tensor:
     """A, (k, k) symmetric to the bit; arguments as of the public op."""
     size = keys.shape[1] if index is None else index.shape[0]
+    index = None if index is None else checked(index, keys.shape[1])
     return masked_gram_on_device(moment, weight, keys, history, index, dtype).view(size, size)

@@ -61,6 +61,27 @@ def _mass(key, smallest):
 
 
 @triton.jit
+def _last_key(key, top_k, bound, RULE: tl.constexpr):
+    """The smallest key that may be selected: the largest one down to which the keys are enough."""
+    last = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        candidate = last | bit
+        if RULE == "top_k":
+            enough = tl.sum((key >= candidate).to(tl.int32), 0) >= top_k
+        elif RULE == "reaching":
+            enough = _mass(key, candidate) >= bound
+        else:
+            enough = _mass(key, candidate) > bound
+        last = tl.where(enough, candidate, last)
+        bit = bit >> 1
+    if RULE == "reaching":
+        # Where there is no mass at all, every candidate reaches it.
+        last = tl.minimum(last, tl.max(key, 0))
+    return last
+
+
+@triton.jit
 def _select_kernel(
     score, index, status, n, score_stride, top_k, share: tl.float64, RULE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -81,22 +102,7 @@ def _select_kernel(
     else:
         bound = _mass(key, 0) * share
 
-    last = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
-        candidate = last | bit
-        if RULE == "top_k":
-            enough = tl.sum((key >= candidate).to(tl.int32), 0) >= top_k
-        elif RULE == "reaching":
-            enough = _mass(key, candidate) >= bound
-        else:
-            enough = _mass(key, candidate) > bound
-        last = tl.where(enough, candidate, last)
-        bit = bit >> 1
-    if RULE == "reaching":
-        # Where there is no mass at all, every candidate reaches it.
-        last = tl.minimum(last, tl.max(key, 0))
-
+    last = _last_key(key, top_k, bound, RULE)
     over = key > last
     tied = inside & (key == last)
     n_over = tl.sum(over.to(tl.int32), 0)

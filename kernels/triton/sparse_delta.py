@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastedit.kernels._launch import cdiv, not_worth, on_device_of, tl, triton, unavailable
+from fastedit.kernels._launch import cdiv, checked, not_worth, on_device_of, tl, triton, unavailable
 
 
 class Grads(NamedTuple):
@@ -190,6 +190,7 @@ def sparse_delta(
 ) -> Tensor:
     """y, (n_rows, d_model); arguments as of the public op. Never waits for the device."""
     row_starts, slot_starts = row_starts.contiguous(), slot_starts.contiguous()
+    index = checked(index, activations.shape[1])
     return _sum(activations, index, row_starts, slot_starts, delta, scale, activations.shape[0], of_slots=False)
 
 
@@ -204,6 +205,7 @@ def sparse_delta_grads(
 ) -> Grads:
     """The gradients; arguments as of the public function. Never waits for the device."""
     row_starts, slot_starts = row_starts.contiguous(), slot_starts.contiguous()
+    index = checked(index, activations.shape[1])
     of_delta = _sum(activations, index, slot_starts, row_starts, grad, scale, delta.shape[0], of_slots=True)
     n_samples, launch = len(row_starts) - 1, config()
     (n_rows, d_ff), d_model = activations.shape, delta.shape[1]

@@ -31,7 +31,7 @@ def test_one_launch_is_the_three_ops_in_a_row(order, rows, dtype, rule):
     assert_close(found.mass, expected.mass, yardstick.mass, "capture_keys")
     size, broken, negative = found.status.tolist()
     assert (broken, negative) == (0, 0)
-    index = found.index[:size]
+    index = found.neurons[:size]
     assert_same_indices(index, select_neurons_ref(found.mass, None, *share).tolist(), "select_neurons")
     matrix = found.system[: size * size].view(size, size)
     inputs = (moment, weight, torch.cat([past, found.keys[active]]), history, index)

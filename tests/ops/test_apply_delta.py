@@ -133,11 +133,14 @@ def test_an_index_in_any_order_puts_each_row_into_its_column(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_weights_are_rounded_once(dtype, backend):
+def test_half_weights_are_rounded_once(dtype, backend, device):
+    if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16):
+        pytest.skip("Triton's interpreter cuts float32 down to bfloat16; a GPU rounds")
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 40, generator=generator).to(dtype)
+    weight = torch.randn(64, 40, generator=generator).to(device, dtype)
     # Multiples of 2^-6 below 1: products and sums are exact in float32, so one rounding gives one answer.
-    residual, solution = (torch.randint(-63, 64, size, generator=generator) / 64 for size in ((3, 64), (40, 3)))
+    sizes = ((3, 64), (40, 3))
+    residual, solution = (torch.randint(-63, 64, size, generator=generator).to(device) / 64 for size in sizes)
     expected = formula(weight, residual, solution, None).float().to(dtype)
     twice = weight + (solution @ residual).T.to(dtype)
     apply_delta(weight, residual, solution)

@@ -83,7 +83,7 @@ def launch(op: str, like: Tensor, *arguments: Any) -> None:
 
     Raises RuntimeError with CUDA's words when it cannot be launched."""
     kernel: Callable[..., str | None] = getattr(compiled(), op)
-    with torch.cuda.device_of(like):
+    with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         error = kernel(*arguments, stream_of(like.device))
     if error is not None:
         raise RuntimeError(f"{op}: {error}")

@@ -39,8 +39,8 @@ def select_on_device(
 
 def empty(score: Tensor) -> tuple[Tensor, Tensor]:
     """Where index and status of these scores go."""
-    options = {"dtype": torch.int64, "device": score.device}
-    return torch.empty(score.shape[0], **options), torch.empty(3, **options)
+    index = torch.empty(score.shape[0], dtype=torch.int64, device=score.device)
+    return index, torch.empty(3, dtype=torch.int64, device=score.device)
 
 
 def task(

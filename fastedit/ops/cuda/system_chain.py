@@ -12,12 +12,12 @@ from fastedit.ops.cuda import capture_keys, masked_gram, select_neurons
 
 
 class Buffers(NamedTuple):
-    """What the launch leaves in device memory: keys and mass of `capture_keys`, index and status of
+    """What the launch leaves in device memory: keys and mass of `capture_keys`, neurons and status of
     `select_on_device`, and the packed matrix of `masked_gram_on_device`."""
 
     keys: Tensor
     mass: Tensor
-    index: Tensor
+    neurons: Tensor
     status: Tensor
     system: Tensor
 
