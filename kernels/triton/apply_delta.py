@@ -13,7 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastedit.kernels._launch import cdiv, checked, first, not_worth, on_device_of, strides, tl, triton, unavailable, wrong_dtype
+from fastedit.kernels._launch import (
+    cdiv,
+    checked,
+    first,
+    not_worth,
+    on_device_of,
+    strides,
+    tl,
+    triton,
+    unavailable,
+    wrong_dtype,
+)
 
 
 def supports(

@@ -47,16 +47,17 @@ class Config:
     num_stages: int
 
 
-def config(n_slots: int) -> Config:
-    """The launch for this many slots.
+def config(n_slots: int, dtype: torch.dtype) -> Config:
+    """The launch for this many slots and sums in `dtype`.
 
     slots       16, the least that the matrix units take, while W is read once or twice; 64 above 32 slots, where the
                 products set the time and W would be read again for every 16 slots
     neurons     64: 224 tiles over the 14336 neurons of an 8B model, more than its 132 multiprocessors
-    depth       32: rows of 64 neurons leave memory in runs of 128 bytes and more; 12 KB of shared memory per stage
+    depth       32: rows of 64 neurons leave memory in runs of 128 bytes and more; 12 KB of shared memory per stage;
+                16 in float64, where 32 spill registers inside the loop
     num_stages  3: with one tile per multiprocessor the loads in flight must hide the latency of memory
     """
-    return Config(16 if n_slots <= 32 else 64, 64, 32, 4, 3)
+    return Config(16 if n_slots <= 32 else 64, 64, 16 if dtype == torch.float64 else 32, 4, 3)
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k
     wide = torch.promote_types(weight.dtype, torch.float32)
     # Triton's interpreter would multiply the bit patterns of bf16 numbers; the products are exact either way.
     widen = INTERPRETED and weight.dtype == torch.bfloat16
-    launch = config(n_slots)
+    launch = config(n_slots, wide)
     tiles, top = cdiv(d_ff, launch.neurons), min(top_k or 0, launch.neurons)
     shape = (n_slots, d_ff) if top_k is None else (0, d_ff)
     out = torch.empty(shape, dtype=wide, device=weight.device)

@@ -84,16 +84,6 @@ def test_the_columns_are_saved_as_they_were_for_every_position(with_master):
         assert torch.equal(saved_master, before[1][:, index])
 
 
-def test_a_column_outside_the_weight_is_passed_over():
-    weight, residual, solution, index = repeated_update(torch.float32)
-    index[0], index[1] = 40, -1
-    found = weight.clone()
-    apply_delta(found, residual, solution, index)
-    expected = weight.clone()
-    apply_delta(expected, residual, solution[2:], index[2:])
-    assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("case", [*CASES[:-1], Case("tiles", 37, 193)], ids=str)
 def test_the_history_takes_the_products_and_stays_symmetric(case, dtype):
