@@ -45,12 +45,17 @@ inline VecF product(const T *gate, const T *up) {
     return up ? value * load(up) : value;
 }
 
-// sums += weight * activation(gate) * up over `width` columns.
+// sums += weight * activation(gate) * up over `width` columns. The hardware stops reading ahead at the end of a page,
+// and a tile's row is about as long as one: the next row, `ahead` elements further on, is asked for from here.
 template <class T, Activation A>
-void add_template(float *sums, const T *gate, const T *up, float weight, int64_t width) {
+void add_template(float *sums, const T *gate, const T *up, float weight, int64_t width, int64_t gate_ahead,
+                  int64_t up_ahead) {
     int64_t j = 0;
-    for (; j + LANES <= width; j += LANES)
+    for (; j + LANES <= width; j += LANES) {
+        __builtin_prefetch(gate + j + gate_ahead);
+        if (up) __builtin_prefetch(up + j + up_ahead);
         store_as(sums + j, load(sums + j) + weight * product<T, A>(gate + j, up ? up + j : nullptr));
+    }
     if (j == width) return;
     T last_gate[LANES] = {}, last_up[LANES] = {};
     float last[LANES] = {};
@@ -62,29 +67,48 @@ void add_template(float *sums, const T *gate, const T *up, float weight, int64_t
     std::memcpy(sums + j, last, left * sizeof(float));
 }
 
+// The key of one edit in columns [start, start + width): the weighted sum over its templates.
+template <class T, Activation A>
+void capture(const CaptureKeys &a, int64_t edit, int64_t start, int64_t width) {
+    const T *gate = static_cast<const T *>(a.gate) + edit * a.gate_edit + start;
+    const T *up = a.up ? static_cast<const T *>(a.up) + edit * a.up_edit + start : nullptr;
+    float *sums = a.keys + edit * a.d_ff + start;
+    std::memset(sums, 0, static_cast<size_t>(width) * sizeof(float));
+    for (int64_t t = 0; t < a.n_templates; ++t) {
+        // After an edit's last template comes the next edit's first.
+        const bool last = t + 1 == a.n_templates;
+        const int64_t gate_ahead = last ? a.gate_edit - t * a.gate_template : a.gate_template;
+        const int64_t up_ahead = last ? a.up_edit - t * a.up_template : a.up_template;
+        add_template<T, A>(sums, gate + t * a.gate_template, up ? up + t * a.up_template : nullptr, a.weights[t], width,
+                           gate_ahead, up_ahead);
+    }
+}
+
+// The mass of columns [start, start + width), edit by edit; their keys were just written.
+inline void add_up(const CaptureKeys &a, int64_t start, int64_t width) {
+    float *mass = a.mass + start;
+    std::memset(mass, 0, static_cast<size_t>(width) * sizeof(float));
+    for (int64_t i = 0; i < a.n_edits; ++i) {
+        if (a.active && !a.active[i]) continue;
+        const float *keys = a.keys + i * a.d_ff + start;
+        for (int64_t j = 0; j < width; ++j) mass[j] += __builtin_fabsf(keys[j]);
+    }
+}
+
 template <class T, Activation A>
 void run(const CaptureKeys &a) {
-    if (a.d_ff == 0) return;
-    const T *gate = static_cast<const T *>(a.gate), *up = static_cast<const T *>(a.up);
-    // As many tiles as threads, or a multiple of it.
-    const int64_t rounds = ceil_div(a.d_ff, a.threads * WIDTH);
-    const int64_t tile = ceil_div(ceil_div(a.d_ff, rounds * a.threads), LANES) * LANES;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-    for (int64_t start = 0; start < a.d_ff; start += tile) {
-        const int64_t width = min64(tile, a.d_ff - start);
-        float *mass = a.mass + start;
-        std::memset(mass, 0, static_cast<size_t>(width) * sizeof(float));
-        for (int64_t i = 0; i < a.n_edits; ++i) {
-            float *sums = a.keys + i * a.d_ff + start;
-            std::memset(sums, 0, static_cast<size_t>(width) * sizeof(float));
-            for (int64_t t = 0; t < a.n_templates; ++t) {
-                const T *one = gate + i * a.gate_edit + t * a.gate_template + start;
-                const T *other = up ? up + i * a.up_edit + t * a.up_template + start : nullptr;
-                add_template<T, A>(sums, one, other, a.weights[t], width);
-            }
-            if (a.active && !a.active[i]) continue;
-            for (int64_t j = 0; j < width; ++j) mass[j] += __builtin_fabsf(sums[j]);
+    const int64_t tiles = ceil_div(a.d_ff, WIDTH);
+    const int64_t part = ceil_div(ceil_div(a.d_ff, a.threads), LANES) * LANES;
+#pragma omp parallel num_threads(a.threads)
+    {
+        // A thread reads whole edits, one after the other, as they lie in memory.
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < a.n_edits * tiles; ++task) {
+            const int64_t start = task % tiles * WIDTH;
+            capture<T, A>(a, task / tiles, start, min64(WIDTH, a.d_ff - start));
         }
+#pragma omp for schedule(static)
+        for (int64_t start = 0; start < a.d_ff; start += part) add_up(a, start, min64(part, a.d_ff - start));
     }
 }
 

@@ -1,13 +1,13 @@
-// Exact selection without a sort; see fastedit/ops/select_neurons.py. Histograms of 11 bits each over ever fewer
-// candidates find the score at which the descending order is cut: three for float32, six for float64.
+// Exact selection without a sort; see fastedit/ops/select_neurons.py. Histograms of 8 or 11 bits each over ever fewer
+// candidates find the score at which the descending order is cut.
 #include "gemm.h"
 
 namespace fastedit {
 namespace FASTEDIT_ISA {
 namespace {
 
-constexpr int DIGIT = 11;
-constexpr int64_t BUCKETS = 1 << DIGIT;
+// Bits of a histogram: few scores are counted faster than many buckets are emptied.
+constexpr int FEW = 8, MANY = 11;
 
 template <class T>
 struct RankOf;
@@ -56,20 +56,26 @@ struct Cut {
 
 template <class T, class Rank>
 Cut<Rank> find_cut(const Rank *ranks, int64_t n, const Budget &budget, Rank *candidates) {
-    Scratch<int64_t> sizes(BUCKETS);
-    Scratch<double> sums(BUCKETS);
+    const int digit = n < 8192 ? FEW : MANY;
+    const size_t buckets = size_t(1) << digit;
+    Scratch<int64_t> sizes(buckets);
+    Scratch<double> sums(buckets);
     int64_t taken = 0;
     double summed = 0;
     Rank prefix = 0;
-    for (int high = 8 * sizeof(Rank); high > 0; high -= DIGIT) {
-        const int shift = high > DIGIT ? high - DIGIT : 0;
+    for (int high = 8 * sizeof(Rank); high > 0; high -= digit) {
+        const int shift = high > digit ? high - digit : 0;
         const Rank mask = (Rank(1) << (high - shift)) - 1;
-        std::memset(sizes.data, 0, BUCKETS * sizeof(int64_t));
-        std::memset(sums.data, 0, BUCKETS * sizeof(double));
-        for (int64_t i = 0; i < n; ++i) {
-            const Rank bucket = ranks[i] >> shift & mask;
-            ++sizes.data[bucket];
-            if (budget.by_mass) sums.data[bucket] += score_of<T>(ranks[i]);
+        std::memset(sizes.data, 0, buckets * sizeof(int64_t));
+        std::memset(sums.data, 0, buckets * sizeof(double));
+        if (budget.by_mass) {
+            for (int64_t i = 0; i < n; ++i) {
+                const Rank bucket = ranks[i] >> shift & mask;
+                ++sizes.data[bucket];
+                sums.data[bucket] += score_of<T>(ranks[i]);
+            }
+        } else {
+            for (int64_t i = 0; i < n; ++i) ++sizes.data[ranks[i] >> shift & mask];
         }
         const auto occupied = [&sizes](int64_t bucket) {
             while (bucket >= 0 && sizes.data[bucket] == 0) --bucket;
@@ -111,10 +117,10 @@ int64_t run(const SelectNeurons &a) {
     const T *score = static_cast<const T *>(a.score);
     const bool by_mass = a.share >= 0, all = a.share >= 1;
     Scratch<Rank> ranks(2 * a.n);
+    for (int64_t i = 0; i < a.n; ++i) ranks.data[i] = rank_of(score[i]);
     double total = 0;
-    for (int64_t i = 0; i < a.n; ++i) {
-        ranks.data[i] = rank_of(score[i]);
-        total += score[i];
+    if (by_mass) {
+        for (int64_t i = 0; i < a.n; ++i) total += score[i];
     }
     Cut<Rank> cut{0, a.n};
     if (!all) cut = find_cut<T>(ranks.data, a.n, Budget{by_mass, a.reaching, a.count, a.share * total}, ranks.data + a.n);

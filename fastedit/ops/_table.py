@@ -111,7 +111,7 @@ def wanted() -> str | None:
 
 def automatic(op: str, *arguments: Any) -> str:
     """The first backend of the table that supports the arguments and is worth it."""
-    for name in TABLE.get(op, {}):
+    for name in present(op):
         module = module_of(op, name)
         if module.supports(*arguments) is None and module.worth(*arguments) is None:
             return name
@@ -135,6 +135,12 @@ def absent(op: str, name: str) -> str | None:
         return "no kernel"
     reason: str | None = importlib.import_module(HOMES[name]).missing()
     return reason
+
+
+@cache
+def present(op: str) -> tuple[str, ...]:
+    """The backends of the op that can run it on some arguments in this installation, in the table's order."""
+    return tuple(name for name in TABLE.get(op, {}) if absent(op, name) is None)
 
 
 @cache

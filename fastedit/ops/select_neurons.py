@@ -29,7 +29,7 @@ def select_neurons(
     Raises ValueError for NaN or Inf scores, a share outside (0, 1], k outside [1, d_ff], or not exactly one rule.
     """
     require("select_neurons", "score", score, (None,))
-    if sum(rule is not None for rule in (top_k, reaching, within)) != 1:
+    if (top_k is None) + (reaching is None) + (within is None) != 2:
         raise ValueError("select_neurons: give exactly one of top_k, reaching, within")
     # A NaN is both the smallest and the largest: one pass answers for NaN, Inf and sign.
     smallest, largest = (float(end) for end in score.aminmax()) if score.numel() else (0.0, 0.0)
