@@ -17,8 +17,8 @@ def supports(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, 
 
 
 def worth(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None) -> str | None:
-    """Always. Two threads of an AMD EPYC (Zen 4), 100 edits, 6 templates, float32, against silu, product, matmul and
-    sum of torch: 1.8 times at d_ff 1536, 3.9 at 14336; bf16 2.0 and 11."""
+    """Always. Two threads of an AMD EPYC (Zen 4), 100 edits, 6 templates, float32, against the fastest of
+    torch's forms: 2.4 times at d_ff 1536, 2.3 at 14336."""
     return None
 
 

