@@ -234,9 +234,12 @@ def stats(
     """Compute and store second moments, or say that they are stored already."""
     console = _start()
     with _errors(console):
+        from fastedit.config import ClosedFormConfig
         from fastedit.stats import Source, second_moments
 
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
+        if not isinstance(editor.config, ClosedFormConfig):
+            raise ValueError(f"{method} uses no second moments")
         wanted = _layers(layers, editor.model.n_layers) if layers else list(editor.config.layers)
         started = time.perf_counter()
         found = second_moments(editor.model, wanted, Source(moments, seed), editor.config.moments)

@@ -57,7 +57,11 @@ class MomentConfig(_Config):
 
 
 class EditConfig(_Config):
-    """What every recipe needs.
+    """The settings of a method; what a method has none of its own for, no method shares."""
+
+
+class ClosedFormConfig(EditConfig):
+    """What every closed-form recipe needs.
 
     layers: edited layers, ascending; the last one is the value layer
     rewind_values: optimise values on the original weights, also in the middle of a stream
@@ -77,7 +81,7 @@ class EditConfig(_Config):
         return layers
 
 
-class NSEConfig(EditConfig):
+class NSEConfig(ClosedFormConfig):
     """NSE, neuron-level sequential editing (sections and symbols: Jiang et al. 2025 and its released code).
 
     covariance_weight: lambda, weight of the second moment C in the solve
@@ -96,7 +100,7 @@ class NSEConfig(EditConfig):
     as_released: bool = False
 
 
-class MEMITConfig(EditConfig):
+class MEMITConfig(ClosedFormConfig):
     """MEMIT (Meng et al. 2023).
 
     covariance_weight: lambda, weight of the second moment C in the solve
@@ -107,7 +111,7 @@ class MEMITConfig(EditConfig):
     memory: bool = False
 
 
-class AlphaEditConfig(EditConfig):
+class AlphaEditConfig(ClosedFormConfig):
     """AlphaEdit (Fang et al. 2025).
 
     null_threshold: eigenvectors of C with eigenvalues below it span the null space

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fastedit.closed_form import Batch, BatchResult, EditState, Recipe
+from fastedit.method import Method
 from fastedit.recipes.alphaedit import ALPHAEDIT
 from fastedit.recipes.memit import MEMIT
 from fastedit.recipes.nse import NSE
 
-RECIPES: dict[str, Recipe] = {"nse": NSE, "memit": MEMIT, "alphaedit": ALPHAEDIT}
+RECIPES: dict[str, Method] = {"nse": NSE, "memit": MEMIT, "alphaedit": ALPHAEDIT}
 
-__all__ = ["RECIPES", "Batch", "BatchResult", "EditState", "Recipe"]
+__all__ = ["RECIPES"]
