@@ -1,7 +1,8 @@
 """Next-token distributions at scored rows only: losses with their gradient, and what evaluation reads.
 
 The vocabulary projection is the largest single product of a step, so logits are computed once, for the rows that are
-scored and no others, in one buffer that is reused and turned into their own gradient in place. float32 throughout.
+scored and no others, in one buffer that is reused and turned into their own gradient in place. float32 throughout,
+or float64 for a float64 model.
 """
 
 from __future__ import annotations
@@ -47,12 +48,15 @@ class LogitBuffer:
         self._flat = torch.empty(0)
 
     def logits(self, rows: Tensor, head: Head) -> Tensor:
-        """Logits of rows (n_rows, d_head) in float32, (n_rows, n_vocabulary), valid until the next call."""
+        """Logits of rows (n_rows, d_head) in float32, or float64 for such rows, (n_rows, n_vocabulary), valid until the
+        next call."""
         n_rows, n_vocabulary = rows.shape[0], head.weight.shape[0]
-        if self._flat.numel() < n_rows * n_vocabulary or self._flat.device != rows.device:
-            self._flat = torch.empty(n_rows * n_vocabulary, device=rows.device)
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        fits = self._flat.device == rows.device and self._flat.dtype == dtype
+        if not fits or self._flat.numel() < n_rows * n_vocabulary:
+            self._flat = torch.empty(n_rows * n_vocabulary, device=rows.device, dtype=dtype)
         out = self._flat[: n_rows * n_vocabulary].view(n_rows, n_vocabulary)
-        if rows.dtype == torch.float32 and head.weight.dtype == torch.float32:
+        if rows.dtype == dtype and head.weight.dtype == dtype:
             torch.mm(rows, head.weight.T, out=out)
         else:
             out.copy_(torch.mm(rows, head.weight.T))

@@ -7,7 +7,7 @@ and KN's the gradient of a probability with respect to the down-projection's out
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class BestNeurons(NamedTuple):
     neurons: Tensor
 
 
+@overload
+def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: None = None) -> Tensor: ...
+@overload
+def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int) -> BestNeurons: ...
 def score_neurons(
     activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None = None
 ) -> Tensor | BestNeurons:
@@ -48,7 +52,8 @@ def score_neurons(
     require("score_neurons", "directions", directions, (activations.shape[0], d_model), weight)
     if top_k is not None and not 1 <= top_k <= d_ff:
         raise ValueError(f"score_neurons: top_k must be in [1, {d_ff}], got {top_k}")
-    return _table.run("score_neurons", activations, weight, directions, top_k)
+    found: Tensor | BestNeurons = _table.run("score_neurons", activations, weight, directions, top_k)
+    return found
 
 
 def score_neurons_torch(
