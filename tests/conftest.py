@@ -17,8 +17,11 @@ import torch
 from fastedit.adapter import ModelAdapter
 from fastedit.config import (
     AlphaEditConfig,
+    AttributionConfig,
     EditConfig,
     FiNEConfig,
+    KNConfig,
+    KNEConfig,
     MEMITConfig,
     MomentConfig,
     NSEConfig,
@@ -52,6 +55,12 @@ TINY_CONFIGS: dict[str, EditConfig] = {
         layers=TINY_CONFIG.layers, ridge=0.1, value=TINY_CONFIG.value, moments=TINY_CONFIG.moments
     ),
     "fine": FiNEConfig(frozen_layers=1, train=TrainConfig(lr=0.03)),
+    "kne": KNEConfig(
+        share=0.05,
+        attribution=AttributionConfig(nodes=3),
+        train=TrainConfig(steps=40, lr=0.01, reduce="mean", kl_factor=0, repetition_factor=0, norm_factor=0),
+    ),
+    "kn": KNConfig(attribution=AttributionConfig(nodes=3, tokens="apart")),
 }
 
 os.environ["HF_HUB_OFFLINE"] = "1"

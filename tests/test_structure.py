@@ -39,7 +39,7 @@ LAYERS = (
     ("evaluation",),
     ("watch",),
     ("fastedit",),
-    ("demo", "doctor"),
+    ("demo", "doctor", "located"),
     ("cli", "compat", "testing"),
 )
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
