@@ -225,6 +225,8 @@ CONFIGS: dict[str, type[EditConfig]] = {
     "memit": MEMITConfig,
     "alphaedit": AlphaEditConfig,
     "fine": FiNEConfig,
+    "kne": KNEConfig,
+    "kn": KNConfig,
 }
 
 

@@ -62,6 +62,7 @@ NO_OP_NEEDED = {
         "published.py",
         "published_siblings.py",
         "published_fine.py",
+        "fine.py",
         "precision.py",
         "stream.py",
         "device.sh",

@@ -63,10 +63,8 @@ def test_neurons_losses_and_stop_are_those_of_the_published_procedure(adapter, r
         chosen = list(zip(slots.layers[here].tolist(), slots.neurons[here].tolist(), strict=True))
         assert chosen == wanted.slots
         torch.testing.assert_close(slots.scores[here], wanted.scores, rtol=bound, atol=bound)
-        curve = found.curve[: len(wanted.losses), edit]
-        torch.testing.assert_close(
-            curve, torch.tensor([loss for loss, _ in wanted.losses]).double(), rtol=bound, atol=0
-        )
+        curve = torch.tensor([loss for loss, _ in wanted.losses], dtype=torch.float64)
+        torch.testing.assert_close(found.curve[: len(curve), edit], curve, rtol=bound, atol=0)
         assert found.curve[len(wanted.losses) :, edit].isnan().all()
         assert found.worst[edit] == pytest.approx(wanted.losses[-1][1], rel=bound)
         assert found.steps[edit] == wanted.steps
