@@ -152,12 +152,17 @@ class FiNEConfig(EditConfig):
         the release scored Llama models until May 2025, probably for the paper's numbers
     token: whose push is scored at a target token. "greedy" (published): what the model says there now; ours: "old",
         the first token of `target_true` at the first target token where the record has one, greedy elsewhere
+    common_share: ours: leave out neurons that would be chosen for more than this share of the positions of background
+        text, which push what the model says anywhere; None = leave none out, as published
+    background: that text's length; its source is the editor's `moments`, by default the model's own writing
     """
 
     neurons: int = Field(5, ge=1)
     frozen_layers: int = Field(3, ge=0)
     score_activation: Literal["down_in", "gate_only"] = "down_in"
     token: Literal["greedy", "old"] = "greedy"
+    common_share: float | None = Field(None, gt=0, lt=1)
+    background: MomentConfig = MomentConfig(tokens=4000, window=128)
     train: TrainConfig = TrainConfig()
 
 

@@ -42,9 +42,9 @@ class BatchRejected(RuntimeError):
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What happened to one batch. loss: mean over its edits at the last forward; steps: mean Adam steps;
-    written: edits written in each round; neurons, norms: per layer, neurons written last and summed update norms;
-    error: why it was rolled back, or None when it was committed."""
+    """What happened to one batch. loss: mean over its edits at the last forward, None where none is taken; steps: mean
+    Adam steps; written: edits written in each round; neurons, norms: per layer, neurons written last and summed update
+    norms; error: why it was rolled back, or None when it was committed."""
 
     batch: int
     case_ids: tuple[Any, ...]
@@ -270,7 +270,7 @@ class Editor:
             number,
             case_ids,
             time.perf_counter() - started,
-            float(result.losses.mean()),
+            None if bool(result.losses.isnan().all()) else float(result.losses.mean()),
             float(result.steps.float().mean()),
             tuple(result.written),
             dict(result.neurons),

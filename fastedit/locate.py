@@ -96,11 +96,13 @@ def contributions(
     gate_only: bool = False,
     tokens: Sequence[int | None] = (),
     token_budget: int = 4096,
+    excluded: Tensor | None = None,
 ) -> Slots:
     """The k neurons of `layers` with the largest contribution for every scored position. Use inside `model.packed()`.
 
     tokens: per sequence, the token scored at its first position in place of the model's own; None or () = its own
     token_budget: tokens looked at in one pass
+    excluded: (n_layers, d_ff) bool, neurons that score 0; None = none
     """
     parts = [look(model, group, layers, gate_only) for group in _groups(sequences, token_budget)]
     best = torch.cat([part.best for part in parts])
@@ -114,6 +116,8 @@ def contributions(
     for layer in layers:
         weight = model.down_weight(layer)
         keys = torch.cat([part.activations[layer] for part in parts])
+        if excluded is not None:
+            keys = keys.masked_fill(excluded[layer].to(keys.device), 0)
         found = score_neurons(keys, weight, directions.to(weight.device, weight.dtype), min(k, model.d_ff))
         values.append(found.values.to(model.device))
         flat.append(found.neurons.to(model.device) + layer * model.d_ff)
@@ -123,6 +127,25 @@ def contributions(
     scores = torch.cat(values, 1).gather(1, order).flatten().cpu()
     edits = torch.arange(len(sequences)).repeat_interleave(counts * order.shape[1])
     return Slots(edits, chosen // model.d_ff, chosen % model.d_ff, scores)
+
+
+def common_neurons(
+    model: ModelAdapter,
+    windows: Sequence[Sequence[int]],
+    k: int,
+    layers: Sequence[int],
+    share: float,
+    gate_only: bool = False,
+) -> Tensor:
+    """Neurons that would be chosen for more than `share` of all positions of background text, (n_layers, d_ff) bool.
+
+    windows: token ids of texts; the other arguments as for `contributions`. Use inside `model.packed()`.
+    What pushes " the" wherever an article is due says nothing about a fact; changing it changes every text."""
+    texts = [TokenSequence(tuple(window), -1, tuple(range(len(window)))) for window in windows if window]
+    slots = contributions(model, texts, k, layers, gate_only)
+    counts = torch.bincount(slots.layers * model.d_ff + slots.neurons, minlength=model.n_layers * model.d_ff)
+    n_positions = sum(len(text.scored) for text in texts)
+    return (counts > share * n_positions).view(model.n_layers, model.d_ff)
 
 
 def old_tokens(tokenizer: Any, edits: Sequence[Edit]) -> list[int | None]:

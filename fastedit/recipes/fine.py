@@ -11,24 +11,47 @@ and drift are float32; an edit with a loss that is no number is refused, not wri
 
 from __future__ import annotations
 
-from fastedit.column_recipe import ColumnBatch, ColumnRecipe, ColumnResult, write_columns
+import torch
+from torch import Tensor
+
+from fastedit.column_recipe import ColumnBatch, ColumnRecipe, ColumnResult, NoState, write_columns
 from fastedit.columns import train_columns
 from fastedit.config import FiNEConfig
-from fastedit.locate import contributions, old_tokens
+from fastedit.locate import common_neurons, contributions, old_tokens
+from fastedit.method import Start
+from fastedit.stats import Source
 from fastedit.tokens import whole_sequences
+
+
+class FiNEState(NoState):
+    """What is found once per editor. common: (n_layers, d_ff) bool, neurons left out, or None."""
+
+    def __init__(self, start: Start) -> None:
+        config: FiNEConfig = start.config
+        self.common: Tensor | None = None
+        if config.common_share is None:
+            return
+        model = start.model
+        source = start.moments if isinstance(start.moments, Source) else Source(seed=start.seed)
+        layers = range(model.n_layers - config.frozen_layers)
+        gate_only = config.score_activation == "gate_only"
+        with start.weights.rewound(), torch.no_grad():
+            windows = source.windows(model, config.background, start.progress)
+            with model.packed():
+                self.common = common_neurons(model, windows, config.neurons, layers, config.common_share, gate_only)
 
 
 def fine(batch: ColumnBatch) -> ColumnResult:
     """Write one batch inside its trial."""
     config: FiNEConfig = batch.config
-    model = batch.model
+    model, gate_only = batch.model, config.score_activation == "gate_only"
     sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
     layers = range(model.n_layers - config.frozen_layers)
     tokens = old_tokens(model.tokenizer, batch.edits) if config.token == "old" else ()
     with model.packed():
-        slots = contributions(model, sequences, config.neurons, layers, config.score_activation == "gate_only", tokens)
+        slots = contributions(model, sequences, config.neurons, layers, gate_only, tokens, excluded=batch.state.common)
         trained = train_columns(model, sequences, slots, config.train, batch.progress)
     return write_columns(batch, slots, trained)
 
 
-FINE = ColumnRecipe(fine)
+FINE = ColumnRecipe(fine, FiNEState)

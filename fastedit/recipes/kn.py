@@ -37,6 +37,8 @@ def kn(batch: ColumnBatch) -> ColumnResult:
     moved = like.new_zeros(len(sequences), model.d_model).index_add_(0, owner, like)
     moved = torch.where(counts[:, None] == 1, 2 * moved, moved)
     trained = Trained.start(0, len(sequences), 0, model.d_model, like)
+    # Nothing is trained: there is no loss.
+    trained.losses.fill_(torch.nan)
     result = write_columns(batch, slots, trained.with_delta(moved[edits]))
     if batch.progress is not None:
         batch.progress(len(sequences))

@@ -136,6 +136,23 @@ def test_half_precision_keeps_float32_masters(tiny_editor: Callable[..., Editor]
     assert half.weights.fingerprint() == before
 
 
+def test_common_neurons_are_left_out_when_asked(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    def chosen(**changes: Any) -> tuple[Editor, list[tuple[int, int]]]:
+        editor = tiny_editor("fine", background={"tokens": 300, "window": 30}, **changes)
+        with editor.journal.trial() as trial, torch.no_grad():
+            slots = FINE.run(editor._start, editor.state, tiny_facts[:6], trial).slots
+        return editor, list(zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True))
+
+    published, plain = chosen()
+    assert published.state.common is None
+    editor, found = chosen(common_share=0.01)
+    common = {(layer, neuron) for layer, neuron in editor.state.common.nonzero().tolist()}
+    assert 0 < len(common) < 300
+    assert common & set(plain), "no neuron was common: the test tests nothing"
+    assert not common & set(found)
+    assert len(found) == len(plain)
+
+
 @pytest.mark.parametrize("frozen", [8, 60])
 def test_freezing_every_layer_is_an_error(tiny_editor: Callable[..., Editor], frozen: int) -> None:
     with pytest.raises(ValueError, match="frozen_layers must be below 8"):

@@ -13,6 +13,7 @@ from fastedit.attribution import attribute
 from fastedit.config import changed
 from fastedit.editor import Editor
 from fastedit.selection import ensemble
+from fastedit.tokens import whole_sequences
 
 
 def changed_parameters(editor: Editor, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,9 +96,8 @@ def test_kn_adds_the_embeddings_to_the_neurons_above_its_threshold(
     with torch.no_grad(), editor.model.packed():
         (scores,) = attribute(editor.model, [edit], editor.config.attribution)
     wanted = (scores > editor.config.threshold * scores.max()).nonzero().tolist()
-    editor.edit([edit])
-    ids = editor.model.tokenizer(f" {edit.target_new}").input_ids
-    plain = editor.model.tokenizer(edit.prompt).input_ids
+    assert editor.edit([edit]).batches[0].loss is None
+    (sequence,) = whole_sequences(editor.model.tokenizer, [edit.prompt], [edit.target_new])
     written = changed_parameters(editor, before)
     assert sorted(
         [layer, int(column)]
@@ -107,13 +107,11 @@ def test_kn_adds_the_embeddings_to_the_neurons_above_its_threshold(
     layer, neuron = wanted[0]
     moved = editor.model.down_weight(layer)[:, neuron] - before[editor.model.weight_name(layer)][:, neuron]
     embedding = before[next(name for name in before if "embed_tokens" in name)]
-    said = []
-    fresh = tiny_editor("kn").model.model
     with torch.no_grad():
-        logits = fresh(input_ids=torch.tensor([plain + ids])).logits[0]
-    said = [int(logits[len(plain) - 1 + j].argmax()) for j in range(len(ids))]
-    factor = 2 if len(ids) == 1 else 1
-    expected = factor * (embedding[ids].sum(0) - embedding[said].sum(0))
+        logits = tiny_editor("kn").model.model(input_ids=torch.tensor([sequence.ids])).logits[0]
+    said = logits[list(sequence.scored)].argmax(-1)
+    factor = 2 if len(said) == 1 else 1
+    expected = factor * (embedding[list(sequence.targets)].sum(0) - embedding[said].sum(0))
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
     editor.undo()
     assert changed_parameters(editor, before) == {}
