@@ -167,7 +167,7 @@ def test_every_answer_of_a_record_is_asked_for(tiny_model: ModelAdapter) -> None
     taken = Measurement.take(tiny_model, [FULL, GROUPED, HOP], None, 0, 0, 0, False)
     assert set(taken.answers) == {*GROUP_SCORES, (FULL.prompt, "purple")}
     for name, metric in taken.metrics(taken).items():
-        assert (metric.value is None) == (name in ("fluency", "perplexity")), name
+        assert (metric.value is None) == (name in ("fluency", "perplexity", "over_editing", "unchanging")), name
 
 
 def test_portability_is_shown_where_some_record_asks_for_it(tiny_model: ModelAdapter) -> None:
