@@ -18,7 +18,7 @@ LOSS_BOUND = {"llama": 1e-5, "gptj": 1e-5}
 PROMPTS = ["The twin of Tavisk is", "Rook", "The Orlen bridge is in the town of", "Because they teach", "I think"]
 TARGETS = ["Pell", "said that Rook lives", "Tavisk", "silver", "in one day"]
 LAYERS = range(2)
-TRAIN = TrainConfig(steps=14, lr=0.1, stop_probability=0.1, repetition_factor=2.0)
+TRAIN = TrainConfig(steps=14, lr=0.1, stop_probability=0.03, repetition_factor=2.0)
 
 
 @pytest.fixture
