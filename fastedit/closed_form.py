@@ -13,13 +13,13 @@ from torch import Tensor
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import apply_update
 from fastedit.capture import KeySweep
-from fastedit.config import ClosedFormConfig
+from fastedit.config import ClosedFormConfig, MEMITConfig, NSEConfig
 from fastedit.edits import Edit
 from fastedit.journal import Trial
 from fastedit.method import Start
 from fastedit.progress import track
 from fastedit.sampling import sample_templates
-from fastedit.solver import PastKeys, Solver
+from fastedit.solver import PastKeys, RidgeSolver, Solver
 from fastedit.stats import Source, second_moments
 from fastedit.target import Values, optimise_values, upper_layers
 
@@ -184,6 +184,11 @@ def write_sweep(
         result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
         result.norms[layer] = result.norms.get(layer, 0.0) + norm
     return True
+
+
+def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
+    """The ridge system over lambda C. moment: (d_ff, d_ff)"""
+    return RidgeSolver(moment, config.covariance_weight)
 
 
 def one_round(batch: Batch) -> BatchResult:

@@ -14,7 +14,6 @@ reason. Only the automatic choice passes over what is unsupported or not worth i
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any
-
-log = logging.getLogger(__name__)
 
 # op -> backend -> module, in the order in which the automatic choice tries them.
 TABLE: dict[str, dict[str, str]] = {}

@@ -52,8 +52,7 @@ def score_neurons(
     require("score_neurons", "directions", directions, (activations.shape[0], d_model), weight)
     if top_k is not None and not 1 <= top_k <= d_ff:
         raise ValueError(f"score_neurons: top_k must be in [1, {d_ff}], got {top_k}")
-    found: Tensor | BestNeurons = _table.run("score_neurons", activations, weight, directions, top_k)
-    return found
+    return _table.run("score_neurons", activations, weight, directions, top_k)
 
 
 def score_neurons_torch(
