@@ -57,7 +57,7 @@ def train(editor: Editor, edits: Sequence[Any]) -> tuple[float, ColumnResult]:
     state = editor.state
     started = time.perf_counter()
     with editor.journal.trial() as trial, torch.no_grad():
-        result: Any = editor.recipe.run(editor._start, state, edits, trial)
+        result: Any = editor.recipe.run(editor.start, state, edits, trial)
         seconds = (time.perf_counter() - started) / len(edits)
     return seconds, result
 

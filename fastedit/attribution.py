@@ -108,7 +108,7 @@ class _Live:
     """Rows from the first scaled position of each sequence on, with the constant keys and values before them."""
 
     def __init__(self, model: ModelAdapter, sequences: Sequence[TokenSequence], everywhere: bool) -> None:
-        self.model, self.buffer = model, LogitBuffer()
+        self.model, self.buffer = model, LogitBuffer(torch.promote_types(model.dtype, torch.float32))
         first = [0 if everywhere else s.scored[0] for s in sequences]
         self.lengths = [s.scored[-1] + 1 - start for s, start in zip(sequences, first, strict=True)]
         starts = [0, *accumulate(self.lengths)]

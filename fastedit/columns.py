@@ -109,9 +109,9 @@ def train_shared(
     progress: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train one set of slots on the mean loss of all edits; arguments and result as for `train_columns`."""
-    n_edits, head, buffer = len(sequences), model.head, LogitBuffer()
+    n_edits, head = len(sequences), model.head
     like = torch.zeros(0, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
-    found = Trained.start(len(slots), n_edits, config.steps, model.d_model, like)
+    found, buffer = Trained.start(len(slots), n_edits, config.steps, model.d_model, like), LogitBuffer(like.dtype)
     order = slots.layers.argsort(stable=True)
     local = slots.pick(order)
     groups = _groups(sequences, [0] * n_edits, config.token_budget)
@@ -174,7 +174,7 @@ def _train_group(rows: ColumnRows, config: TrainConfig, progress: Callable[[int]
     state = _State(
         torch.arange(n_slots, device=device), rows.slots.edits.to(device), *(found.delta.clone() for _ in range(3))
     )
-    edits, adam, buffer = torch.arange(n_edits, device=device), AdamSettings(config.lr), LogitBuffer()
+    edits, adam, buffer = torch.arange(n_edits, device=device), AdamSettings(config.lr), LogitBuffer(like.dtype)
     for step in range(1, config.steps + 1):
         parts = rows.parts(state.delta)
         with torch.enable_grad():

@@ -128,7 +128,7 @@ class Editor:
         layers = self.recipe.layers(model, self.config)
         self.weights = (ColumnWeights if self.recipe.by_column else EditableWeights)(model, layers)
         self.journal = Journal(self.weights, undo_depth)
-        self._start = Start(model, self.weights, self.config, moments, seed, progress)
+        self._moments = moments
         self._state: Any = None
         self._history: list[tuple[EditSet, Any]] = []
 
@@ -169,11 +169,16 @@ class Editor:
         return cls(adapter, method, **options)
 
     @property
+    def start(self) -> Start:
+        """What the method is given, with `config` as it is now."""
+        return Start(self.model, self.weights, self.config, self._moments, self.seed, self.progress)
+
+    @property
     def state(self) -> Any:
         """What the method prepares and carries on, such as second moments and past keys; made at first use, which can
         take a while. See :class:`fastedit.method.State`."""
         if self._state is None:
-            self._state = self.recipe.prepare(self._start)
+            self._state = self.recipe.prepare(self.start)
         return self._state
 
     @property
@@ -259,7 +264,7 @@ class Editor:
         trial = self.journal.trial()
         try:
             with trial, torch.no_grad():
-                result = self.recipe.run(self._start, state, batch, trial, advance)
+                result = self.recipe.run(self.start, state, batch, trial, advance)
                 self.journal.commit(trial)
         except RejectedUpdate as error:
             blamed = tuple(case_ids[row] for row in error.rows)

@@ -85,7 +85,13 @@ def look(
                 activations[layer] = take(keys, scored)
         run = run.at(rows)
     final = model.final_norm(take(run.rows, scored))
-    return Seen(activations, LogitBuffer().logits(final, model.head).argmax(1).to(model.device))
+    return Seen(
+        activations,
+        LogitBuffer(torch.promote_types(model.dtype, torch.float32))
+        .logits(final, model.head)
+        .argmax(1)
+        .to(model.device),
+    )
 
 
 def contributions(

@@ -72,7 +72,7 @@ def definition(before, rows, head, config):
 def test_losses_and_gradient_are_those_of_the_definition(changes, softcap):
     config = TrainConfig(**changes)
     head, before, rows = parts(1, softcap)
-    loss, buffer = ColumnLoss(sequences(), config, torch.device("cpu")), LogitBuffer()
+    loss, buffer = ColumnLoss(sequences(), config, torch.device("cpu")), LogitBuffer(torch.float64)
     loss(before, head, buffer)
     found = loss(rows, head, buffer)
     rows.requires_grad_()
@@ -86,13 +86,15 @@ def test_losses_and_gradient_are_those_of_the_definition(changes, softcap):
 def test_nothing_has_drifted_at_the_first_call():
     head, before, _ = parts(2, None)
     settings = {"repetition_factor": 0.0}
-    found = ColumnLoss(sequences(), TrainConfig(**settings), torch.device("cpu"))(before, head, LogitBuffer())
+    found = ColumnLoss(sequences(), TrainConfig(**settings), torch.device("cpu"))(
+        before, head, LogitBuffer(torch.float64)
+    )
     assert torch.equal(found.losses, found.worst)
 
 
 def test_edits_that_go_on_keep_their_reference():
     head, before, rows = parts(3, None)
-    loss, buffer = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu")), LogitBuffer()
+    loss, buffer = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu")), LogitBuffer(torch.float64)
     loss(before, head, buffer)
     whole = loss(rows, head, buffer)
     mask = torch.tensor([True, False, True, False])
@@ -107,7 +109,7 @@ def test_a_target_that_is_certain_has_a_finite_repetition_loss():
     head, _, rows = parts(4, None)
     loss = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu"))
     certain = Head(head.weight, torch.where(torch.arange(VOCABULARY) == 7, 1e4, 0.0).double())
-    found = loss(rows, certain, LogitBuffer())
+    found = loss(rows, certain, LogitBuffer(torch.float64))
     assert found.losses.isfinite().all()
     assert found.grad.isfinite().all()
 
@@ -116,5 +118,5 @@ def test_a_row_without_a_number_is_told_by_its_edit_alone():
     head, _, rows = parts(5, None)
     rows[1] = torch.nan
     rows[3] = torch.nan
-    found = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu"))(rows, head, LogitBuffer())
+    found = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu"))(rows, head, LogitBuffer(torch.float64))
     assert found.worst.isnan().tolist() == [True, False, False, False]

@@ -55,7 +55,7 @@ def test_the_committed_model_is_the_trained_one(tiny_editor: Callable[..., Edito
     editor = tiny_editor("fine")
     for edit in tiny_facts[5:9]:
         with editor.journal.trial() as trial, torch.no_grad():
-            result = FINE.run(editor._start, editor.state, [edit], trial)
+            result = FINE.run(editor.start, editor.state, [edit], trial)
             assert result.trained.steps[0] < editor.config.train.steps, "not stopped: the last step was not looked at"
             assert worst_token(editor, edit) == pytest.approx(float(result.trained.worst[0]), rel=1e-3)
 
@@ -67,7 +67,7 @@ def test_only_the_chosen_columns_change_and_none_of_a_frozen_layer(
         editor = tiny_editor("fine", frozen_layers=frozen)
         before = weights_of(editor)
         with editor.journal.trial() as trial, torch.no_grad():
-            slots = FINE.run(editor._start, editor.state, tiny_facts[:6], trial).slots
+            slots = FINE.run(editor.start, editor.state, tiny_facts[:6], trial).slots
             wanted: dict[int, set[int]] = {}
             for layer, neuron in zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True):
                 wanted.setdefault(layer, set()).add(neuron)
@@ -140,7 +140,7 @@ def test_common_neurons_are_left_out_when_asked(tiny_editor: Callable[..., Edito
     def chosen(**changes: Any) -> tuple[Editor, list[tuple[int, int]]]:
         editor = tiny_editor("fine", background={"tokens": 300, "window": 30}, **changes)
         with editor.journal.trial() as trial, torch.no_grad():
-            slots = FINE.run(editor._start, editor.state, tiny_facts[:6], trial).slots
+            slots = FINE.run(editor.start, editor.state, tiny_facts[:6], trial).slots
         return editor, list(zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True))
 
     published, plain = chosen()

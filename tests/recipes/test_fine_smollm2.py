@@ -27,7 +27,7 @@ def test_neurons_losses_and_stop_are_those_of_the_published_procedure(published_
     model = editor.model
     sequences = whole_sequences(model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
     with editor.journal.trial() as trial, torch.no_grad():
-        result = FINE.run(editor._start, editor.state, edits, trial)
+        result = FINE.run(editor.start, editor.state, edits, trial)
     settings = published_fine.FineSettings(k=editor.config.neurons, lr=train.lr, steps=train.steps)
     downs = [layer.mlp.down_proj for layer in model.layers]
     for edit, sequence in enumerate(sequences):
