@@ -63,6 +63,8 @@ NO_OP_NEEDED = {
         "published_siblings.py",
         "published_fine.py",
         "fine.py",
+        "columns.py",
+        "column_rows.py",
         "precision.py",
         "stream.py",
         "device.sh",
