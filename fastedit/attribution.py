@@ -8,7 +8,7 @@ g the gradient of the down-projection's output: no gradient of a weight is ever 
 the nodes' gradients are summed first and W is read once per layer (`score_neurons`).
 
 Exact savings: positions before the first that is scaled keep their keys and values; nothing below the scaled layer is
-run again; all edits run together.
+run again; all edits run together, and so do several nodes while edits are few.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def integrated_gradients(
     tokens: str = "together",
     everywhere: bool = False,
     progress: Callable[[int], None] | None = None,
+    row_budget: int = 256,
 ) -> Tensor:
     """Attr of every neuron for the targets of each sequence, (n_sequences, n_layers, d_ff), on the CPU, in float32
     (float64 for float64 models).
@@ -58,6 +59,7 @@ def integrated_gradients(
         "apart": one at a time
     everywhere: scale and score all positions, not the scored ones alone
     progress: called with the number of layers finished since the last call
+    row_budget: nodes run together as long as they have no more rows than this; one node always does
     Use inside `model.packed()`. Raises ValueError for other names and steps < 1.
     """
     if steps < 1 or path not in ("layer", "joint") or tokens not in ("together", "apart"):
@@ -67,6 +69,8 @@ def integrated_gradients(
         )
     parts = [(owner, part) for owner, s in enumerate(sequences) for part in (_apart(s) if tokens == "apart" else [s])]
     live = _Live(model, [part for _, part in parts], everywhere)
+    together = max(n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or n * sum(live.lengths) <= row_budget))
+    live.repeat(together)
     owners = torch.tensor([owner for owner, _ in parts]).repeat_interleave(torch.tensor(live.lengths))
     found = torch.zeros(
         len(sequences), model.n_layers, model.d_ff, dtype=torch.promote_types(model.dtype, torch.float32)
@@ -75,8 +79,8 @@ def integrated_gradients(
     layers = range(model.n_layers)
     for group in [[layer] for layer in layers] if path == "layer" else [list(layers)]:
         total: list[Tensor] = []
-        for beta in betas:
-            grads = live.gradients(group, beta)
+        for first in range(0, steps, together):
+            grads = live.gradients(group, betas[first : first + together])
             total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
         for layer, grad in zip(group, total, strict=True):
             keys, weight = live.scaled[layer].keys, model.down_weight(layer)
@@ -109,30 +113,43 @@ class _Live:
 
     def __init__(self, model: ModelAdapter, sequences: Sequence[TokenSequence], everywhere: bool) -> None:
         self.model, self.buffer = model, LogitBuffer(torch.promote_types(model.dtype, torch.float32))
-        first = [0 if everywhere else s.scored[0] for s in sequences]
-        self.lengths = [s.scored[-1] + 1 - start for s, start in zip(sequences, first, strict=True)]
+        self.first = [0 if everywhere else s.scored[0] for s in sequences]
+        self.lengths = [s.scored[-1] + 1 - start for s, start in zip(sequences, self.first, strict=True)]
         starts = [0, *accumulate(self.lengths)]
-        scored = [starts[i] + position - first[i] for i, s in enumerate(sequences) for position in s.scored]
+        self.n_rows = starts.pop()
+        scored = [start + p - f for start, s, f in zip(starts, sequences, self.first, strict=True) for p in s.scored]
         device = model.head.weight.device
-        self.read = torch.tensor(scored, device=device)
-        self.targets = torch.tensor([token for s in sequences for token in s.targets], device=device)
+        self._scored = torch.tensor(scored, device=device)
+        self._targets = torch.tensor([token for s in sequences for token in s.targets], device=device)
         with torch.no_grad():
-            prefixes = [s.ids[:start] for s, start in zip(sequences, first, strict=True)]
+            prefixes = [s.ids[:start] for s, start in zip(sequences, self.first, strict=True)]
             holders = [i for i, prefix in enumerate(prefixes) if prefix]
-            kept: dict[int, tuple[Tensor, Tensor]] = {}
+            self._kept: dict[int, tuple[Tensor, Tensor]] = {}
             if holders:
                 below = TreePass.start(model, [prefixes[i] for i in holders])
-                kept = prefix_states(model, below, 0, len(sequences), holders)
-            self.scaled = self._observe(sequences, first)
-        positions = torch.tensor(
-            [start + step for start, length in zip(first, self.lengths, strict=True) for step in range(length)]
-        )
-        self.plan: AttentionPlan = plan_live(self.lengths, [len(prefix) for prefix in prefixes], kept).to(model.device)
-        self.rotary: Rotary = model.rotary(positions.to(model.device))
+                self._kept = prefix_states(model, below, 0, len(sequences), holders)
+            self.scaled = self._observe(sequences, self.first)
+        self.repeat(1)
 
-    def gradients(self, layers: Sequence[int], beta: float) -> list[Tensor]:
+    def repeat(self, times: int) -> None:
+        """Run so many copies of the rows from now on, one behind the other."""
+        copies = torch.arange(times, device=self._scored.device) * self.n_rows
+        self.read = (copies[:, None] + self._scored).flatten()
+        self.targets = self._targets.repeat(times)
+        pairs = zip(self.first, self.lengths, strict=True)
+        positions = torch.cat([torch.arange(start, start + length) for start, length in pairs]).repeat(times)
+        # (n_heads * n_sequences, width, d_head), the heads outermost.
+        kept = {
+            layer: (_repeated(key, len(self.lengths), times), _repeated(value, len(self.lengths), times))
+            for layer, (key, value) in self._kept.items()
+        }
+        self.plan: AttentionPlan = plan_live(self.lengths * times, self.first * times, kept).to(self.model.device)
+        self.rotary: Rotary = self.model.rotary(positions.to(self.model.device))
+
+    def gradients(self, layers: Sequence[int], betas: Sequence[float]) -> list[Tensor]:
         """d(sum of the targets' probabilities) / d(down-projection's output) at every live row, (n_live, d_model) for
-        each of `layers` (one, or all), whose activations are beta times what was observed."""
+        each of `layers` (one, or all), summed over passes whose activations are beta times what was observed; as many
+        betas as the rows are repeated."""
         model, outputs = self.model, []
         rows = torch.empty(0)
         with torch.enable_grad():
@@ -140,14 +157,20 @@ class _Live:
                 observed = self.scaled[layer]
                 if layer in layers:
                     mixed = model.mix(layer, rows, self.plan, self.rotary) if layer > layers[0] else None
-                    residual = observed.residual if mixed is None else mixed.residual
-                    outputs.append(model.down(layer, beta * observed.keys).detach().requires_grad_())
+                    residual = observed.residual.repeat(len(betas), 1) if mixed is None else mixed.residual
+                    keys = torch.cat([beta * observed.keys for beta in betas])
+                    outputs.append(model.down(layer, keys).detach().requires_grad_())
                     rows = model.join(layer, residual, outputs[-1])
                 else:
                     rows = model.run(rows, range(layer, layer + 1), self.plan, self.rotary)
             final = take(model.final_norm(rows), self.read)
-        head = model.head
-        logits = self.buffer.logits(final.detach(), head)
+        grads = torch.autograd.grad(final, outputs, self._pull(final.detach()))
+        return [grad.view(len(betas), self.n_rows, -1).sum(0) for grad in grads]
+
+    def _pull(self, final: Tensor) -> Tensor:
+        """d(sum of the targets' probabilities) / d(what the head reads), as `final`."""
+        head = self.model.head
+        logits = self.buffer.logits(final, head)
         slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
         odds = torch.softmax(logits, 1)
         right = odds.gather(1, self.targets[:, None])
@@ -156,8 +179,7 @@ class _Live:
         pull.scatter_add_(1, self.targets[:, None], right)
         if slope is not None:
             pull.mul_(slope)
-        grad = torch.mm(pull.to(head.weight.dtype), head.weight).to(final.dtype)
-        return list(torch.autograd.grad(final, outputs, grad))
+        return torch.mm(pull.to(head.weight.dtype), head.weight).to(final.dtype)
 
     def _observe(self, sequences: Sequence[TokenSequence], first: Sequence[int]) -> dict[int, Scaled]:
         model = self.model
@@ -171,6 +193,10 @@ class _Live:
             observed[layer] = Scaled(take(mixed.residual, index), take(keys, index))
             run = run.at(rows)
         return observed
+
+
+def _repeated(states: Tensor, n_sequences: int, times: int) -> Tensor:
+    return states.view(-1, n_sequences, *states.shape[1:]).repeat(1, times, 1, 1).flatten(0, 1)
 
 
 def _apart(sequence: TokenSequence) -> list[TokenSequence]:

@@ -87,7 +87,10 @@ def locate_neurons(
 ) -> Located:
     """Locate the k neurons per target token of the edit prompt -> target in all layers but the last `frozen_layers`.
 
-    Raises ValueError for a target without a token of its own and when no layer is left."""
+    Raises ValueError for a blank prompt or target and when no layer is left."""
+    for name, text in (("prompt", prompt), ("target", target)):
+        if not text.strip():
+            raise ValueError(f"{name} must not be blank, got {text!r}")
     if not 0 <= frozen_layers < model.n_layers:
         raise ValueError(f"frozen_layers must be in [0, {model.n_layers}), got {frozen_layers}")
     sequences = whole_sequences(model.tokenizer, [prompt], [target])

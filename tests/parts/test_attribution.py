@@ -132,6 +132,13 @@ def test_the_path_adds_up_to_what_the_layer_does(adapter):
         assert float(found[layer].sum()) == pytest.approx(float(effect.detach()), rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.parametrize("path", ["layer", "joint"])
+def test_nodes_together_are_nodes_one_after_the_other(adapter, path):
+    alone, some, whole = (found_by(adapter, steps=6, path=path, row_budget=budget) for budget in (1, 25, 1000))
+    torch.testing.assert_close(some, alone, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(whole, alone, rtol=1e-9, atol=1e-15)
+
+
 @pytest.mark.parametrize("options", [{"steps": 0}, {"path": "all"}, {"tokens": "each"}])
 def test_wrong_options_are_named(adapter, options):
     with pytest.raises(ValueError, match="integrated_gradients: wanted"):

@@ -57,3 +57,9 @@ def test_without_matplotlib_the_plot_says_what_to_install(tiny_model, tmp_path, 
 def test_freezing_every_layer_is_an_error(tiny_model, frozen):
     with pytest.raises(ValueError, match="frozen_layers must be in"):
         locate_neurons(tiny_model, PROMPT, TARGET, frozen_layers=frozen)
+
+
+@pytest.mark.parametrize(("prompt", "target", "named"), [(" ", TARGET, "prompt"), (PROMPT, "", "target")])
+def test_blank_texts_are_named(tiny_model, prompt, target, named):
+    with pytest.raises(ValueError, match=f"{named} must not be blank"):
+        locate_neurons(tiny_model, prompt, target)
