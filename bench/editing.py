@@ -33,9 +33,9 @@ from timing import append_row, machine_line, matmul_rate, peak_mb, reset_peak
 from torch import Tensor
 
 from fastedit import Editor, EditSet, Source, load_edits
+from fastedit.closed_form import Batch
 from fastedit.config import changed, load_preset, parse_changes
 from fastedit.loading import load_model
-from fastedit.recipes import Batch
 from fastedit.target import optimise_values
 
 

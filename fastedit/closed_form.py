@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,15 @@ from torch import Tensor
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import apply_update
 from fastedit.capture import KeySweep, LayerCapture
-from fastedit.config import MEMITConfig, NSEConfig
+from fastedit.config import ClosedFormConfig, MEMITConfig, NSEConfig
 from fastedit.edits import Edit
 from fastedit.journal import Trial
+from fastedit.method import Start
+from fastedit.progress import track
+from fastedit.sampling import sample_templates
 from fastedit.solver import PastKeys, RidgeSolver, Solver
-from fastedit.target import Values, optimise_values
+from fastedit.stats import Source, second_moments
+from fastedit.target import Values, optimise_values, upper_layers
 
 
 @dataclass
@@ -30,6 +34,20 @@ class EditState:
     moments: dict[int, Tensor]
     solvers: dict[int, Solver]
     past: dict[int, PastKeys]
+
+    def snapshot(self) -> dict[int, Any]:
+        """What `restore` needs to forget the batches remembered since."""
+        return {layer: past.snapshot() for layer, past in self.past.items()}
+
+    def restore(self, snapshot: Mapping[int, Any]) -> None:
+        """Go back to a snapshot, bit for bit."""
+        for layer, past in snapshot.items():
+            self.past[layer].restore(past)
+
+    def remember(self, result: BatchResult) -> None:
+        """The keys of a committed batch become history."""
+        for layer, keys in result.keys.items():
+            self.past[layer].add(keys)
 
 
 @dataclass
@@ -45,6 +63,16 @@ class BatchResult:
     written: list[int] = field(default_factory=list)
     neurons: dict[int, int] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> Tensor:
+        """(n_edits,) loss at the last forward."""
+        return self.values.losses
+
+    @property
+    def steps(self) -> Tensor:
+        """(n_edits,) int64, Adam steps."""
+        return self.values.steps
 
 
 @dataclass(frozen=True)
@@ -79,6 +107,49 @@ class Recipe:
 
     write: Callable[[Batch], BatchResult]
     solver: Callable[[Tensor, Any], Solver]
+    by_column: bool = False
+
+    def layers(self, model: ModelAdapter, config: ClosedFormConfig) -> tuple[int, ...]:
+        """The edited layers. Raises ValueError for layers that cannot be written towards one value."""
+        if config.layers[-1] >= model.n_layers - 1:
+            raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {config.layers}")
+        model.check_layers(config.layers)
+        return config.layers
+
+    def template_tokens(self, config: ClosedFormConfig) -> int:
+        """Tokens that stand before a prompt: a template is at most its configured length, and its full stop."""
+        return config.templates.length + 1
+
+    def prepare(self, start: Start) -> EditState:
+        """Templates, second moments, solvers. Raises ValueError for layers without a second moment."""
+        model, config, moments = start.model, start.config, start.moments
+        with start.weights.rewound():
+            templates = sample_templates(model, config.templates, start.seed)
+            if moments is None or isinstance(moments, Source):
+                source = moments or Source(seed=start.seed)
+                moments = second_moments(model, config.layers, source, config.moments, show=start.progress)
+        missing = [layer for layer in config.layers if layer not in moments]
+        if missing:
+            raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
+        moved = {layer: moments[layer].to(model.device) for layer in config.layers}
+        solvers: dict[int, Solver] = {}
+        with track(len(moved), "preparing the solvers", "layers", start.progress) as advance:
+            for layer, moment in moved.items():
+                solvers[layer] = self.solver(moment, config)
+                advance(1)
+        past = {layer: PastKeys(model.d_ff, model.device) for layer in config.layers}
+        return EditState(templates, upper_layers(model, config.layers[-1], config.value), moved, solvers, past)
+
+    def run(
+        self,
+        start: Start,
+        state: EditState,
+        edits: Sequence[Edit],
+        trial: Trial,
+        progress: Callable[[int], None] | None = None,
+    ) -> BatchResult:
+        """Write one batch inside its trial."""
+        return self.write(Batch(start.model, edits, start.config, state, trial, progress))
 
 
 def write_sweep(

@@ -21,14 +21,13 @@ from fastedit.families import FAMILIES, Family
 from fastedit.journal import Journal
 from fastedit.loading import load_model
 from fastedit.memory import give_back_freed
+from fastedit.method import Result, Start
 from fastedit.progress import track
-from fastedit.recipes import RECIPES, Batch, BatchResult, EditState
-from fastedit.sampling import sample_templates
-from fastedit.solver import NotPositiveDefinite, PastKeys
-from fastedit.stats import Source, second_moments
-from fastedit.target import upper_layers
+from fastedit.recipes import RECIPES
+from fastedit.solver import NotPositiveDefinite
+from fastedit.stats import Source
 from fastedit.tokens import encode
-from fastedit.weights import EditableWeights
+from fastedit.weights import ColumnWeights, EditableWeights
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +43,9 @@ class BatchRejected(RuntimeError):
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What happened to one batch. loss: mean over its edits at the last forward; steps: mean Adam steps;
-    written: edits written in each round; neurons, norms: per layer, neurons written last and summed update norms;
-    error: why it was rolled back, or None when it was committed."""
+    """What happened to one batch. loss: mean over its edits at the last forward, None where none is taken; steps: mean
+    Adam steps; written: edits written in each round; neurons, norms: per layer, neurons written last and summed update
+    norms; error: why it was rolled back, or None when it was committed."""
 
     batch: int
     case_ids: tuple[Any, ...]
@@ -125,14 +124,13 @@ class Editor:
         self.config = config or preset_for(method, model.n_layers, model.d_model, model.d_ff)
         if not isinstance(self.config, CONFIGS[method]):
             raise TypeError(f"{method} needs a {CONFIGS[method].__name__}, got {type(self.config).__name__}")
-        if self.config.layers[-1] >= model.n_layers - 1:
-            raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {self.config.layers}")
-        model.check_layers(self.config.layers)
-        self.weights = EditableWeights(model, self.config.layers)
+        self.recipe = RECIPES[method]
+        layers = self.recipe.layers(model, self.config)
+        self.weights = (ColumnWeights if self.recipe.by_column else EditableWeights)(model, layers)
         self.journal = Journal(self.weights, undo_depth)
         self._moments = moments
-        self._state: EditState | None = None
-        self._history: list[tuple[EditSet, dict[int, Any]]] = []
+        self._state: Any = None
+        self._history: list[tuple[EditSet, Any]] = []
 
     @classmethod
     def from_pretrained(
@@ -171,10 +169,16 @@ class Editor:
         return cls(adapter, method, **options)
 
     @property
-    def state(self) -> EditState:
-        """Context templates, second moments and past keys; made at first use, which can take a while."""
+    def start(self) -> Start:
+        """What the method is given, with `config` as it is now."""
+        return Start(self.model, self.weights, self.config, self._moments, self.seed, self.progress)
+
+    @property
+    def state(self) -> Any:
+        """What the method prepares and carries on, such as second moments and past keys; made at first use, which can
+        take a while. See :class:`fastedit.method.State`."""
         if self._state is None:
-            self._state = self._prepare()
+            self._state = self.recipe.prepare(self.start)
         return self._state
 
     @property
@@ -227,9 +231,8 @@ class Editor:
             raise ValueError(f"undo: {len(self.journal)} batches are in memory, asked for {last}")
         for _ in range(last):
             self.journal.undo()
-            _, snapshots = self._history.pop()
-            for layer, snapshot in snapshots.items():
-                self.state.past[layer].restore(snapshot)
+            _, snapshot = self._history.pop()
+            self.state.restore(snapshot)
 
     def ask(self, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:
         """Greedy continuations of the prompts, without the prompts."""
@@ -251,39 +254,17 @@ class Editor:
             batch_size,
             tokenizer=self.model.tokenizer,
             max_positions=self.model.max_positions,
-            # A template is at most its configured length, and its full stop.
-            template_tokens=self.config.templates.length + 1,
+            template_tokens=self.recipe.template_tokens(self.config),
             on_invalid=on_invalid,
         )
 
-    def _prepare(self) -> EditState:
-        config, moments = self.config, self._moments
-        with self.weights.rewound():
-            templates = sample_templates(self.model, config.templates, self.seed)
-            if moments is None or isinstance(moments, Source):
-                source = moments or Source(seed=self.seed)
-                moments = second_moments(self.model, config.layers, source, config.moments, show=self.progress)
-        missing = [layer for layer in config.layers if layer not in moments]
-        if missing:
-            raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
-        device = self.model.device
-        moved = {layer: moments[layer].to(device) for layer in config.layers}
-        with track(len(moved), "preparing the solvers", "layers", self.progress) as advance:
-            solvers = {}
-            for layer, moment in moved.items():
-                solvers[layer] = RECIPES[self.method].solver(moment, config)
-                advance(1)
-        past = {layer: PastKeys(self.model.d_ff, device) for layer in config.layers}
-        upper = upper_layers(self.model, config.layers[-1], config.value)
-        return EditState(templates, upper, moved, solvers, past)
-
-    def _edit_batch(self, number: int, batch: EditSet, state: EditState, advance: Any) -> BatchReport:
+    def _edit_batch(self, number: int, batch: EditSet, state: Any, advance: Any) -> BatchReport:
         started = time.perf_counter()
         case_ids = tuple(edit.case_id for edit in batch)
         trial = self.journal.trial()
         try:
             with trial, torch.no_grad():
-                result = RECIPES[self.method].write(Batch(self.model, batch, self.config, state, trial, advance))
+                result = self.recipe.run(self.start, state, batch, trial, advance)
                 self.journal.commit(trial)
         except RejectedUpdate as error:
             blamed = tuple(case_ids[row] for row in error.rows)
@@ -296,18 +277,17 @@ class Editor:
             number,
             case_ids,
             time.perf_counter() - started,
-            float(result.values.losses.mean()),
-            float(result.values.steps.float().mean()),
+            None if bool(result.losses.isnan().all()) else float(result.losses.mean()),
+            float(result.steps.float().mean()),
             tuple(result.written),
             dict(result.neurons),
             dict(result.norms),
         )
 
-    def _remember(self, batch: EditSet, state: EditState, result: BatchResult) -> None:
+    def _remember(self, batch: EditSet, state: Any, result: Result) -> None:
         # Snapshots beyond the journal's depth could never be used again.
-        for old, (edits, snapshots) in enumerate(self._history):
-            if snapshots and old < len(self._history) + 1 - len(self.journal):
-                self._history[old] = (edits, {})
-        self._history.append((batch, {layer: past.snapshot() for layer, past in state.past.items()}))
-        for layer, keys in result.keys.items():
-            state.past[layer].add(keys)
+        for old, (edits, snapshot) in enumerate(self._history):
+            if snapshot is not None and old < len(self._history) + 1 - len(self.journal):
+                self._history[old] = (edits, None)
+        self._history.append((batch, state.snapshot()))
+        state.remember(result)

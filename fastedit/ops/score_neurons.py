@@ -7,7 +7,7 @@ and KN's the gradient of a probability with respect to the down-projection's out
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class BestNeurons(NamedTuple):
     neurons: Tensor
 
 
+@overload
+def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: None = None) -> Tensor: ...
+@overload
+def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int) -> BestNeurons: ...
 def score_neurons(
     activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None = None
 ) -> Tensor | BestNeurons:

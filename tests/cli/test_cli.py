@@ -116,6 +116,27 @@ def test_bad_records_are_all_listed(tmp_path: Path) -> None:
         assert line in done.stderr
 
 
+def test_locate_prints_a_table_and_json(tmp_path: Path) -> None:
+    asked = (
+        "locate",
+        MODEL,
+        "--prompt",
+        "The main product of Kequunan is",
+        "--target",
+        "glass beads",
+        "--neurons",
+        "2",
+    )
+    done = run(*asked, "--json", "--plot", str(tmp_path / "map.png"))
+    assert done.exit_code == 0, done.output
+    neurons = json.loads(done.stdout)["neurons"]
+    assert len(neurons) >= 4
+    assert (tmp_path / "map.png").stat().st_size > 1000
+    table = run(*asked).stdout
+    assert table.splitlines()[0].split() == ["target", "said", "now", "layer", "neuron", "score", "promotes"]
+    assert run(*asked, "--frozen-layers", "8").exit_code == 2
+
+
 def test_doctor_prints_ops_and_versions() -> None:
     done = run("doctor", "--json")
     assert done.exit_code == 0, done.output
