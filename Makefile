@@ -7,6 +7,8 @@
 PYTHON      ?= python3
 TORCH_INDEX ?=
 DATA        ?=
+OPS         ?=
+SIZE        ?= smollm2
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -16,13 +18,14 @@ MODEL := $(VENV)/.model
 PDOC  := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check bench docs clean
+.PHONY: help demo test test-slow test-gpu check bench bench-ops docs clean
 
 help:
-	@echo "make demo | test | test-slow | test-gpu | check | bench DATA=FILE | docs | clean"
+	@echo "make demo | test | test-slow | test-gpu | check | docs | clean"
+	@echo "make bench [SIZE=llama] | bench DATA=FILE | bench-ops [OPS=\"masked_gram capture_keys\"]"
 
 # torch goes first and alone: it is the big one, and with TORCH_INDEX it is the only package taken from there.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: name one with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fastedit needs Python 3.10 or newer, $(PYTHON) is `$(PYTHON) -V 2>&1`: name another with make PYTHON=..."; exit 1; }
@@ -30,7 +33,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@echo "installing torch (the largest download, once)"
 	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
 	@echo "installing fastedit and its tools"
-	@$(PIP) -c constraints.txt setuptools
+	@$(PIP) -c constraints.txt setuptools pybind11 ninja
 	@$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -63,9 +66,19 @@ check: $(READY)
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_structure.py
 
+# Editing is timed where records are named, the ops where none are.
+ifdef DATA
 bench: $(MODEL)
-	@test -n "$(DATA)" || { echo "name the edits to time: make bench DATA=counterfact.jsonl"; exit 1; }
 	$(PY) bench/editing.py --data "$(DATA)"
+else
+bench: $(READY)
+	$(PY) -m pytest -q bench/pytest_ops.py -o pythonpath=bench -p no:cacheprovider -k "$(SIZE)" \
+	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+endif
+
+# The rows that are kept: after the op's tests, beside plain torch, in bench/results.
+bench-ops: $(READY)
+	$(PY) bench/run.py $(OPS)
 
 # pdoc shows what __all__ names and what the module's dict holds; the public names get there only on first use.
 define BUILD_DOCS
@@ -86,5 +99,5 @@ docs: $(PDOC)
 	@echo "open build/docs/index.html"
 
 clean:
-	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info fastedit/_build.txt fastedit/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find fastedit kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib.metadata
+import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,15 +18,17 @@ import torch
 from fastedit.doctor import matmul_rate
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# Columns are only ever added, at the end: rows of older files stay what they are.
 FIELDS = (
     "date", "commit", "benchmark", "backend", "shape", "dtype", "metric", "median", "low", "high", "unit",
     "peak_mb", "gemm_gflops", "torch", "python", "machine", "threads",
+    "gbytes_s", "gflops", "roof_share", "copy_gbytes_s", "chosen", "triton", "cuda", "driver",
 )  # fmt: skip
 
 
-def device_name() -> str:
-    """The GPU, or the processor, as a file name."""
-    if torch.cuda.is_available():
+def device_name(device: str | None = None) -> str:
+    """The GPU, or with "cpu" or without a GPU the processor, as a file name."""
+    if device != "cpu" and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
@@ -34,10 +39,10 @@ def device_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def machine_line() -> str:
-    """Processor, threads, versions, and the matrix rate as it is now: a busy machine shows."""
+def machine_line(device: str | None = None) -> str:
+    """Device, threads, versions, and the processor's matrix rate as it is now: a busy machine shows."""
     return (
-        f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, python"
+        f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, python"
         f" {platform.python_version()}, float32 matmul {matmul_rate():.0f} GFLOP/s"
     )
 
@@ -50,33 +55,61 @@ def reset_peak() -> None:
 
 def peak_mb() -> float:
     """Peak resident memory in MB since `reset_peak`, or since the start where that is not to be had."""
+    peak = _status_mb("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if peak is None else peak
+
+
+def resident_mb() -> float:
+    """Resident memory in MB; the peak where that is not to be had."""
+    now = _status_mb("VmRSS")
+    return peak_mb() if now is None else now
+
+
+def _status_mb(field: str) -> float | None:
     status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))
-        if found:
-            return int(found.group(1)) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    text = status.read_text(encoding="ascii") if status.exists() else ""
+    found = re.search(rf"{field}:\s+(\d+) kB", text)
+    return int(found.group(1)) / 1024 if found else None
 
 
 def commit() -> str:
-    """Short hash of the checkout, with + when it has changes."""
+    """Short hash of the checkout, with + when it has changes; where it came without git, what $COMMIT says."""
     root = RESULTS.parent.parent
+    if os.environ.get("COMMIT") or not (root / ".git").exists() or shutil.which("git") is None:
+        return os.environ.get("COMMIT") or "unknown"
     done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 
-def append_row(**columns: object) -> Path:
+def versions() -> dict[str, str]:
+    """Versions behind a row: torch, python, and of a GPU's toolchain what is there."""
+    found = {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda or ""}
+    try:
+        found["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        found["triton"] = ""
+    driver = Path("/proc/driver/nvidia/version")
+    text = driver.read_text(encoding="ascii", errors="replace") if driver.exists() else ""
+    number = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
+    found["driver"] = number.group(1) if number else ""
+    return found
+
+
+def append_row(device: str | None = None, **columns: object) -> Path:
     """Append one row to the device's file and return its path. Columns not in FIELDS raise ValueError."""
-    path = RESULTS / f"{device_name()}.csv"
+    path = RESULTS / f"{device_name(device)}.csv"
     path.parent.mkdir(exist_ok=True)
+    unknown = sorted(set(columns) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"no such columns: {', '.join(unknown)}; there are {', '.join(FIELDS)}")
     shared = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        **versions(),
     }
+    widen(path)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, restval="")
@@ -84,3 +117,29 @@ def append_row(**columns: object) -> Path:
             writer.writeheader()
         writer.writerow({**shared, **columns})
     return path
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All rows of a file, whichever columns it was begun with; what a row does not have is empty."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: row.get(name) or "" for name in FIELDS} for row in csv.DictReader(file)]
+
+
+def widen(path: Path) -> None:
+    """Give a file that was begun with fewer columns the present ones. Raises ValueError for a column unknown here."""
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        header = next(csv.reader(file), [])
+    if header == list(FIELDS):
+        return
+    unknown = sorted(set(header) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"{path}: columns {', '.join(unknown)} are not known here")
+    rows = read_rows(path)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)

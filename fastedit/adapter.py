@@ -96,6 +96,22 @@ class ModelAdapter:
         softcap = getattr(text_config(self.model), "final_logit_softcapping", None)
         return Head(head.weight.detach(), None if bias is None else bias.detach(), softcap)
 
+    def unembedding(self, tokens: Tensor) -> Tensor:
+        """Directions of tokens (n,) in the residual stream, (n, d_model): rows of the head, on `device`."""
+        rows = self.model.get_output_embeddings().weight.detach()
+        rows = rows[tokens.to(rows.device)]
+        if (project := _optional(self.model, self.family.project_out)) is not None:
+            rows = rows.to(project.weight.device) @ project.weight.detach()
+        return rows.to(self.device)
+
+    def token_embedding(self, tokens: Tensor) -> Tensor:
+        """Input embeddings of tokens (n,) without positions, (n, d_model)."""
+        embedding = find(self.model, self.family.embedding)
+        rows = embedding(tokens.to(embedding.weight.device)).detach()
+        if (project := _optional(self.model, self.family.project_in)) is not None:
+            rows = project(_beside(rows, project)).detach()
+        return rows
+
     def upper_copy(self, first: int, dtype: torch.dtype) -> ModelAdapter:
         """An adapter whose layers from `first` on, final norm and head are copies in `dtype`; layers below are shared.
 
@@ -220,9 +236,13 @@ class ModelAdapter:
         active = activate(gate, self.activation_name)
         return active if up is None else active * up
 
+    def down(self, layer: int, keys: Tensor) -> Tensor:
+        """The down-projection's output, W k and its bias, of (n_rows, d_ff) keys: (n_rows, d_model)."""
+        return self._layers[layer].down(keys)
+
     def ffn_output(self, layer: int, ffn_input: Tensor) -> Tensor:
-        """The down-projection's output, W k and its bias, of (n_rows, d_model) rows: (n_rows, d_model)."""
-        return self._layers[layer].down(self.neurons(layer, ffn_input))
+        """The down-projection's output of (n_rows, d_model) rows: (n_rows, d_model)."""
+        return self.down(layer, self.neurons(layer, ffn_input))
 
     def join(self, layer: int, residual: Tensor, output: Tensor) -> Tensor:
         """End of a decoder layer: residual and the down-projection's output -> rows entering the next layer, all
@@ -238,7 +258,7 @@ class ModelAdapter:
     def feed_forward_with_keys(self, layer: int, mixed: Mixed) -> tuple[Tensor, Tensor]:
         """Like `feed_forward`, and the keys of all rows: (n_rows, d_ff), the very input of the down-projection."""
         keys = self.neurons(layer, mixed.ffn_input)
-        return self.join(layer, mixed.residual, self._layers[layer].down(keys)), keys
+        return self.join(layer, mixed.residual, self.down(layer, keys)), keys
 
     def run(self, rows: Tensor, layers: range, plan: Plan, rotary: Rotary, tail: Tensor | None = None) -> Tensor:
         """Whole decoder layers on packed rows. With `tail` (row indices) the last layer's feed-forward runs on

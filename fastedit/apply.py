@@ -34,3 +34,18 @@ def apply_update(
         raise RejectedUpdate(layer, rows.tolist(), f"the update's norm {norm:.3g} overflows the weight's dtype")
     trial.add(layer, index, residual, solution)
     return norm
+
+
+def add_columns(trial: Trial, layer: int, index: Tensor, delta: Tensor, rows: Tensor) -> float:
+    """W[:, index[r]] += delta[r] inside `trial`; returns the Frobenius norm of the update.
+
+    index: (n,) int64, repeats add up; delta: (n, d_model); rows: (n,) position in the batch of the edit of each
+    Raises RejectedUpdate, with nothing written, when delta holds NaN or Inf, or the weight would."""
+    chosen, place = torch.unique(index, return_inverse=True)
+    # Summed before they are written: the weight is rounded once.
+    solution = torch.zeros(len(chosen), len(index), dtype=delta.dtype, device=delta.device)
+    solution[place, torch.arange(len(index), device=place.device)] = 1
+    broken = ~torch.isfinite(delta).all(1)
+    if bool(broken.any()):
+        raise RejectedUpdate(layer, sorted(set(rows[broken].tolist())), "the update is not finite")
+    return apply_update(trial, layer, chosen, delta, solution, rows)

@@ -16,31 +16,43 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Live rows below which a lack of memory is not mended by regrouping.
+# Rows below which a lack of memory is not mended by regrouping.
 SMALLEST_BUDGET = 16
 
 
-def with_less_memory(write: Callable[[EditConfig], T], config: EditConfig) -> T:
-    """write(config), and again with half the token budget of its values each time memory runs out; each is a warning.
+def with_less_memory(write: Callable[[EditConfig], T], config: EditConfig) -> tuple[T, EditConfig]:
+    """write(config), and again with half the token budget each time memory runs out, with a warning; the config it was
+    written with.
 
     write must leave nothing behind when it raises. The last lack of memory is raised when the budget is at its
-    smallest."""
+    smallest, or there is none."""
     while True:
-        budget = config.value.token_budget
+        budget = token_budget(config)
         try:
-            return write(config)
+            return write(config), config
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or budget <= SMALLEST_BUDGET:
+            if not is_out_of_memory(error) or budget is None or budget <= SMALLEST_BUDGET:
                 raise
         config = with_budget(config, max(SMALLEST_BUDGET, budget // 2))
-        log.warning("out of memory: trying again with a token budget of %d, was %d", budget // 2, budget)
+        log.warning("out of memory: trying again with a token budget of %d, was %d", token_budget(config), budget)
+
+
+def token_budget(config: EditConfig) -> int | None:
+    """Rows that are optimised together: values, or columns. None for a method that optimises nothing."""
+    part = _optimised(config)
+    return None if part is None else getattr(config, part).token_budget
 
 
 def with_budget(config: EditConfig, budget: int | None) -> EditConfig:
-    """The config with another token budget for its values; None = as it is."""
-    if budget is None:
+    """The config with another token budget; None = as it is."""
+    part = _optimised(config)
+    if part is None or budget is None:
         return config
-    return config.model_copy(update={"value": config.value.model_copy(update={"token_budget": budget})})
+    return config.model_copy(update={part: getattr(config, part).model_copy(update={"token_budget": budget})})
+
+
+def _optimised(config: EditConfig) -> str | None:
+    return next((part for part in ("value", "train") if hasattr(config, part)), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

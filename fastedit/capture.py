@@ -16,6 +16,7 @@ from torch import Tensor
 from fastedit.adapter import Mixed, ModelAdapter
 from fastedit.edits import Edit
 from fastedit.forward import TreePass, take
+from fastedit.ops._chain import Chain, system_chain
 from fastedit.ops.capture_keys import Keys, capture_keys
 from fastedit.tokens import lookup_prefix, rewrite_sequences
 
@@ -81,6 +82,25 @@ class KeySweep:
         """Keys of all edits, and their mass over the active ones."""
         name = self.model.activation_name
         return capture_keys(captured.gate, captured.up, self.weights, name, active)
+
+    def chain(
+        self,
+        captured: LayerCapture,
+        active: Tensor,
+        moment: Tensor,
+        weight: float,
+        history: Tensor | None,
+        past: Tensor | None,
+        rule: dict[str, float],
+    ) -> Chain:
+        """Keys and mass as above, the neurons that `rule` selects by mass, and their system matrix, to be read.
+
+        moment, weight, history, past: as of `system_chain`; rule: one of its two shares by name"""
+        name = self.model.activation_name
+        rows = (captured.gate, captured.up, self.weights, name, active)
+        return system_chain(
+            *rows, moment, weight, history, past, reaching=rule.get("reaching"), within=rule.get("within")
+        )
 
     def _hidden(self, layer: int, mixed: Mixed) -> Tensor:
         """The present value: the plain prompts' rows alone go on from here."""

@@ -1,4 +1,4 @@
-"""The command line: edit, eval, stats, demo, doctor; what deals with run directories is in `run_cli`.
+"""The command line: edit, eval, stats, locate, demo, doctor; what deals with run directories is in `run_cli`.
 
 Results go to standard output (a table, or one JSON object with --json), progress and messages to standard error.
 Exit codes: 0 done, 1 a batch was rejected or the installation is broken, 2 wrong input.
@@ -222,9 +222,12 @@ def stats(
     """Compute and store second moments, or say that they are stored already."""
     console = open_console()
     with errors(console):
+        from fastedit.config import ClosedFormConfig
         from fastedit.stats import Source, second_moments
 
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
+        if not isinstance(editor.config, ClosedFormConfig):
+            raise ValueError(f"{method} uses no second moments")
         wanted = _layers(layers, editor.model.n_layers) if layers else list(editor.config.layers)
         started = time.perf_counter()
         found = second_moments(editor.model, wanted, Source(moments, seed), editor.config.moments)
@@ -243,6 +246,29 @@ def _layers(text: str, n_layers: int) -> list[int]:
     if not found or any(not 0 <= layer < n_layers for layer in found):
         raise ValueError(f"--layers must lie in 0-{n_layers - 1}, got {text!r}")
     return found
+
+
+@app.command()
+def locate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="the text that the edit continues")],
+    target: Annotated[str, typer.Option(help="what it is to be continued with")],
+    neurons: Annotated[int, typer.Option(min=1, help="neurons per target token")] = 5,
+    frozen_layers: Annotated[int, typer.Option(min=0, help="last layers without candidates")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="PNG for a heat map over the layers")] = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Show the neurons that FiNE would write for one edit, and the tokens that they promote."""
+    console = open_console()
+    with errors(console):
+        from fastedit.loading import load_model
+        from fastedit.located import locate_neurons
+
+        found = locate_neurons(load_model(model, dtype), prompt, target, neurons, frozen_layers)
+        if plot is not None:
+            found.plot(plot)
+        emit(as_json, found.to_dict(), str(found))
 
 
 @app.command()

@@ -12,12 +12,17 @@ from torch import Tensor
 
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import apply_update
-from fastedit.capture import KeySweep
+from fastedit.capture import KeySweep, LayerCapture
+from fastedit.config import ClosedFormConfig, MEMITConfig, NSEConfig
 from fastedit.edits import Edit
 from fastedit.journal import Trial
+from fastedit.method import Start
+from fastedit.progress import track
 from fastedit.runlog import tensors_hash
-from fastedit.solver import PastKeys, Solver
-from fastedit.target import Values, optimise_values
+from fastedit.sampling import sample_templates
+from fastedit.solver import PastKeys, RidgeSolver, Solver
+from fastedit.stats import Source, second_moments
+from fastedit.target import Values, optimise_values, upper_layers
 
 
 @dataclass
@@ -31,46 +36,33 @@ class EditState:
     solvers: dict[int, Solver]
     past: dict[int, PastKeys]
 
-    def snapshot(self) -> dict[int, Any]:
-        """What `restore` needs to forget the batches remembered since."""
-        return {layer: past.snapshot() for layer, past in self.past.items()}
-
-    def restore(self, snapshot: Mapping[int, Any]) -> None:
-        """Go back to a snapshot, bit for bit."""
-        for layer, past in snapshot.items():
-            self.past[layer].restore(past)
-
-    def remember(self, result: BatchResult) -> None:
-        """The keys of a committed batch become history."""
-        self.take_in(self.kept(result))
-
     def kept(self, result: BatchResult) -> dict[str, Tensor]:
-        """What of a batch becomes history, by name, for `take_in`: layer -> keys (n_edits, d_ff)."""
+        """What of a batch becomes history: layer -> keys (n_edits, d_ff)."""
         return {str(layer): keys.float() for layer, keys in result.keys.items()}
 
     def take_in(self, kept: Mapping[str, Tensor]) -> None:
-        """Remember a batch by what `kept` returned of it."""
+        """The keys of a committed batch become history."""
         for layer, keys in kept.items():
             past = self.past[int(layer)]
             past.add(keys.to(past.device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What changes from batch to batch, by name, for `load`."""
+        """Past keys, as rows or as their sum."""
         return {f"{layer}/{name}": each for layer, past in self.past.items() for name, each in past.tensors().items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become what `tensors` returned; nothing = the state before the first batch."""
+        """Become what `tensors` returned."""
         for layer, past in self.past.items():
             prefix = f"{layer}/"
             past.load({name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)})
 
     def describe(self) -> dict[str, Any]:
-        """What was prepared: the templates, and the SHA-256 of each second moment."""
+        """The templates, and the SHA-256 of each second moment."""
         hashes = {layer: tensors_hash({"moment": moment}) for layer, moment in self.moments.items()}
         return {"templates": list(self.templates), "moments": {str(layer): each for layer, each in hashes.items()}}
 
     def adopt(self, described: Mapping[str, Any]) -> None:
-        """Go on where the state stood that `describe` told of. Raises ValueError for other second moments."""
+        """Take over the templates. Raises ValueError for other second moments."""
         now = self.describe()["moments"]
         differ = [layer for layer, each in described["moments"].items() if now.get(layer) != each]
         if differ:
@@ -143,6 +135,51 @@ class Recipe:
 
     write: Callable[[Batch], BatchResult]
     solver: Callable[[Tensor, Any], Solver]
+    by_column: bool = False
+
+    def layers(self, model: ModelAdapter, config: ClosedFormConfig) -> tuple[int, ...]:
+        """The edited layers. Raises ValueError for layers that cannot be written towards one value."""
+        if config.layers[-1] >= model.n_layers - 1:
+            raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {config.layers}")
+        model.check_layers(config.layers)
+        return config.layers
+
+    def template_tokens(self, config: ClosedFormConfig) -> int:
+        """Tokens that stand before a prompt: a template is at most its configured length, and its full stop."""
+        return config.templates.length + 1
+
+    def prepare(self, start: Start) -> EditState:
+        """Templates, second moments, solvers. Raises ValueError for layers without a second moment."""
+        model, config, moments = start.model, start.config, start.moments
+        with start.weights.rewound():
+            templates = sample_templates(model, config.templates, start.seed)
+            if moments is None or isinstance(moments, Source):
+                source = moments or Source(seed=start.seed)
+                moments = second_moments(model, config.layers, source, config.moments, show=start.progress)
+        missing = [layer for layer in config.layers if layer not in moments]
+        if missing:
+            raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
+        moved = {layer: moments[layer].to(model.device) for layer in config.layers}
+        solvers: dict[int, Solver] = {}
+        with track(len(moved), "preparing the solvers", "layers", start.progress) as advance:
+            for layer, moment in moved.items():
+                solvers[layer] = self.solver(moment, config)
+                advance(1)
+        past = {layer: PastKeys(model.d_ff, model.device) for layer in config.layers}
+        return EditState(templates, upper_layers(model, config.layers[-1], config.value), moved, solvers, past)
+
+    def run(
+        self,
+        start: Start,
+        state: EditState,
+        edits: Sequence[Edit],
+        trial: Trial,
+        progress: Callable[[int], None] | None = None,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> BatchResult:
+        """Write one batch inside its trial. known: its values, where they were optimised before."""
+        values = None if known is None else Values(**known)
+        return self.write(Batch(start.model, edits, start.config, state, trial, progress, values))
 
 
 def write_sweep(
@@ -150,36 +187,63 @@ def write_sweep(
     sweep: KeySweep,
     result: BatchResult,
     choose_edits: Callable[[Tensor], Tensor] | None = None,
-    choose_neurons: Callable[[Tensor], Tensor | None] | None = None,
+    rule: dict[str, float] | None = None,
 ) -> bool:
     """One pass from the first edited layer to the last, the residual spread over the layers still to come.
 
     choose_edits: residuals (n_edits, d_model) at the first layer -> (n_edits,) bool, the edits written; None = all
-    choose_neurons: mass (d_ff,) -> (k,) int64 ascending, the neurons written, or None for every neuron
+    rule: how the neurons written are selected by their mass (`selection.mass_rule`), or None for every neuron
     Returns False, with nothing written, when a later round has no edit left to write."""
     active = torch.ones(len(batch.edits), dtype=torch.bool)
+    rows = torch.arange(len(batch.edits))
     for position, captured in enumerate(sweep):
         residual = result.values.values.to(captured.hidden.device) - captured.hidden
         if position == 0:
             active = active.to(residual.device) if choose_edits is None else choose_edits(residual)
-            if result.written and not bool(active.any()):
+            # Looked at once: from here to the solve of a layer nothing waits for the device.
+            rows = active.nonzero().flatten()
+            if result.written and not len(rows):
                 return False
-            result.written.append(int(active.sum()))
+            result.written.append(len(rows))
         layer = captured.layer
         if batch.progress is not None:
             # A batch may be abandoned here.
             batch.progress(0)
         # In the last round that writes, weights below this layer are final: these are the post-edit keys.
-        result.keys[layer], mass = sweep.keys(captured, active)
-        if not bool(active.any()):
+        if not len(rows):
+            result.keys[layer] = sweep.keys(captured, active).keys
             continue
-        chosen = None if choose_neurons is None else choose_neurons(mass)
-        solution = batch.state.solvers[layer].solve(result.keys[layer][active], batch.state.past[layer], chosen)
-        share = residual[active] / (len(sweep.layers) - position)
-        norm = apply_update(batch.trial, layer, chosen, share, solution, active.nonzero().flatten())
+        result.keys[layer], chosen, solution = _solved(batch, sweep, captured, active, rows, rule)
+        share = residual[rows] / (len(sweep.layers) - position)
+        norm = apply_update(batch.trial, layer, chosen, share, solution, rows)
         result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
         result.norms[layer] = result.norms.get(layer, 0.0) + norm
     return True
+
+
+def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
+    """The ridge system over lambda C. moment: (d_ff, d_ff)"""
+    return RidgeSolver(moment, config.covariance_weight)
+
+
+def _solved(
+    batch: Batch,
+    sweep: KeySweep,
+    captured: LayerCapture,
+    active: Tensor,
+    rows: Tensor,
+    rule: dict[str, float] | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Keys of all edits (n_edits, d_ff), the selected neurons (k,) or None for all, X (k, number of rows)."""
+    solver, past = batch.state.solvers[captured.layer], batch.state.past[captured.layer]
+    if rule is None:
+        keys = sweep.keys(captured, active).keys
+        return keys, None, solver.solve(keys[rows], past)
+    if not isinstance(solver, RidgeSolver):
+        raise TypeError(f"neurons are selected for a RidgeSolver, got {type(solver).__name__}")
+    chain = sweep.chain(captured, active, solver.moment, solver.weight, past.dense, past.rows, rule)
+    chosen, system = chain.read()
+    return chain.keys, chosen, solver.solve_system(system, chain.keys[rows][:, chosen])
 
 
 def one_round(batch: Batch) -> BatchResult:

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,27 @@ from torch import Tensor
 
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import RejectedUpdate
-from fastedit.attempts import Notes, with_budget, with_less_memory
+from fastedit.attempts import Notes, token_budget, with_budget, with_less_memory
 from fastedit.checks import Checked, check_edits
 from fastedit.config import CONFIGS, EditConfig, load_preset, preset_for
 from fastedit.edits import Edit, EditSet
 from fastedit.families import FAMILIES, Family
 from fastedit.guards import Guard, GuardTripped
+from fastedit.history import History
 from fastedit.interrupts import Interrupts
 from fastedit.journal import Journal
 from fastedit.loading import load_model
+from fastedit.memory import give_back_freed
+from fastedit.method import Start
 from fastedit.progress import track
-from fastedit.recipes import RECIPES, Batch, BatchResult, EditState
+from fastedit.recipes import RECIPES
 from fastedit.recorder import Recorder, describe_run
 from fastedit.reports import BatchRejected, BatchReport, Run, Watcher
 from fastedit.runlog import RunError, is_run
-from fastedit.sampling import sample_templates
-from fastedit.solver import NotPositiveDefinite, PastKeys
-from fastedit.stats import Source, second_moments
-from fastedit.target import upper_layers
+from fastedit.solver import NotPositiveDefinite
+from fastedit.stats import Source
 from fastedit.tokens import encode
-from fastedit.weights import EditableWeights
+from fastedit.weights import ColumnWeights, EditableWeights
 
 __all__ = ["BatchRejected", "BatchReport", "Editor", "Run", "Watcher"]
 
@@ -67,14 +67,13 @@ class Editor:
         self.config = config or preset_for(method, model.n_layers, model.d_model, model.d_ff)
         if not isinstance(self.config, CONFIGS[method]):
             raise TypeError(f"{method} needs a {CONFIGS[method].__name__}, got {type(self.config).__name__}")
-        if self.config.layers[-1] >= model.n_layers - 1:
-            raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {self.config.layers}")
-        model.check_layers(self.config.layers)
-        self.weights = EditableWeights(model, self.config.layers)
+        self.recipe = RECIPES[method]
+        layers = self.recipe.layers(model, self.config)
+        self.weights = (ColumnWeights if self.recipe.by_column else EditableWeights)(model, layers)
         self.journal = Journal(self.weights, undo_depth)
         self._moments = moments
-        self._state: EditState | None = None
-        self._history: list[tuple[EditSet, dict[int, Any]]] = []
+        self._state: Any = None
+        self._history = History()
         self.recorder: Recorder | None = None
         self._token_budget: int | None = None
 
@@ -129,10 +128,16 @@ class Editor:
         return editor
 
     @property
-    def state(self) -> EditState:
-        """Context templates, second moments and past keys; made at first use, which can take a while."""
+    def start(self) -> Start:
+        """What the method is given, with `config` as it is now."""
+        return Start(self.model, self.weights, self.config, self._moments, self.seed, self.progress)
+
+    @property
+    def state(self) -> Any:
+        """What the method prepares and carries on, such as second moments and past keys; made at first use, which can
+        take a while. See :class:`fastedit.method.State`."""
         if self._state is None:
-            state = self._prepare()
+            state = self.recipe.prepare(self.start)
             if self.recorder is not None:
                 state.adopt(self.recorder.header["prepared"])
                 self.recorder.replay_state(state, len(self._history))
@@ -142,7 +147,7 @@ class Editor:
     @property
     def edits(self) -> EditSet:
         """All edits committed and not undone, in order."""
-        return EditSet(tuple(edit for batch, _ in self._history for edit in batch))
+        return EditSet(tuple(edit for batch in self._history for edit in batch))
 
     def edit(
         self,
@@ -195,10 +200,9 @@ class Editor:
                 self.recorder.rewind(count - taken)
         if taken > len(self.journal):
             return self.restore(count - taken)
+        self._history.undo(taken, self.state, len(self.journal))
         for _ in range(taken):
             self.journal.undo()
-            _, snapshot = self._history.pop()
-            self.state.restore(snapshot)
 
     @contextlib.contextmanager
     def temporarily(self, edits: Sequence[Edit], batch_size: int = 100, **options: Any) -> Iterator[Run]:
@@ -208,14 +212,16 @@ class Editor:
         if {"run_dir", "resume"} & set(options):
             raise ValueError("temporarily: edits that are taken back are not recorded, got run_dir or resume")
         state = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
-        weights = {layer: self.weights.stored(layer) for layer in self.weights.layers}
+        changed = {layer: self.weights.changed(layer) for layer in self.weights.layers}
+        weights = {layer: self.weights.stored(layer, index) for layer, index in changed.items()}
         outside = self.journal, self._history, self.recorder, self._token_budget
-        self.journal, self._history, self.recorder = Journal(self.weights), [*self._history], None
+        self.journal, self._history, self.recorder = Journal(self.weights), self._history.copy(), None
         try:
             yield self.edit(edits, batch_size, **options)
         finally:
-            for layer, values in weights.items():
-                self.weights.put(layer, None, values)
+            self.weights.reset()
+            for layer, index in changed.items():
+                self.weights.put(layer, index, weights[layer])
             self.state.load(state)
             self.journal, self._history, self.recorder, self._token_budget = outside
 
@@ -239,31 +245,9 @@ class Editor:
             batch_size,
             tokenizer=self.model.tokenizer,
             max_positions=self.model.max_positions,
-            # A template is at most its configured length, and its full stop.
-            template_tokens=self.config.templates.length + 1,
+            template_tokens=self.recipe.template_tokens(self.config),
             on_invalid=on_invalid,
         )
-
-    def _prepare(self) -> EditState:
-        config, moments = self.config, self._moments
-        with self.weights.rewound():
-            templates = sample_templates(self.model, config.templates, self.seed)
-            if moments is None or isinstance(moments, Source):
-                source = moments or Source(seed=self.seed)
-                moments = second_moments(self.model, config.layers, source, config.moments, show=self.progress)
-        missing = [layer for layer in config.layers if layer not in moments]
-        if missing:
-            raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
-        device = self.model.device
-        moved = {layer: moments[layer].to(device) for layer in config.layers}
-        with track(len(moved), "preparing the solvers", "layers", self.progress) as advance:
-            solvers = {}
-            for layer, moment in moved.items():
-                solvers[layer] = RECIPES[self.method].solver(moment, config)
-                advance(1)
-        past = {layer: PastKeys(self.model.d_ff, device) for layer in config.layers}
-        upper = upper_layers(self.model, config.layers[-1], config.value)
-        return EditState(templates, upper, moved, solvers, past)
 
     def _settings(self) -> dict[str, Any]:
         return {"method": self.method, "config": self.config.model_dump(), "seed": self.seed}
@@ -308,7 +292,7 @@ class Editor:
         if self._state is not None:
             self.recorder.replay_state(self._state, keep)
         self.journal.forget()
-        self._history = [(self.recorder.edits(record), {}) for record in self.recorder.live[:keep]]
+        self._history = History(self.recorder.edits(record) for record in self.recorder.live[:keep])
 
     def _batches(
         self, batches: Sequence[EditSet], first: int, on_error: str, watch: Watcher | None, guard: Guard
@@ -347,14 +331,14 @@ class Editor:
         case_ids = tuple(edit.case_id for edit in batch)
         with Notes() as notes:
             try:
-                write = partial(self.write, number, batch, guard=guard, progress=progress, notes=notes)
-                report = with_less_memory(write, with_budget(self.config, self._token_budget))
+                report = self.write(number, batch, with_budget(self.config, self._token_budget), guard, progress, notes)
                 self._token_budget = report.token_budget
             except RejectedUpdate as error:
                 blamed = tuple(case_ids[row] for row in error.rows)
                 report = BatchReport(number, blamed, 0.0, error=str(error))
             except (NotPositiveDefinite, GuardTripped) as error:
                 report = BatchReport(number, case_ids, 0.0, error=str(error))
+        give_back_freed()
         return replace(report, seconds=time.perf_counter() - started, notes=tuple(notes.lines))
 
     def write(
@@ -365,36 +349,33 @@ class Editor:
         again: of a batch that is written anew, `known` values and the record that is `replaced`"""
         started = time.perf_counter()
         state, trial = self.state, self.journal.trial()
+
+        def attempt(config: Any) -> tuple[Any, dict[str, float]]:
+            trial.rollback()
+            start = replace(self.start, config=config)
+            result = self.recipe.run(start, state, batch, trial, progress, again.get("known"))
+            return result, guard.check(self.model, self.weights, trial.touched)
+
         with trial, torch.no_grad():
-            result = RECIPES[self.method].write(
-                Batch(self.model, batch, config, state, trial, progress, again.get("known"))
-            )
-            measured = guard.check(self.model, self.weights, trial.touched)
+            (result, measured), config = with_less_memory(attempt, config)
             report = BatchReport(
                 number,
                 tuple(edit.case_id for edit in batch),
                 time.perf_counter() - started,
-                float(result.losses.mean()),
+                None if bool(result.losses.isnan().all()) else float(result.losses.mean()),
                 float(result.steps.float().mean()),
                 tuple(result.written),
                 dict(result.neurons),
                 dict(result.norms),
                 None,
-                config.value.token_budget,
+                token_budget(config),
                 tuple(notes.lines),
                 measured,
             )
+            kept = state.kept(result)
             if self.recorder is not None:
-                held = state.kept(result), result.tensors()
-                self.recorder.commit(number, batch, trial, *held, asdict(report), again.get("replaced"))
+                replaced = again.get("replaced")
+                self.recorder.commit(number, batch, trial, kept, result.tensors(), asdict(report), replaced)
             self.journal.commit(trial)
-        self._remember(batch, state, result)
+        self._history.append(batch, state, kept, len(self.journal))
         return report
-
-    def _remember(self, batch: EditSet, state: EditState, result: BatchResult) -> None:
-        # Snapshots beyond the journal's depth could never be used again.
-        for old, (edits, snapshot) in enumerate(self._history):
-            if snapshot and old < len(self._history) + 1 - len(self.journal):
-                self._history[old] = (edits, {})
-        self._history.append((batch, state.snapshot()))
-        state.remember(result)

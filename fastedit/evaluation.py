@@ -14,6 +14,10 @@ and beside them
 score: harmonic mean of efficacy, generalization and specificity
 tokens_unchanged: share of locality answers whose arg-max tokens all equal the unedited model's
 locality_tokens: share of their single tokens that do, EasyEdit's locality
+over_editing, unchanging: of the questions about another relation of the edited subject (KnowEdit's group
+    Relation_Specificity), the share answered with the new target, every token the arg-max after those before it, and
+    the share of answers that are the unedited model's, whole. FiNE's two rates in our reading: its definitions were not
+    to be had
 portability, portability_tokens: of what follows from an edit, exact and by tokens; the second is EasyEdit's
 fluency: 100 * (H2 / 3 + 2 * H3 / 3), H_n the n-gram entropy in bits of texts continued from the generation prompts, or
     from the prompts of records that have none (ROME)
@@ -53,6 +57,9 @@ METRICS = (
     "fluency",
     "perplexity",
 )
+
+# The locality group that asks for other relations of the edited subject, as KnowEdit names it.
+OTHER_RELATION = "Relation_Specificity"
 
 # Shown only where some record asks about it.
 PORTABILITY = "portability"
@@ -185,6 +192,8 @@ class Measurement:
         found |= self._scored("_tokens", self._share)
         found |= self._grouped("tokens_unchanged", "locality", lambda e, p: _whole(kept(p)))
         found |= self._grouped("locality_tokens", "locality", lambda e, p: kept(p))
+        found["over_editing"] = self._of_other_relations(lambda e, p: self._exact(p.prompt, (e.target_new,)))
+        found["unchanging"] = self._of_other_relations(lambda e, p: _whole(kept(p)))
         found |= self._grouped("portability", "portability", lambda e, p: self._exact(p.prompt, p.answers))
         found |= self._grouped("portability_tokens", "portability", lambda e, p: self._share(p.prompt, p.answers))
         parts = [found[name].value for name in ("efficacy", "generalization", "specificity")]
@@ -217,6 +226,11 @@ class Measurement:
                 by_group.setdefault(group, []).append(mean)
             overall += _known_means([list(means.values())])
         return {name: _mean(overall), **{f"{name}/{group}": _mean(means) for group, means in by_group.items()}}
+
+    def _of_other_relations(self, score: Callable[[Edit, Probe], float | None]) -> Metric:
+        """A metric of the probes about another relation of the edited subject."""
+        asked = [[p for p in e.locality if p.group == OTHER_RELATION and p.answers] for e in self.edits]
+        return _mean(_known_means([[score(e, p) for p in found] for e, found in zip(self.edits, asked, strict=True)]))
 
     def _preferred(self, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
         """Whether a right answer is more probable than the other one."""

@@ -106,7 +106,8 @@ def _factors(editor: Editor, layer: int, rank: int | None) -> tuple[Tensor, Tens
     change = delta(editor, layer)
     if not bool(change.any()):
         return None
-    left, sizes, right = torch.linalg.svd(change, full_matrices=False)
+    columns = change.any(0).nonzero().flatten()
+    left, sizes, right = torch.linalg.svd(change[:, columns], full_matrices=False)
     # The weight is rounded to float32, which moves each number by up to eps / 2 of itself.
     weight = editor.weights.original(layer).double()
     typical = float(weight.square().mean().sqrt()) * torch.finfo(torch.float32).eps
@@ -114,7 +115,9 @@ def _factors(editor: Editor, layer: int, rank: int | None) -> tuple[Tensor, Tens
     kept = max(1, int((sizes > noise).sum()))
     kept = kept if rank is None else min(kept, rank)
     roots = sizes[:kept].sqrt()
-    return (left[:, :kept] * roots).float().contiguous(), (roots[:, None] * right[:kept]).float().contiguous()
+    wide = torch.zeros(kept, change.shape[1])
+    wide[:, columns] = (roots[:, None] * right[:kept]).float()
+    return (left[:, :kept] * roots).float().contiguous(), wide
 
 
 def _save_delta(editor: Editor, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -174,15 +177,18 @@ def _holds(editor: Editor, factors: dict[int, tuple[Tensor, Tensor]]) -> tuple[f
     if not pairs:
         return None
     before = _exact(editor, pairs)
-    present = {layer: editor.weights.stored(layer) for layer in factors}
+    changed = {layer: editor.weights.changed(layer) for layer in factors}
+    present = {layer: editor.weights.stored(layer, index) for layer, index in changed.items()}
     try:
         for layer, (left, right) in factors.items():
             original = editor.weights.original(layer)
-            editor.weights.put(layer, None, original.float() + (left @ right).to(original.device))
+            exported = original.float() + (left @ right).to(original.device)
+            index = changed[layer]
+            editor.weights.put(layer, index, exported if index is None else exported[:, index])
         after = _exact(editor, pairs)
     finally:
         for layer, values in present.items():
-            editor.weights.put(layer, None, values)
+            editor.weights.put(layer, changed[layer], values)
     return before, after
 
 

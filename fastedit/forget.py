@@ -15,7 +15,6 @@ from fastedit.editor import Editor
 from fastedit.edits import Edit, EditSet
 from fastedit.guards import Guard
 from fastedit.runlog import Record, RunError
-from fastedit.target import Values
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ def forget(editor: Editor, case_id: Any) -> Forgotten:
     with editor.weights.rewound():
         unedited = answer(editor.model, [(taken.prompt, taken.target_new)])[0].log_prob
     edited, kept = _measure(editor, taken, others)
-    before = {layer: editor.weights.stored(layer) for layer in editor.weights.layers}
+    changed = {layer: editor.weights.changed(layer) for layer in editor.weights.layers}
+    before = {layer: editor.weights.stored(layer, index) for layer, index in changed.items()}
     with recorder.log.writing():
         try:
             editor.restore(first)
@@ -83,7 +83,7 @@ def forget(editor: Editor, case_id: Any) -> Forgotten:
             raise
     editor.restore(first + len(pending))
     now, still = _measure(editor, taken, others)
-    moved = {layer: _share(editor, layer, old) for layer, old in before.items()}
+    moved = {layer: _share(editor, layer, index, before[layer]) for layer, index in changed.items()}
     seconds = time.perf_counter() - started
     return Forgotten(case_id, len(pending), seconds, (unedited, edited, now), moved, (kept, still))
 
@@ -98,12 +98,11 @@ def _solve_again(editor: Editor, records: Sequence[Record], case_id: Any) -> lis
         rows = [row for row, edit in enumerate(edits) if edit.case_id != case_id]
         if not rows:
             continue
-        held = recorder.log.tensors(record.number)
-        known = Values(**{name: held[f"values/{name}"][rows] for name in ("values", "hidden", "losses", "steps")})
+        known = {name: each[rows] for name, each in recorder.values(record).items()}
         left = EditSet(tuple(edits[row] for row in rows))
         config = with_budget(editor.config, record.body["report"]["token_budget"])
         with Notes() as notes:
-            editor.write(record.body["batch"], left, config, guard, None, notes, known=known, replaced=record)
+            editor.write(record.body["batch"], left, config, guard, None, notes, known=known or None, replaced=record)
         written.append(recorder.log.records[-1])
     return written
 
@@ -114,6 +113,11 @@ def _measure(editor: Editor, taken: Edit, others: Sequence[Edit]) -> tuple[float
     return found[0].log_prob, sum(exact) / len(exact) if exact else 1.0
 
 
-def _share(editor: Editor, layer: int, before: Tensor) -> float:
-    edited = float((before - editor.weights.original(layer).to(before.dtype)).norm())
+def _share(editor: Editor, layer: int, index: Tensor | None, columns: Tensor) -> float:
+    """||W - W_before|| / ||W_before - W_0||, where W_before had these columns at `index` (None = all)."""
+    original = editor.weights.original(layer).to(columns.dtype)
+    before = original.clone() if index is not None else columns
+    if index is not None:
+        before[:, index] = columns
+    edited = float((before - original).norm())
     return float((editor.weights.stored(layer) - before).norm()) / edited if edited else 0.0

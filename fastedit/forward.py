@@ -192,7 +192,7 @@ def live_rows(
     if with_prefix and layer + 1 < model.n_layers:
         constant = below.subset(upper, [prefixes[s] for s in with_prefix], with_prefix)
         constant = constant.at(constant.rows.to(upper.dtype))
-        prefix = _prefix_states(upper, constant, layer + 1, len(sequences), with_prefix)
+        prefix = prefix_states(upper, constant, layer + 1, len(sequences), with_prefix)
     live = [path[sequence.lookup :] for path, sequence in zip(below.tree.paths, sequences, strict=True)]
     index = torch.tensor([row for rows in live for row in rows])
     assembled = _assemble(
@@ -220,7 +220,7 @@ def _sequences(part: Tensor, n_sequences: int, chosen: Tensor) -> Tensor:
     return part.view(-1, n_sequences, *part.shape[1:])[:, chosen.to(part.device)].flatten(0, 1)
 
 
-def _prefix_states(
+def prefix_states(
     model: ModelAdapter, constant: TreePass, first: int, n_sequences: int, with_prefix: Sequence[int]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values of the prefix rows for every layer from `first`, padded per sequence."""

@@ -93,6 +93,8 @@ class Trial:
         for layer, index, saved in reversed(self._saved):
             self.weights.restore(layer, index, saved)
         self._saved.clear()
+        self._updates.clear()
+        self._opaque.clear()
 
     def __enter__(self) -> Trial:
         return self

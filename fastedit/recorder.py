@@ -17,8 +17,9 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from fastedit.config import CONFIGS, EditConfig
 from fastedit.edits import Edit, EditSet
 from fastedit.journal import Trial, rewrite
 from fastedit.loading import load_model
+from fastedit.method import State
 from fastedit.reports import BatchReport
 from fastedit.runlog import LockedRun, Record, RunError, RunLog, canonical, tensor_bytes, tensors_hash
 from fastedit.stats import Source
@@ -44,22 +46,6 @@ SAMPLED = 1024
 
 class WrongModel(RunError):
     """The model is not the one that the run began with."""
-
-
-class State(Protocol):
-    """What a recipe carries from batch to batch, as the recorder sees it."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name, for a snapshot."""
-        ...
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become what `tensors` returned; nothing = the state before the first batch."""
-        ...
-
-    def take_in(self, kept: Mapping[str, Tensor]) -> None:
-        """Remember a committed batch by what was kept of it, such as its keys."""
-        ...
 
 
 class Recorder:
@@ -206,8 +192,11 @@ class Recorder:
     def snapshot_if_due(self, weights: EditableWeights, state: State) -> None:
         """Write a snapshot when enough was written since the last one. A failure is a warning: nothing needs it."""
         held = state.tensors()
-        size = sum(weights.current(layer).numel() * weights.working_dtype(layer).itemsize for layer in weights.layers)
-        size += sum(each.nbytes for each in held.values())
+        changed = {layer: weights.changed(layer) for layer in weights.layers}
+        size = sum(each.nbytes for each in held.values())
+        for layer, index in changed.items():
+            d_model, d_ff = weights.current(layer).shape
+            size += d_model * (d_ff if index is None else len(index)) * weights.working_dtype(layer).itemsize
         since = 0
         for record in reversed(self.log.records):
             if record.kind == "snapshot":
@@ -216,8 +205,7 @@ class Recorder:
         if since < SNAPSHOT_SHARE * size:
             return
         tensors = {}
-        for layer in weights.layers:
-            index = weights.changed(layer)
+        for layer, index in changed.items():
             tensors[f"weight/{layer}"] = weights.stored(layer, index).cpu().contiguous()
             if index is not None:
                 tensors[f"columns/{layer}"] = index.cpu()
@@ -252,7 +240,7 @@ class Recorder:
             )
 
     def replay_state(self, state: State, upto: int | None = None) -> None:
-        """Bring a recipe's state to what it was after the first `upto` live batches (None = all)."""
+        """Bring a method's state to what it was after the first `upto` live batches (None = all)."""
         live = self.live[:upto]
         start = self._snapshot(live)
         state.load({} if start is None else _part(self.log.tensors(start.number), "state/"))
@@ -263,6 +251,10 @@ class Recorder:
         """The edits of a batch's record."""
         text = self.log.tensors(record.number)["edits"].numpy().tobytes()
         return EditSet(tuple(Edit(**fields) for fields in json.loads(text)))
+
+    def values(self, record: Record) -> dict[str, Tensor]:
+        """What writing a batch anew can start from: `Result.tensors` of its record."""
+        return _part(self.log.tensors(record.number), "values/")
 
     def _snapshot(self, live: Sequence[Record]) -> Record | None:
         """The last snapshot on the way to these batches."""
@@ -318,14 +310,11 @@ def identity(model: ModelAdapter, weights: EditableWeights) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the bits of a result depend on beside the model."""
-    import safetensors
-    import transformers
-
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
+        "transformers": version("transformers"),
+        "safetensors": version("safetensors"),
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
     }

@@ -20,10 +20,10 @@ class BatchRejected(RuntimeError):
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What happened to one batch. loss: mean over its edits at the last forward; steps: mean Adam steps;
-    written: edits written in each round; neurons, norms: per layer, neurons written last and summed update norms;
-    error: why it was rolled back, or None when it was committed; token_budget: live rows its values were optimised
-    with; notes: what was warned of on the way; measured: by the guard."""
+    """What happened to one batch. loss: mean over its edits at the last forward, None where none is taken; steps: mean
+    Adam steps; written: edits written in each round; neurons, norms: per layer, neurons written last and summed update
+    norms; error: why it was rolled back, or None when it was committed; token_budget: rows optimised together, where
+    the method has a bound; notes: what was warned of on the way; measured: by the guard."""
 
     batch: int
     case_ids: tuple[Any, ...]

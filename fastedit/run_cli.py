@@ -55,7 +55,9 @@ def _about(record: Record) -> dict[str, Any]:
         told = body["report"]
         notes = "".join(f"; {note}" for note in told["notes"])
         ids = [each["case_id"] for each in body["edits"]]
-        what = f"{len(ids)} edits ({_short(ids)}), loss {told['loss']:.3g}, {told['seconds']:.1f} s{notes}"
+        # A method that optimises nothing has no loss; NaN stands there as text.
+        loss = "" if told["loss"] is None else f", loss {float(told['loss']):.3g}"
+        what = f"{len(ids)} edits ({_short(ids)}){loss}, {told['seconds']:.1f} s{notes}"
         return {"what": what, "case_ids": ids, "report": told, "bytes": record.size}
     if record.kind == "rewind":
         then = f", then records {_short(body['then'])}" if body["then"] else ""

@@ -90,8 +90,9 @@ class RunLog:
         made.folder, made.records, made._size, made._is_writing, made._opened = Path(folder), [], 0, False, True
         if is_run(folder):
             raise RunError(f"{folder}: holds a run already")
-        # "lock" alone is left behind by a process that was killed before its first record.
-        if made.folder.is_dir() and any(entry.name != "lock" for entry in made.folder.iterdir()):
+        # A process that was killed before its first record was committed leaves no more than these behind.
+        left = {"lock", made.path(0).with_suffix(".partial").name}
+        if made.folder.is_dir() and any(entry.name not in left for entry in made.folder.iterdir()):
             raise RunError(f"{folder}: must be empty or absent, and holds other files")
         made.folder.mkdir(parents=True, exist_ok=True)
         return made

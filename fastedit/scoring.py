@@ -1,7 +1,8 @@
 """Next-token distributions at scored rows only: losses with their gradient, and what evaluation reads.
 
 The vocabulary projection is the largest single product of a step, so logits are computed once, for the rows that are
-scored and no others, in one buffer that is reused and turned into their own gradient in place. float32 throughout.
+scored and no others, in one buffer that is reused and turned into their own gradient in place. float32 throughout,
+where no other dtype is asked for.
 """
 
 from __future__ import annotations
@@ -43,16 +44,18 @@ class LogitBuffer:
     """Scratch for (n_rows, n_vocabulary) logits: a fresh one of this size costs as much in page faults as the
     product that fills it."""
 
-    def __init__(self) -> None:
-        self._flat = torch.empty(0)
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the logits"""
+        self._flat = torch.empty(0, dtype=dtype)
 
     def logits(self, rows: Tensor, head: Head) -> Tensor:
-        """Logits of rows (n_rows, d_head) in float32, (n_rows, n_vocabulary), valid until the next call."""
+        """Logits of rows (n_rows, d_head) in the buffer's dtype, (n_rows, n_vocabulary), valid until the next call."""
         n_rows, n_vocabulary = rows.shape[0], head.weight.shape[0]
+        dtype = self._flat.dtype
         if self._flat.numel() < n_rows * n_vocabulary or self._flat.device != rows.device:
-            self._flat = torch.empty(n_rows * n_vocabulary, device=rows.device)
+            self._flat = torch.empty(n_rows * n_vocabulary, device=rows.device, dtype=dtype)
         out = self._flat[: n_rows * n_vocabulary].view(n_rows, n_vocabulary)
-        if rows.dtype == torch.float32 and head.weight.dtype == torch.float32:
+        if rows.dtype == head.weight.dtype == dtype:
             torch.mm(rows, head.weight.T, out=out)
         else:
             out.copy_(torch.mm(rows, head.weight.T))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,32 @@ def active_edits(residual: Tensor, smallest: float, largest: float) -> Tensor:
     return ~((distance <= smallest) | (distance >= largest))
 
 
-def neurons_by_mass(mass: Tensor, share: float, as_released: bool) -> Tensor | None:
-    """Selected neurons, (k,) int64 ascending, or None for all. mass: (d_ff,).
+def ensemble(scores: Tensor, share: float, key_layers: int | Sequence[int] | None = None) -> Tensor:
+    """Neurons above one threshold for all layers, (n, 2) int64 (layer, neuron), ascending. scores: (n_layers, d_ff).
+
+    The round(share * n_layers * d_ff) largest scores, signed, at least one. key_layers: K: the same number of neurons
+    again, out of the K layers that hold most of them (the lowest among equals); or those layers.
+    Raises ValueError for layers that the scores do not have."""
+    n_layers, d_ff = scores.shape
+    count = max(1, round(share * scores.numel()))
+    if key_layers is not None:
+        if isinstance(key_layers, int):
+            held = torch.bincount(ensemble(scores, share)[:, 0], minlength=n_layers)
+            key_layers = held.argsort(descending=True, stable=True)[:key_layers].tolist()
+        if not key_layers or not all(0 <= layer < n_layers for layer in key_layers):
+            raise ValueError(f"key_layers must lie in 0-{n_layers - 1}, got {list(key_layers)}")
+        outside = torch.ones(n_layers, dtype=torch.bool)
+        outside[torch.tensor(key_layers)] = False
+        scores = scores.masked_fill(outside[:, None].to(scores.device), torch.finfo(scores.dtype).min)
+        count = min(count, len(set(key_layers)) * d_ff)
+    chosen = select_neurons(scores.flatten(), top_k=count)
+    return torch.stack([chosen // d_ff, chosen % d_ff], dim=1)
+
+
+def mass_rule(share: float, as_released: bool) -> dict[str, float] | None:
+    """The rule by which neurons are selected, as an argument of `select_neurons`; None for every neuron.
 
     The paper takes the smallest set reaching `share` of the mass; the released code the largest set within it."""
     if share >= 1:
         return None
-    return select_neurons(mass, within=share) if as_released else select_neurons(mass, reaching=share)
+    return {"within": share} if as_released else {"reaching": share}

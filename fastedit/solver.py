@@ -52,7 +52,7 @@ class PastKeys:
             gram_update(self.dense, keys)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, for `load`: a count and either the rows or their dense sum."""
+        """All of it, for `load`: a count, and either the rows or their dense sum, to which `add` adds in place."""
         held = {"n_edits": torch.tensor(self.n_edits), "rows": self.rows, "dense": self.dense}
         return {name: each for name, each in held.items() if each is not None}
 
@@ -62,14 +62,6 @@ class PastKeys:
         held = tensors or {"n_edits": torch.tensor(0), "rows": none}
         self.n_edits = int(held["n_edits"])
         self.rows, self.dense = (held[n].to(self.device) if n in held else None for n in ("rows", "dense"))
-
-    def snapshot(self) -> tuple[int, Tensor | None, Tensor | None]:
-        """What `restore` needs to come back here bit for bit."""
-        return self.n_edits, self.rows, None if self.dense is None else self.dense.clone()
-
-    def restore(self, snapshot: tuple[int, Tensor | None, Tensor | None]) -> None:
-        """Go back to a snapshot, which is used up by it."""
-        self.n_edits, self.rows, self.dense = snapshot
 
 
 class Solver(Protocol):
@@ -98,8 +90,13 @@ class RidgeSolver:
             return self._solve_low_rank(keys.double(), past.rows.double())
         rows = keys if past.rows is None else torch.cat([past.rows, keys.float()])
         system = masked_gram(self.moment, self.weight, rows, past.dense, index)
-        chosen = keys if index is None else keys[:, index]
-        return torch.cholesky_solve(chosen.double().T, cholesky(system))
+        return self.solve_system(system, keys if index is None else keys[:, index])
+
+    def solve_system(self, system: Tensor, keys: Tensor) -> Tensor:
+        """X, (k, n_edits) float64, for a system matrix (k, k) and the keys (n_edits, k) on its neurons.
+
+        Raises NotPositiveDefinite."""
+        return torch.cholesky_solve(keys.double().T, cholesky(system))
 
     def _solve_low_rank(self, keys: Tensor, past: Tensor) -> Tensor:
         if self._factor is None:

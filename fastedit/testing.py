@@ -40,6 +40,12 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("apply_delta", torch.float16): Tolerance(2**-11, 2**-11 + 1e-5),
     ("sparse_adam", torch.float32): Tolerance(1e-6, 1e-5),
     ("sparse_adam", torch.float64): Tolerance(1e-14, 1e-13),
+    ("score_neurons", torch.float32): Tolerance(1e-6, 1e-5),
+    ("score_neurons", torch.float64): Tolerance(1e-14, 1e-13),
+    ("sparse_delta", torch.float32): Tolerance(1e-6, 1e-5),
+    ("sparse_delta", torch.float64): Tolerance(1e-14, 1e-13),
+    ("sparse_delta", torch.bfloat16): Tolerance(2**-8, 2**-8 + 1e-5),
+    ("sparse_delta", torch.float16): Tolerance(2**-11, 2**-11 + 1e-5),
     ("solve", torch.float32): Tolerance(1e-6, 1e-6),
     ("solve", torch.float64): Tolerance(1e-14, 1e-14),
 }
@@ -113,8 +119,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """max |found - expected| / max |expected| in float64, NaN or Inf where either has one; 0 for empty tensors."""
     if expected.numel() == 0:
         return 0.0
-    difference = (found.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+    difference = (found.double().cpu() - expected.double().cpu()).abs().max()
+    return float(difference / expected.double().cpu().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _bound(expected: Tensor, same_dtype: Tensor, op: str) -> float:
@@ -196,6 +202,26 @@ class AdamInputs(NamedTuple):
     radius: Tensor | None
 
 
+class ScoreInputs(NamedTuple):
+    """Arguments of `score_neurons`, in its order."""
+
+    activations: Tensor
+    weight: Tensor
+    directions: Tensor
+
+
+class SparseInputs(NamedTuple):
+    """Arguments of `sparse_delta`, in its order, and the gradient of `sparse_delta_grads`."""
+
+    activations: Tensor
+    row_starts: Tensor
+    chosen: Tensor
+    slot_starts: Tensor
+    delta: Tensor
+    scale: float
+    grad: Tensor
+
+
 class Factory:
     """Seeded inputs of the ops for a case, made on the CPU and moved to `device`."""
 
@@ -264,6 +290,37 @@ class Factory:
             self._place((norm + 0.1) * (0.5 + self._uniform(case.n_edits))) if case.optional else None,
         )
 
+    def scored(self, ties: bool = False) -> ScoreInputs:
+        """A slot per edit, every fifth activation zero as behind a ReLU; with `ties`, small whole numbers only."""
+        case = self.case
+        shapes = (case.n_edits, case.d_ff), (case.d_model, case.d_ff), (case.n_edits, case.d_model)
+        activations, weight, directions = (self._normal(*shape) for shape in shapes)
+        activations[:, ::5] = 0
+        if ties:
+            activations, weight, directions = (part.round().clamp(-1, 1) for part in (activations, weight, directions))
+        return ScoreInputs(self._place(activations), self._place(weight), self._place(directions))
+
+    def sparse(self) -> SparseInputs:
+        """A sample per edit, of 0 to 2 n_templates rows and 0 to 6 slots; every fourth slot names neuron 0 again."""
+        case = self.case
+        wide = self.dtype if self.dtype == torch.float64 else torch.float32
+        rows, slots = (
+            torch.randint(most + 1, (case.n_edits,), generator=self.generator) for most in (2 * case.n_templates, 6)
+        )
+        n_rows, n_slots = int(rows.sum()), int(slots.sum())
+        index = torch.randint(case.d_ff, (n_slots,), generator=self.generator)
+        index[::4] = 0
+        zero = torch.zeros(1, dtype=torch.int64)
+        return SparseInputs(
+            self._place(self._normal(n_rows, case.d_ff)),
+            self._place(torch.cat([zero, rows.cumsum(0)]), torch.int64),
+            self._place(index, torch.int64),
+            self._place(torch.cat([zero, slots.cumsum(0)]), torch.int64),
+            self._place(self._normal(n_slots, case.d_model), wide),
+            0.75 if case.optional else 1.0,
+            self._place(self._normal(n_rows, case.d_model), wide),
+        )
+
     def _index(self) -> Tensor | None:
         if self.case.selected is None:
             return None
@@ -271,8 +328,15 @@ class Factory:
         return self._place(chosen.sort().values, torch.int64)
 
     def _second_moment(self) -> Tensor:
-        rows = self._normal(self.case.d_ff // 2 + 3, self.case.d_ff)
-        return rows.T @ rows / rows.shape[0]
+        d_ff = self.case.d_ff
+        if d_ff <= 4096:
+            rows = self._normal(d_ff // 2 + 3, d_ff)
+            return rows.T @ rows / rows.shape[0]
+        # At a real model's width: few rows and a diagonal, in float32, so that it takes a second and no third copy.
+        rows = self._normal(128, d_ff).float()
+        moment = rows.T @ rows / rows.shape[0]
+        moment.diagonal().add_(0.5)
+        return moment
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
@@ -295,9 +359,9 @@ def strided(value: Tensor) -> Tensor:
 
 
 def in_float64(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Copies of the floating-point tensors in float64, of the other tensors as they are; the rest is passed on."""
+    """CPU copies of the floating-point tensors in float64, of the other tensors as they are; the rest is passed on."""
     return tuple(
-        value.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
+        value.to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)
         if isinstance(value, Tensor)
         else value
         for value in values

@@ -7,7 +7,7 @@ because a tokenizer may merge or split differently at a seam.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastedit.edits import Edit
@@ -72,6 +72,14 @@ def target_sequences(tokenizer: Any, prompts: Sequence[str], targets: Sequence[s
     return [
         score_sequence(row, spans, len(prompt.rstrip()))
         for row, spans, prompt in zip(ids, offsets, prompts, strict=True)
+    ]
+
+
+def whole_sequences(tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[TokenSequence]:
+    """As `target_sequences`, but the inputs go on to the target's last token, whose successor is looked at too."""
+    return [
+        replace(sequence, ids=(*sequence.ids, sequence.targets[-1]))
+        for sequence in target_sequences(tokenizer, prompts, targets)
     ]
 
 

@@ -15,7 +15,20 @@ import pytest
 import torch
 
 from fastedit.adapter import ModelAdapter
-from fastedit.config import AlphaEditConfig, EditConfig, MEMITConfig, MomentConfig, NSEConfig, ValueConfig, changed
+from fastedit.config import (
+    AlphaEditConfig,
+    AttributionConfig,
+    EditConfig,
+    FiNEConfig,
+    KNConfig,
+    KNEConfig,
+    MEMITConfig,
+    MomentConfig,
+    NSEConfig,
+    TrainConfig,
+    ValueConfig,
+    changed,
+)
 from fastedit.editor import Editor
 from fastedit.edits import EditSet
 from fastedit.loading import load_transformers
@@ -41,9 +54,19 @@ TINY_CONFIGS: dict[str, EditConfig] = {
     "alphaedit": AlphaEditConfig(
         layers=TINY_CONFIG.layers, ridge=0.1, value=TINY_CONFIG.value, moments=TINY_CONFIG.moments
     ),
+    "fine": FiNEConfig(frozen_layers=1, train=TrainConfig(lr=0.03)),
+    "kne": KNEConfig(
+        share=0.05,
+        attribution=AttributionConfig(nodes=3),
+        train=TrainConfig(steps=40, lr=0.01, reduce="mean", kl_factor=0, repetition_factor=0, norm_factor=0),
+    ),
+    "kn": KNConfig(attribution=AttributionConfig(nodes=3, tokens="apart")),
 }
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where no device can run them, Triton's kernels run in its interpreter, which they are bound to when first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,6 +91,12 @@ def published() -> ModuleType:
 def published_siblings(published: ModuleType) -> ModuleType:
     """bench/published_siblings.py."""
     return bench_module("published_siblings")
+
+
+@pytest.fixture(scope="session")
+def published_fine() -> ModuleType:
+    """bench/published_fine.py."""
+    return bench_module("published_fine")
 
 
 def bench_module(name: str) -> ModuleType:

@@ -6,7 +6,9 @@ Everything is asked of a fresh interpreter, because this one has imported half o
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +19,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fastedit", "kernels")
+SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "fastedit", "kernels")
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false", "FASTEDIT_CUDA": "0"}
 
 
 def python(code: str, *options: str, cwd: Path, path: Path | None = None) -> str:
@@ -29,11 +32,11 @@ def python(code: str, *options: str, cwd: Path, path: Path | None = None) -> str
     return run.stdout.strip()
 
 
-def pip(verb: str, *arguments: str) -> None:
+def pip(verb: str, *arguments: str, **environment: str) -> None:
     """Run pip on local sources only: no index, no dependencies, no isolated build."""
     command = [sys.executable, "-m", "pip", verb, "-q", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-index", "--no-build-isolation", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
     assert run.returncode == 0, run.stderr
 
 
@@ -54,7 +57,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in SHIPPED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.txt")
+            )
         else:
             shutil.copy(ROOT / name, folder / name)
     return folder
@@ -62,8 +67,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built where there is no compiler."""
     out = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "-w", str(out), str(source))
+    pip("wheel", "-w", str(out), str(source), **NO_COMPILER)
     (path,) = out.glob("*.whl")
     return path
 
@@ -87,7 +93,7 @@ def test_wheel_has_one_top_level_name(unpacked: Path) -> None:
 
 
 def test_wheel_has_every_file_of_the_package(unpacked: Path) -> None:
-    wanted = {"fastedit/py.typed", "fastedit/data/demo.jsonl"}
+    wanted = {"fastedit/py.typed", "fastedit/_build.txt", "fastedit/data/demo.jsonl"}
     for path in (ROOT / "fastedit").rglob("*"):
         if path.suffix in {".py", ".yaml", ".jsonl"}:
             wanted.add(path.relative_to(ROOT).as_posix())
@@ -108,6 +114,31 @@ def test_wheel_says_what_it_is(wheel: Path, unpacked: Path, tmp_path: Path) -> N
     assert [(entry.name, entry.value) for entry in about.entry_points] == [("fastedit", "fastedit.cli:main")]
 
 
+def test_without_a_compiler_the_build_says_so(unpacked: Path) -> None:
+    cpu, cuda = (unpacked / "fastedit/_build.txt").read_text(encoding="utf-8").splitlines()
+    assert cpu.startswith("cpu: the C++ compiler /bin/false fails")
+    assert cuda == "cuda: FASTEDIT_CUDA=0"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fastedit._cpu") is None, reason="there is no compiler here")
+def test_a_wheel_with_compiled_kernels_is_of_its_platform_and_has_them(source: Path, tmp_path: Path) -> None:
+    # Not optimised: what is asked of it is only where it lies and that it can be imported.
+    environment = NO_COMPILER | {"CXX": os.environ.get("CXX", ""), "CXXFLAGS": "-O0"}
+    pip("wheel", "-w", str(tmp_path), str(source), **environment)
+    (path,) = tmp_path.glob("*.whl")
+    assert not path.name.endswith("-none-any.whl")
+    assert f"cp3{sys.version_info.minor}" in path.name
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "site")
+    names = {entry.name for entry in (tmp_path / "site").iterdir() if not entry.name.endswith(".dist-info")}
+    assert names == {"fastedit"}
+    (module,) = (tmp_path / "site/fastedit").glob("_cpu*")
+    code = "import fastedit._cpu as c; print(c.__file__, c.ISAS[c.best_isa()])"
+    found, isa = python(code, "-S", cwd=tmp_path, path=tmp_path / "site").split()
+    assert Path(found) == module
+    assert isa in ("baseline", "avx2", "avx512")
+
+
 def test_kernels_of_a_wheel(unpacked: Path, tmp_path: Path) -> None:
     found = python("import fastedit.kernels; print(fastedit.kernels.__file__)", cwd=tmp_path, path=unpacked)
     assert Path(found) == unpacked / "fastedit/kernels/__init__.py"
@@ -116,7 +147,7 @@ def test_kernels_of_a_wheel(unpacked: Path, tmp_path: Path) -> None:
 def test_kernels_of_an_editable_install(source: Path, tmp_path: Path) -> None:
     """The mapped package is found in the checkout, whatever folder Python is started in."""
     site = tmp_path / "site"
-    pip("install", "--target", str(site), "-e", str(source))
+    pip("install", "--target", str(site), "-e", str(source), **NO_COMPILER)
     # -S leaves out the environment's own installation of fastedit, which would be found first.
     code = f"import site; site.addsitedir({str(site)!r})\nimport fastedit.kernels as k; print(k.__file__)"
     for folder in (tmp_path, source):

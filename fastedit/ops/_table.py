@@ -5,6 +5,8 @@ A backend of an op is a module with the op's function (same arguments as the pub
     supports(*arguments) -> str | None    None if it can run them, or the reason why it cannot
     worth(*arguments) -> str | None       None if it is the faster choice for them, or the measured reason why not
 
+An op may have a second function beside it (`sparse_delta_grads`); a backend of it has both.
+
 An explicit choice (`with backend("cpp")`, or the environment variable FASTEDIT_BACKEND) is used or raises with the
 reason. Only the automatic choice passes over what is unsupported or not worth it; plain torch always works.
 """
@@ -12,7 +14,6 @@ reason. Only the automatic choice passes over what is unsupported or not worth i
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,50 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-log = logging.getLogger(__name__)
-
 # op -> backend -> module, in the order in which the automatic choice tries them.
-TABLE: dict[str, dict[str, str]] = {}
+TABLE: dict[str, dict[str, str]] = {
+    "capture_keys": {
+        "cuda": "fastedit.ops.cuda.capture_keys",
+        "triton": "fastedit.kernels.capture_keys",
+        "cpp": "fastedit.ops.cpp.capture_keys",
+    },
+    "score_neurons": {
+        "triton": "fastedit.kernels.score_neurons",
+        "cpp": "fastedit.ops.cpp.score_neurons",
+    },
+    "select_neurons": {
+        "cuda": "fastedit.ops.cuda.select_neurons",
+        "triton": "fastedit.kernels.select_neurons",
+        "cpp": "fastedit.ops.cpp.select_neurons",
+    },
+    "masked_gram": {
+        "cuda": "fastedit.ops.cuda.masked_gram",
+        "triton": "fastedit.kernels.masked_gram",
+        "cpp": "fastedit.ops.cpp.masked_gram",
+    },
+    "gram_update": {
+        "cuda": "fastedit.ops.cuda.gram_update",
+        "triton": "fastedit.kernels.gram_update",
+        "cpp": "fastedit.ops.cpp.gram_update",
+    },
+    "apply_delta": {
+        "cuda": "fastedit.ops.cuda.apply_delta",
+        "triton": "fastedit.kernels.apply_delta",
+        "cpp": "fastedit.ops.cpp.apply_delta",
+    },
+    "sparse_delta": {
+        "triton": "fastedit.kernels.sparse_delta",
+        "cpp": "fastedit.ops.cpp.sparse_delta",
+    },
+    "sparse_adam": {
+        "cuda": "fastedit.ops.cuda.sparse_adam",
+        "triton": "fastedit.kernels.sparse_adam",
+        "cpp": "fastedit.ops.cpp.sparse_adam",
+    },
+}
+
+# The module of each kind of kernel, whose `missing()` says why none of them runs in this installation, or None.
+HOMES = {"cuda": "fastedit.ops.cuda", "triton": "fastedit.kernels._launch", "cpp": "fastedit.ops.cpp"}
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 
@@ -47,8 +88,10 @@ def backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def run(op: str, *arguments: Any) -> Any:
-    """Run `op` on the chosen backend, or on the first that supports the arguments and is worth it."""
+def run(op: str, *arguments: Any, function: str | None = None) -> Any:
+    """Run `op` on the chosen backend, or on the first that supports the arguments and is worth it.
+
+    function: another function of the op's modules than the one named after it, such as its gradient"""
     name = wanted()
     if name is None:
         name = automatic(op, *arguments)
@@ -57,7 +100,8 @@ def run(op: str, *arguments: Any) -> Any:
         if reason is not None:
             able = [other for other in BACKENDS if unsupported(op, other, *arguments) is None]
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}; able: {', '.join(able)}")
-    return getattr(module_of(op, name), op if name != "torch" else f"{op}_torch")(*arguments)
+    function = function or op
+    return getattr(module_of(op, name), function if name != "torch" else f"{function}_torch")(*arguments)
 
 
 def wanted() -> str | None:
@@ -67,7 +111,7 @@ def wanted() -> str | None:
 
 def automatic(op: str, *arguments: Any) -> str:
     """The first backend of the table that supports the arguments and is worth it."""
-    for name in TABLE.get(op, {}):
+    for name in present(op):
         module = module_of(op, name)
         if module.supports(*arguments) is None and module.worth(*arguments) is None:
             return name
@@ -81,6 +125,22 @@ def unsupported(op: str, name: str, *arguments: Any) -> str | None:
     if name not in TABLE.get(op, {}):
         return f"{op} has no {name} kernel"
     return module_of(op, name).supports(*arguments)
+
+
+def absent(op: str, name: str) -> str | None:
+    """Why backend `name` can run `op` on no arguments at all in this installation; None if it can run some."""
+    if name == "torch":
+        return None
+    if name not in TABLE.get(op, {}):
+        return "no kernel"
+    reason: str | None = importlib.import_module(HOMES[name]).missing()
+    return reason
+
+
+@cache
+def present(op: str) -> tuple[str, ...]:
+    """The backends of the op that can run it on some arguments in this installation, in the table's order."""
+    return tuple(name for name in TABLE.get(op, {}) if absent(op, name) is None)
 
 
 @cache

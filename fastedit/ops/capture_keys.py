@@ -47,7 +47,7 @@ def capture_keys(
         require_dtype("capture_keys", "active", active, torch.bool)
     if activation not in ACTIVATIONS:
         raise ValueError(f"capture_keys: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return _table.run("capture_keys", gate, up, weights.to(gate.device), activation, active)
+    return Keys(*_table.run("capture_keys", gate, up, weights.to(gate.device), activation, active))
 
 
 def capture_keys_ref(

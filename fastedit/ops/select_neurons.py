@@ -11,6 +11,8 @@ Sums are taken in float64. p = 1 selects every neuron.
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,11 @@ def select_neurons(
     Raises ValueError for NaN or Inf scores, a share outside (0, 1], k outside [1, d_ff], or not exactly one rule.
     """
     require("select_neurons", "score", score, (None,))
-    if sum(rule is not None for rule in (top_k, reaching, within)) != 1:
+    if (top_k is None) + (reaching is None) + (within is None) != 2:
         raise ValueError("select_neurons: give exactly one of top_k, reaching, within")
-    if not bool(torch.isfinite(score).all()):
+    # A NaN is both the smallest and the largest: one pass answers for NaN, Inf and sign.
+    smallest, largest = (float(end) for end in score.aminmax()) if score.numel() else (0.0, 0.0)
+    if not (isfinite(smallest) and isfinite(largest)):
         bad = int((~torch.isfinite(score)).sum())
         raise ValueError(f"select_neurons: scores must be finite, got {bad} NaN or Inf of {score.numel()}")
     if top_k is not None:
@@ -39,7 +43,7 @@ def select_neurons(
         share = reaching if reaching is not None else within
         if share is None or not 0 < share <= 1:
             raise ValueError(f"select_neurons: the share must be in (0, 1], got {share}")
-        if bool((score < 0).any()):
+        if smallest < 0:
             raise ValueError("select_neurons: scores must not be negative when selecting by mass")
     return _table.run("select_neurons", score, top_k, reaching, within)
 

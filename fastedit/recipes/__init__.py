@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from fastedit.closed_form import Batch, BatchResult, EditState, Recipe
+from fastedit.method import Method
 from fastedit.recipes.alphaedit import ALPHAEDIT
+from fastedit.recipes.fine import FINE
+from fastedit.recipes.kn import KN
+from fastedit.recipes.kne import KNE
 from fastedit.recipes.memit import MEMIT
 from fastedit.recipes.nse import NSE
 
-RECIPES: dict[str, Recipe] = {"nse": NSE, "memit": MEMIT, "alphaedit": ALPHAEDIT}
+RECIPES: dict[str, Method] = {"nse": NSE, "memit": MEMIT, "alphaedit": ALPHAEDIT, "fine": FINE, "kne": KNE, "kn": KN}
 
-__all__ = ["RECIPES", "Batch", "BatchResult", "EditState", "Recipe"]
+__all__ = ["RECIPES"]

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import Tensor
-
-from fastedit.closed_form import Batch, BatchResult, Recipe, write_sweep
+from fastedit.closed_form import Batch, BatchResult, Recipe, ridge, write_sweep
 from fastedit.config import NSEConfig
-from fastedit.selection import active_edits, neurons_by_mass
-from fastedit.solver import RidgeSolver
+from fastedit.selection import active_edits, mass_rule
 
 
 def nse(batch: Batch) -> BatchResult:
     """Write one batch inside its trial."""
     config: NSEConfig = batch.config
     near = partial(active_edits, smallest=config.residual_min, largest=config.residual_max)
-    heavy = partial(neurons_by_mass, share=config.mass, as_released=config.as_released)
+    heavy = mass_rule(config.mass, config.as_released)
     result = BatchResult(batch.values())
     with batch.model.packed():
         sweep = batch.sweep()
@@ -31,11 +28,6 @@ def nse(batch: Batch) -> BatchResult:
             if not write_sweep(batch, sweep, result, near, heavy):
                 break
     return result
-
-
-def ridge(moment: Tensor, config: NSEConfig) -> RidgeSolver:
-    """The ridge system over lambda C."""
-    return RidgeSolver(moment, config.covariance_weight)
 
 
 NSE = Recipe(nse, ridge)

@@ -116,11 +116,33 @@ def test_bad_records_are_all_listed(tmp_path: Path) -> None:
         assert line in done.stderr
 
 
+def test_locate_prints_a_table_and_json(tmp_path: Path) -> None:
+    asked = (
+        "locate",
+        MODEL,
+        "--prompt",
+        "The main product of Kequunan is",
+        "--target",
+        "glass beads",
+        "--neurons",
+        "2",
+    )
+    done = run(*asked, "--json", "--plot", str(tmp_path / "map.png"))
+    assert done.exit_code == 0, done.output
+    neurons = json.loads(done.stdout)["neurons"]
+    assert len(neurons) >= 4
+    assert (tmp_path / "map.png").stat().st_size > 1000
+    table = run(*asked).stdout
+    assert table.splitlines()[0].split() == ["target", "said", "now", "layer", "neuron", "score", "promotes"]
+    assert run(*asked, "--frozen-layers", "8").exit_code == 2
+
+
 def test_doctor_prints_ops_and_versions() -> None:
     done = run("doctor", "--json")
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
-    assert set(data["ops"]) == {"apply_delta", "capture_keys", "masked_gram", "select_neurons", "sparse_adam"}
+    files = (ROOT / "fastedit/ops").glob("*.py")
+    assert set(data["ops"]) == {path.stem for path in files if not path.stem.startswith("_")} > {"capture_keys"}
     assert data["versions"]["torch"]
 
 

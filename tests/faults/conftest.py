@@ -13,7 +13,13 @@ from fastedit.edits import EditSet
 
 BATCH = 3
 N_EDITS = 15
-FAST = {"value": {"steps": 4, "lr": 0.1}}
+FAST: dict[str, dict[str, Any]] = {
+    "fine": {"train": {"steps": 4}},
+    "kne": {"train": {"steps": 4}, "fixed": True, "attribution": {"nodes": 2}},
+    # Few neurons: KN soon doubles the norm of a small layer, which the guard refuses.
+    "kn": {"attribution": {"nodes": 2}, "threshold": 0.7},
+}
+CLOSED_FORM = {"value": {"steps": 4, "lr": 0.1}}
 
 
 @pytest.fixture
@@ -21,7 +27,7 @@ def fast_editor(tiny_editor: Callable[..., Editor]) -> Callable[..., Editor]:
     """Editors on fresh copies of the tiny model whose batches take a tenth of a second."""
 
     def make(method: str = "nse", **changes: Any) -> Editor:
-        return tiny_editor(method, **FAST, **changes)
+        return tiny_editor(method, **{**FAST.get(method, CLOSED_FORM), **changes})
 
     return make
 

@@ -89,16 +89,15 @@ def test_a_hundred_kills(fast_editor: Make, stream: EditSet, tmp_path: Path) -> 
     assert set(reached) >= {0, 1, 2, 3, 4}
 
 
-def test_killed_between_rename_and_line(
-    fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["Path.replace", "RunLog._append_line"])
+def test_killed_between_the_steps_of_the_first_record(
+    step: str, fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The narrowest gap, hit on purpose: the file is there, its line is not."""
-    monkeypatch.setattr(
-        "fastedit.runlog.RunLog._append_line", lambda self, record: os.kill(os.getpid(), signal.SIGKILL)
-    )
+    """The narrowest gaps, hit on purpose: the file has not its name yet; it has, and its line is not there."""
+    monkeypatch.setattr(f"fastedit.runlog.{step}", lambda self, other: os.kill(os.getpid(), signal.SIGKILL))
     in_a_child(fast_editor, stream, tmp_path / "run", None)
     monkeypatch.undo()
-    assert is_run(tmp_path / "run")
+    assert is_run(tmp_path / "run") == (step == "RunLog._append_line")
     assert not (tmp_path / "run" / LOG).exists()
     editor, plain = fast_editor(), fast_editor()
     editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)

@@ -39,7 +39,7 @@ def stopped_after(folder: Path, n_batches: int, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("method", ["nse", "memit", "alphaedit"])
+@pytest.mark.parametrize("method", ["nse", "memit", "alphaedit", "fine", "kne", "kn"])
 def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     method: str, fast_editor: Make, stream: EditSet, tmp_path: Path
 ) -> None:

@@ -35,8 +35,8 @@ def formula(gate, up, weights, activation, active):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_keys_and_mass_follow_the_formula(case, dtype):
-    gate, up, weights, active = Factory(case, dtype).capture()
+def test_keys_and_mass_follow_the_formula(case, dtype, backend, device, nan_scratch):
+    gate, up, weights, active = Factory(case, dtype, device).capture()
     found = capture_keys(gate, up, weights, "silu", active)
     torch_result = capture_keys_ref(gate, up, weights, "silu", active)
     for value, expected, same_dtype in zip(
@@ -47,8 +47,8 @@ def test_keys_and_mass_follow_the_formula(case, dtype):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_follows_its_formula_and_is_told_apart_from_the_others(activation):
-    gate, up, weights, active = Factory(SMALL).capture()
+def test_every_activation_follows_its_formula_and_is_told_apart_from_the_others(activation, backend, device):
+    gate, up, weights, active = Factory(SMALL, device=device).capture()
     found = capture_keys(gate, up, weights, activation, active).keys
     for other in ACTIVATIONS:
         expected = formula(gate, up, weights, other, active)[0]
@@ -59,6 +59,23 @@ def test_every_activation_follows_its_formula_and_is_told_apart_from_the_others(
                 assert_close(found, expected, found, "capture_keys")
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_hold_over_their_whole_range(activation, backend, device):
+    gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 600.0, -600.0])])
+    found = capture_keys(gate.to(device)[None, None], None, torch.ones(1), activation).keys[0].double().cpu()
+    expected = gate.double().apply_(SCALAR[activation])
+    assert float(((found - expected).abs() / (1 + expected.abs())).max()) <= 2e-6
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_reaches_its_own_neuron_only(activation, backend, device):
+    gate = torch.ones(2, 3, 40, device=device)
+    gate[1, 2, 7] = float("nan")
+    keys, mass = capture_keys(gate, gate, torch.ones(3), activation)
+    assert keys.isnan().nonzero().tolist() == [[1, 7]]
+    assert mass.isnan().nonzero().tolist() == [[7]]
+
+
 def test_the_reference_in_float64_is_the_formula():
     inputs = in_float64(Factory(SMALL).capture())
     gate, up, weights, active = inputs
@@ -67,9 +84,9 @@ def test_the_reference_in_float64_is_the_formula():
         assert_tolerance_bites(value, expected, value, "capture_keys")
 
 
-def test_an_edit_that_is_not_active_has_a_key_but_no_mass():
-    gate, up, weights, _ = Factory(SMALL).capture()
-    active = torch.tensor([True, False, True, False])
+def test_an_edit_that_is_not_active_has_a_key_but_no_mass(backend, device):
+    gate, up, weights, _ = Factory(SMALL, device=device).capture()
+    active = torch.tensor([True, False, True, False], device=device)
     everyone, counted = capture_keys(gate, up, weights, "silu"), capture_keys(gate, up, weights, "silu", active)
     assert torch.equal(everyone.keys, counted.keys)
     assert torch.equal(counted.mass, counted.keys[[0, 2]].abs().sum(0))
@@ -78,13 +95,13 @@ def test_an_edit_that_is_not_active_has_a_key_but_no_mass():
     assert torch.equal(capture_keys(gate, up, weights, "silu", active).mass, counted.mass)
 
 
-def test_nothing_active_has_no_mass():
-    gate, up, weights, _ = Factory(SMALL).capture()
-    assert not capture_keys(gate, up, weights, "silu", torch.zeros(4, dtype=torch.bool)).mass.any()
+def test_nothing_active_has_no_mass(backend, device):
+    gate, up, weights, _ = Factory(SMALL, device=device).capture()
+    assert not capture_keys(gate, up, weights, "silu", torch.zeros(4, dtype=torch.bool, device=device)).mass.any()
 
 
-def test_the_inputs_are_left_alone():
-    inputs = Factory(SMALL).capture()
+def test_the_inputs_are_left_alone(backend, device):
+    inputs = Factory(SMALL, device=device).capture()
     before = [value.clone() for value in inputs]
     gate, up, weights, active = inputs
     capture_keys(gate, up, weights, "relu", active)

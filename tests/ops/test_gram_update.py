@@ -25,8 +25,8 @@ def symmetric(width, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_history_grows_by_the_products_of_the_keys(case, dtype):
-    history, _, keys, _, _ = Factory(case, dtype).gram()
+def test_the_history_grows_by_the_products_of_the_keys(case, dtype, backend, device):
+    history, _, keys, _, _ = Factory(case, dtype, device).gram()
     history.copy_((history + history.T) / 2)
     expected, torch_result = formula(history, keys), gram_update_ref(history, keys)
     assert gram_update(history, keys) is history
@@ -35,7 +35,7 @@ def test_the_history_grows_by_the_products_of_the_keys(case, dtype):
 
 @pytest.mark.parametrize("spread", [lambda tensor: tensor, strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("width", [1, 2, 511, 512, 513, 1100])
-def test_every_tile_is_written_once_at_any_width(width, spread):
+def test_every_tile_is_written_once_at_any_width(width, spread, backend):
     history = spread(symmetric(width))
     keys = spread(torch.randn(3, width, generator=torch.Generator().manual_seed(1)))
     expected, torch_result = formula(history, keys), gram_update_ref(history, keys)
@@ -45,14 +45,14 @@ def test_every_tile_is_written_once_at_any_width(width, spread):
     assert_close(mirrored, expected, history, "gram_update")
 
 
-def test_the_upper_tiles_are_taken_from_the_lower():
+def test_the_upper_tiles_are_taken_from_the_lower(backend):
     history = torch.zeros(1100, 1100)
     history[:512, 512:] = float("nan")
     gram_update(history, torch.ones(2, 1100))
     assert torch.equal(history, torch.full((1100, 1100), 2.0))
 
 
-def test_a_million_rows_in_batches_stay_at_the_float64_sum():
+def test_a_million_rows_in_batches_stay_at_the_float64_sum(backend):
     generator = torch.Generator().manual_seed(0)
     history, exact = torch.zeros(48, 48), torch.zeros(48, 48, dtype=torch.float64)
     mean = torch.randn(48, generator=generator)
@@ -63,7 +63,7 @@ def test_a_million_rows_in_batches_stay_at_the_float64_sum():
     assert float((history.double() - exact).norm() / exact.norm()) <= 1e-5
 
 
-def test_the_keys_are_left_alone():
+def test_the_keys_are_left_alone(backend):
     keys = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     before = keys.clone()
     gram_update(symmetric(20), keys)
@@ -86,7 +86,7 @@ def test_wrong_arguments_of_the_history_are_named(history, keys, error, argument
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 3, 7, 33, 100, 511, 512, 513, 1100])
-def test_the_history_stays_symmetric_bit_for_bit(width, dtype):
+def test_the_history_stays_symmetric_bit_for_bit(width, dtype, backend):
     history = torch.zeros(width, width, dtype=dtype)
     generator = torch.Generator().manual_seed(width)
     for n_rows in (3, 24, 257):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastedit.ops.select_neurons import select_neurons, select_neurons_ref
@@ -43,32 +43,32 @@ def chosen(scores, rule, value):
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "tied"])
 @pytest.mark.parametrize("rule", [("top_k", 0.3), ("reaching", 0.65), ("within", 0.65)], ids=lambda rule: rule[0])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_indices_are_those_of_the_loop(case, rule, ties):
-    score = Factory(case).score(ties)
+def test_the_indices_are_those_of_the_loop(case, rule, ties, backend, device):
+    score = Factory(case, device=device).score(ties)
     name, value = rule
     value = max(1, int(value * case.d_ff)) if name == "top_k" else value
     assert_same_indices(select_neurons(score, **{name: value}), chosen(score.tolist(), name, value), "select_neurons")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_scores_of_other_dtypes_are_compared_as_they_are(dtype):
-    score = Factory(Case("odd", 1, 61), dtype).score()
+def test_scores_of_other_dtypes_are_compared_as_they_are(dtype, backend, device):
+    score = Factory(Case("odd", 1, 61), dtype, device).score()
     for name, value in (("top_k", 9), ("reaching", 0.5), ("within", 0.5)):
         assert_same_indices(
             select_neurons(score, **{name: value}), chosen(score.tolist(), name, value), "select_neurons"
         )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scores=LISTS, share=SHARES, rule=st.sampled_from(["reaching", "within"]))
-def test_a_share_of_the_mass_takes_the_prefix_of_the_loop(scores, share, rule):
+def test_a_share_of_the_mass_takes_the_prefix_of_the_loop(scores, share, rule, backend):
     found = select_neurons(torch.tensor(scores), **{rule: share})
     assert_same_indices(found, chosen(scores, rule, share), "select_neurons")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scores=LISTS, part=st.floats(0, 1), sign=st.sampled_from([1.0, -1.0]))
-def test_top_k_takes_the_first_k_of_either_sign(scores, part, sign):
+def test_top_k_takes_the_first_k_of_either_sign(scores, part, sign, backend):
     scores = [sign * score for score in scores]
     k = max(1, round(part * len(scores)))
     assert_same_indices(select_neurons(torch.tensor(scores), top_k=k), chosen(scores, "top_k", k), "select_neurons")
@@ -92,14 +92,14 @@ def test_top_k_takes_the_first_k_of_either_sign(scores, part, sign):
         pytest.param([2**26] + [1] * 8, {"within": (2**26 + 4.5) / (2**26 + 8)}, [0, 1, 2, 3, 4], id="wide_within"),
     ],
 )
-def test_worked_examples(scores, rule, expected):
+def test_worked_examples(scores, rule, expected, backend):
     score = torch.tensor(scores, dtype=torch.float32)
     for found in (select_neurons(score, **rule), select_neurons(strided(score), **rule)):
         assert_same_indices(found, expected, "select_neurons")
     assert_same_indices(select_neurons_ref(score, **rule), expected, "select_neurons")
 
 
-def test_ties_across_a_wide_layer_go_to_the_smallest_indices():
+def test_ties_across_a_wide_layer_go_to_the_smallest_indices(backend):
     score = torch.zeros(1536)
     score[700:] = 1.0
     assert_same_indices(select_neurons(score, top_k=5), range(700, 705), "select_neurons")
@@ -114,8 +114,8 @@ def test_the_yardstick_refuses_what_is_not_the_exact_list():
             assert_same_indices(wrong, [1, 4, 6], "select_neurons")
 
 
-def test_the_scores_are_left_alone():
-    score = Factory(Case("odd", 1, 61)).score()
+def test_the_scores_are_left_alone(backend, device):
+    score = Factory(Case("odd", 1, 61), device=device).score()
     before = score.clone()
     select_neurons(score, reaching=0.5)
     assert torch.equal(score, before)

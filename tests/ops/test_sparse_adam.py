@@ -54,23 +54,23 @@ def stepped(inputs, step):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_step_follows_the_formula(case, dtype):
-    inputs = Factory(case, dtype).adam()
+def test_one_step_follows_the_formula(case, dtype, backend, device, nan_scratch):
+    inputs = Factory(case, dtype, device).adam()
     expected = formula(inputs, 4)
     for (found, torch_result), wanted in zip(stepped(inputs, 4), expected, strict=True):
         assert_close(found, wanted, torch_result, "sparse_adam")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_tolerance_bites(dtype):
-    inputs = Factory(SMALL, dtype).adam()
+def test_the_tolerance_bites(dtype, backend, device):
+    inputs = Factory(SMALL, dtype, device).adam()
     expected = formula(inputs, 1)
     for (found, torch_result), wanted in zip(stepped(inputs, 1), expected, strict=True):
         assert_tolerance_bites(found, wanted, torch_result, "sparse_adam")
 
 
 @pytest.mark.parametrize("optional", [True, False], ids=["penalty_and_bound", "bare"])
-def test_six_steps_are_those_of_torch_optim_adam(optional):
+def test_six_steps_are_those_of_torch_optim_adam(optional, backend):
     n, d = 4, 9
     generator = torch.Generator().manual_seed(3)
     centre = torch.randn(n, d, generator=generator, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_six_steps_are_those_of_torch_optim_adam(optional):
         torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-14)
 
 
-def test_the_penalty_has_no_gradient_at_zero():
+def test_the_penalty_has_no_gradient_at_zero(backend):
     zeros, grad = torch.zeros(2, 3), torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 0.0]])
     with_penalty, without = ([zeros.clone() for _ in range(3)] for _ in range(2))
     sparse_adam(with_penalty[0], grad, *with_penalty[1:], 1, SETTINGS, torch.full((2,), 5.0))
@@ -109,8 +109,8 @@ def test_the_penalty_has_no_gradient_at_zero():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_bound_shortens_long_rows_only_and_leaves_the_moments(dtype):
-    inputs = Factory(SMALL, dtype).adam()
+def test_the_bound_shortens_long_rows_only_and_leaves_the_moments(dtype, backend, device):
+    inputs = Factory(SMALL, dtype, device).adam()
     bounded, free = ([tensor.clone() for tensor in inputs[:4]] for _ in range(2))
     sparse_adam(*bounded, 3, SETTINGS, inputs.decay, inputs.radius)
     sparse_adam(*free, 3, SETTINGS, inputs.decay)
@@ -125,7 +125,7 @@ def test_the_bound_shortens_long_rows_only_and_leaves_the_moments(dtype):
     assert torch.equal(bounded[3], free[3])
 
 
-def test_a_bound_of_zero_and_a_row_of_zeros_are_no_division_by_zero():
+def test_a_bound_of_zero_and_a_row_of_zeros_are_no_division_by_zero(backend):
     delta, moment1, moment2 = torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
     delta[1] = 0
     sparse_adam(delta, torch.zeros(2, 3), moment1, moment2, 1, SETTINGS, torch.ones(2), torch.zeros(2))
@@ -133,8 +133,8 @@ def test_a_bound_of_zero_and_a_row_of_zeros_are_no_division_by_zero():
 
 
 @pytest.mark.parametrize("case", [SMALL, Case("smollm2", 24, 1, d_model=576)], ids=str)
-def test_a_row_alone_is_the_row_in_the_batch_bit_for_bit(case):
-    inputs = Factory(case).adam()
+def test_a_row_alone_is_the_row_in_the_batch_bit_for_bit(case, backend, device):
+    inputs = Factory(case, device=device).adam()
     alone = [[tensor[row : row + 1].clone() for tensor in inputs] for row in range(case.n_edits)]
     sparse_adam(*inputs[:4], 2, SETTINGS, *inputs[4:])
     for row, own in enumerate(alone):
@@ -143,8 +143,8 @@ def test_a_row_alone_is_the_row_in_the_batch_bit_for_bit(case):
             assert torch.equal(batch[row], single[0])
 
 
-def test_a_broken_row_does_not_reach_the_others():
-    inputs, broken = Factory(SMALL).adam(), Factory(SMALL).adam()
+def test_a_broken_row_does_not_reach_the_others(backend, device):
+    inputs, broken = Factory(SMALL, device=device).adam(), Factory(SMALL, device=device).adam()
     broken.grad[2] = float("nan")
     for state in (inputs, broken):
         sparse_adam(*state[:4], 2, SETTINGS, *state[4:])
@@ -154,8 +154,8 @@ def test_a_broken_row_does_not_reach_the_others():
         assert torch.equal(getattr(inputs, name)[others], getattr(broken, name)[others])
 
 
-def test_gradient_penalty_and_bound_are_left_alone():
-    inputs = Factory(SMALL).adam()
+def test_gradient_penalty_and_bound_are_left_alone(backend, device):
+    inputs = Factory(SMALL, device=device).adam()
     before = [tensor.clone() for tensor in inputs]
     sparse_adam(*inputs[:4], 2, SETTINGS, *inputs[4:])
     for name, value, copy in zip(inputs._fields, inputs, before, strict=True):

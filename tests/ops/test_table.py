@@ -18,6 +18,8 @@ def fake(monkeypatch):
     monkeypatch.setitem(_table.TABLE, "select_neurons", {"cpp": "fastedit.ops.cpp.select_neurons"})
     original = _table.module_of
     monkeypatch.setattr(_table, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
+    # Also where no compiler was found at install.
+    monkeypatch.setattr(_table, "present", lambda op: tuple(_table.TABLE[op]))
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
     return module
 

@@ -11,6 +11,7 @@ import torch
 
 import fastedit.closed_form as base
 from fastedit.adapter import ModelAdapter
+from fastedit.config import changed
 from fastedit.editor import BatchRejected, Editor
 from fastedit.edits import Edit, EditSet, InvalidEdits
 from fastedit.evaluation import evaluate
@@ -38,6 +39,15 @@ def test_edits_take_and_neighbours_stay(tiny_editor: Callable[..., Editor], tiny
     assert found.edited["generalization_top1"].value >= 0.8
     assert found.edited["tokens_unchanged"].value >= 0.75
     assert editor.ask([tiny_facts[0].prompt], n_tokens=6)[0].strip().startswith(tiny_facts[0].target_new)
+
+
+def test_settings_changed_after_the_editor_was_made_are_used(tiny_editor: Callable[..., Editor]) -> None:
+    found = []
+    for seeds in (["The"], ["The", "But"]):
+        editor = tiny_editor()
+        editor.config = changed(editor.config, {"templates": {"seeds": seeds}})
+        found.append(len(editor.state.templates))
+    assert found == [2, 3]
 
 
 def test_undo_is_bit_exact_and_editing_again_gives_the_same_weights(

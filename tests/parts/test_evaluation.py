@@ -71,6 +71,8 @@ def test_metrics_follow_their_definitions() -> None:
         "tokens_unchanged/neighborhood": 0.5,
         "locality_tokens": (3 / 4 + 1) / 2,
         "locality_tokens/neighborhood": (3 / 4 + 1) / 2,
+        "over_editing": None,
+        "unchanging": None,
         "portability": None,
         "portability_tokens": None,
         "score": pytest.approx(3 / (1 / 1 + 1 / 0.5 + 1 / 0.5)),
@@ -129,6 +131,30 @@ def test_groups_are_measured_apart_and_count_alike() -> None:
     assert not [name for name in found if "no answer" in name]
 
 
+def test_rates_of_other_relations_look_at_their_group_alone() -> None:
+    river, age, other = "The river of Logan is", "The age of Logan is", "The banner of Zorun is"
+    edit = Edit(
+        prompt=FULL.prompt,
+        subject="Logan",
+        target_new="red",
+        locality={"Relation_Specificity": [(river, "Pell"), (age, "old")], "Forgetfulness": (other, "grey")},
+    )
+    scores = {
+        (FULL.prompt, "red"): (-0.5, WANTED),
+        (river, "Pell"): (-1.0, (1, 2, 3, 0)),
+        (river, "red"): (-1.0, WANTED),
+        (age, "old"): (-1.0, (9, 9, 9, 9)),
+        (age, "red"): (-1.0, (1, 2, 3, 9)),
+        (other, "grey"): (-1.0, (5, 5, 5, 5)),
+        (other, "red"): (-1.0, WANTED),
+    }
+    before = measured([edit], {**scores, (river, "Pell"): (-1.0, WANTED), (other, "grey"): (-1.0, WANTED)})
+    found = values(measured([edit], scores), before)
+    assert found["over_editing"] == 0.5
+    assert found["unchanging"] == 0.5
+    assert found["tokens_unchanged"] == (0.5 + 0) / 2
+
+
 def test_a_group_is_averaged_over_the_records_that_have_it() -> None:
     both = measured([GROUPED, HOP, FULL], GROUP_SCORES)
     found = both.metrics(both)
@@ -141,7 +167,7 @@ def test_every_answer_of_a_record_is_asked_for(tiny_model: ModelAdapter) -> None
     taken = Measurement.take(tiny_model, [FULL, GROUPED, HOP], None, 0, 0, 0, False)
     assert set(taken.answers) == {*GROUP_SCORES, (FULL.prompt, "purple")}
     for name, metric in taken.metrics(taken).items():
-        assert (metric.value is None) == (name in ("fluency", "perplexity")), name
+        assert (metric.value is None) == (name in ("fluency", "perplexity", "over_editing", "unchanging")), name
 
 
 def test_portability_is_shown_where_some_record_asks_for_it(tiny_model: ModelAdapter) -> None:

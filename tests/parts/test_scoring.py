@@ -141,3 +141,10 @@ def test_log_probabilities_outlive_the_next_product():
     before = kept.clone()
     buffer.logits(rows * 2, head)
     assert torch.equal(kept, before)
+
+
+def test_logits_have_the_dtype_that_is_asked_for():
+    rows, head, *_ = inputs(torch.float64)
+    narrow, wide = (LogitBuffer(dtype).logits(rows, head) for dtype in (torch.float32, torch.float64))
+    assert (narrow.dtype, wide.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(wide, plain_logits(rows, head), rtol=1e-12, atol=1e-12)

@@ -52,16 +52,17 @@ def test_solution_solves_the_dense_system(n_past: int, share: float | None) -> N
 def test_past_keys_restore_bit_for_bit() -> None:
     past = PastKeys(D_FF)
     past.add(keys(20))
-    first, rows = past.snapshot(), past.rows.clone()
+    first, rows = past.tensors(), past.rows.clone()
     past.add(keys(20, seed=3))
     assert past.rows is None
     assert past.n_edits == 40
-    second, dense = past.snapshot(), past.dense.clone()
+    dense = past.dense.clone()
+    second = {**past.tensors(), "dense": dense.clone()}
     past.add(keys(5, seed=4))
-    past.restore(second)
+    past.load(second)
     assert past.n_edits == 40
     assert torch.equal(past.dense, dense)
-    past.restore(first)
+    past.load(first)
     assert past.n_edits == 20
     assert past.dense is None
     assert torch.equal(past.rows, rows)

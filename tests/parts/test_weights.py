@@ -5,16 +5,21 @@ import torch
 
 from fastedit.adapter import ModelAdapter
 from fastedit.journal import Journal
-from fastedit.weights import EditableWeights
+from fastedit.weights import ColumnWeights, EditableWeights
 
 LAYERS = (1, 2)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INDEXES = [None, torch.tensor([3, 7, 40]), torch.tensor([], dtype=torch.int64)]
 
 
+@pytest.fixture(params=[EditableWeights, ColumnWeights], ids=["whole", "columns"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(params=DTYPES, ids=str)
-def weights(request, random_llama, random_tokenizer):
-    return EditableWeights(ModelAdapter(random_llama.to(request.param), random_tokenizer), LAYERS)
+def weights(request, kind, random_llama, random_tokenizer):
+    return kind(ModelAdapter(random_llama.to(request.param), random_tokenizer), LAYERS)
 
 
 def update(index, seed=0, size=1.0):
@@ -72,9 +77,9 @@ def test_restore_leaves_other_columns_alone(weights):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_updates_below_half_a_step_add_up_in_the_master(random_llama, random_tokenizer, dtype):
+def test_updates_below_half_a_step_add_up_in_the_master(kind, random_llama, random_tokenizer, dtype):
     random_llama.to(dtype).model.layers[1].mlp.down_proj.weight.data.fill_(1.0)
-    weights = EditableWeights(ModelAdapter(random_llama, random_tokenizer), (1,))
+    weights = kind(ModelAdapter(random_llama, random_tokenizer), (1,))
     step = torch.finfo(dtype).eps / 8
     residual, solution = torch.full((1, 32), step), torch.ones(48, 1)
     for _ in range(3):
@@ -89,8 +94,8 @@ def test_updates_below_half_a_step_add_up_in_the_master(random_llama, random_tok
     torch.testing.assert_close(master, wanted, rtol=0, atol=1e-6)
 
 
-def test_full_precision_has_no_master(random_adapter):
-    assert EditableWeights(random_adapter, LAYERS).columns(1, None)[1] is None
+def test_full_precision_has_no_master(kind, random_adapter):
+    assert kind(random_adapter, LAYERS).columns(1, None)[1] is None
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -115,8 +120,8 @@ def test_rewound_shows_the_original_weights_and_brings_the_edited_ones_back(weig
         assert torch.equal(weights.original(layer), wanted)
 
 
-def test_the_models_own_forward_sees_the_edit_and_the_rewinding(random_adapter):
-    weights = EditableWeights(random_adapter, LAYERS)
+def test_the_models_own_forward_sees_the_edit_and_the_rewinding(kind, random_adapter):
+    weights = kind(random_adapter, LAYERS)
     ids = torch.tensor([[5, 9, 31]])
     with torch.no_grad():
         plain = random_adapter.model(input_ids=ids).logits
@@ -222,3 +227,12 @@ def test_a_failed_trial_after_a_committed_one_takes_back_only_itself(weights):
 def test_nothing_to_undo_at_the_start(weights):
     with pytest.raises(ValueError, match="nothing to undo"):
         Journal(weights).undo()
+
+
+def test_only_columns_that_were_written_are_kept(random_llama, random_tokenizer):
+    weights = ColumnWeights(ModelAdapter(random_llama.bfloat16(), random_tokenizer), LAYERS)
+    for index in (torch.tensor([3, 7]), torch.tensor([7, 9, 40]), torch.tensor([3])):
+        weights.add(1, index, *update(index))
+    (touched,) = weights._touched.values()
+    assert touched.index.tolist() == [3, 7, 9, 40]
+    assert touched.original.shape == touched.master.shape == (32, 4)

@@ -1,0 +1,112 @@
+"""The rows of `bench/columns.py`, and how they are printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration. settings: as `fastedit edit --set` takes them; see `columns.py` for the protocols."""
+
+    table: str
+    name: str
+    method: str
+    protocol: str
+    settings: tuple[str, ...] = ()
+    start: int = 500
+    limit: int = 100
+    batch_size: int = 10
+
+    @property
+    def key(self) -> str:
+        """`--only` is matched with it."""
+        return f"{self.table}/{self.name}"
+
+
+REMEDIES = {
+    "FiNE": (),
+    "FiNE, token=old": ("token=old",),
+    "FiNE, common_share=0.02": ("common_share=0.02",),
+    "FiNE, token=old, common_share=0.02": ("token=old", "common_share=0.02"),
+}
+
+# One choice changed at a time, the others as in the preset.
+CHOICES = {
+    "default": (),
+    "last 3 layers frozen": ("frozen_layers=3",),
+    "last 10 layers frozen": ("frozen_layers=10",),
+    "p .1 %": ("share=0.001",),
+    "p .3 %": ("share=0.003",),
+    "p 3 %": ("share=0.03",),
+    "alpha .25": ("train.lr=0.00025",),
+    "alpha .5": ("train.lr=0.0005",),
+    "alpha 2": ("train.lr=0.002",),
+    "alpha 4": ("train.lr=0.004",),
+    "alpha 5, n per layer": ("alpha=5", "alpha_per=layer"),
+    "alpha 5, n of all": ("alpha=5", "alpha_per=all"),
+    "drift": ("train.kl_factor=1",),
+    "3 key layers": ("key_layers=3",),
+    "path joint": ("attribution.path=joint",),
+    "M 1": ("attribution.nodes=1",),
+    "M 5": ("attribution.nodes=5",),
+    "M 10": ("attribution.nodes=10",),
+    "tokens apart": ("attribution.tokens=apart",),
+    "answer greedy": ("attribution.answer=greedy",),
+    "answer new": ("attribution.answer=new",),
+    "all positions": ("attribution.everywhere=true",),
+}
+
+ROWS = (
+    *(Row("independent", name, "fine", "independent", settings) for name, settings in REMEDIES.items()),
+    Row("independent", "KNE", "kne", "independent"),
+    Row("independent", "KN", "kn", "independent"),
+    Row("independent", "NSE", "nse", "independent"),
+    Row("independent", "MEMIT", "memit", "independent"),
+    Row("batch", "FiNE", "fine", "batch"),
+    Row("batch", "KNE", "kne", "batch"),
+    Row("batch", "KNE, union", "kne", "batch", ("ensemble=union",)),
+    Row("batch", "KNE, own", "kne", "batch", ("ensemble=own",)),
+    Row("batch", "NSE", "nse", "batch"),
+    Row("batch", "MEMIT", "memit", "batch"),
+    Row("sequential", "FiNE", "fine", "sequential", limit=200),
+    Row("sequential", "KNE", "kne", "sequential", limit=200),
+    Row("sequential", "NSE", "nse", "sequential", limit=200),
+    *(Row("choices", name, "kne", "independent", settings, 9000, 25) for name, settings in CHOICES.items()),
+)
+
+COLUMNS = {
+    "efficacy": "ES",
+    "efficacy_tokens": "efficacy, tokens",
+    "generalization": "PS",
+    "generalization_tokens": "generalization, tokens",
+    "specificity": "NS",
+    "locality_tokens": "locality, tokens",
+    "tokens_unchanged": "locality, whole",
+    "fluency": "fluency",
+    "perplexity": "perplexity",
+}
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: metrics, and what was written; metrics that no row has are left out."""
+    shown = {name: head for name, head in COLUMNS.items() if any(r["edited"][name]["value"] is not None for r in found)}
+    heads = ["", *shown.values(), "steps", "neurons", "of parameters", "CPU s per edit"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    plain = [cell(found[0]["unedited"][name]["value"]) for name in shown]
+    lines.append("| " + " | ".join(["unedited", *plain, "", "", "", ""]) + " |")
+    for result in found:
+        cells = [cell(result["edited"][name]["value"]) for name in shown]
+        cells += [f"{result['steps']:.1f}", f"{result['neurons']:.0f}", f"{result['share_of_parameters']:.3%}"]
+        lines.append(
+            "| " + " | ".join([result["row"]["name"], *cells, f"{result['process_seconds_per_edit']:.2f}"]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def cell(value: float | None) -> str:
+    """A metric as text: shares with two digits."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value > 1 else f"{value:.2f}"

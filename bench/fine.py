@@ -1,0 +1,146 @@
+"""FiNE in one batch against the published procedure edit by edit: time, losses, and the metrics of independent edits.
+
+    python bench/fine.py --data counterfact.jsonl --limit 50 --baseline 5
+    python bench/fine.py --data counterfact.jsonl --limit 100 --baseline 0 --independent --set token=old
+
+The edits of the baseline are the first ones; both take the same neurons, steps and stop rule, and threads. Peak memory
+is that of the process while the batch ran. `--independent` measures each edit alone in the model, as its paper does:
+all are trained in batches on the unedited weights, then each is written, asked about, and taken back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import published_fine
+import torch
+from timing import append_row, machine_line, peak_mb, reset_peak
+
+from fastedit import Editor, EditSet, load_edits
+from fastedit.apply import add_columns
+from fastedit.column_recipe import ColumnResult
+from fastedit.config import changed, parse_changes
+from fastedit.evaluation import Measurement, Metric
+from fastedit.tokens import whole_sequences
+
+
+def settings_of(config: Any) -> published_fine.FineSettings:
+    """The transcription's settings, equal to a FiNEConfig."""
+    train = config.train
+    return published_fine.FineSettings(
+        k=config.neurons, frozen=config.frozen_layers, lr=train.lr, steps=train.steps, kl=train.kl_factor,
+        repeat=train.repetition_factor, size=train.norm_factor, stop=train.stop_probability,
+    )  # fmt: skip
+
+
+def run_baseline(editor: Editor, edits: EditSet) -> tuple[float, list[published_fine.FineResult]]:
+    """Seconds per edit, and what came out."""
+    model = editor.model
+    sequences = whole_sequences(model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
+    downs = [model.model.model.layers[layer].mlp.down_proj for layer in range(model.n_layers)]
+    started, found = time.perf_counter(), []
+    for sequence in sequences:
+        prompt = sequence.ids[: -len(sequence.targets)]
+        found.append(
+            published_fine.edit_one(model.model.eval(), downs, prompt, sequence.targets, settings_of(editor.config))
+        )
+    return (time.perf_counter() - started) / max(1, len(edits)), found
+
+
+def train(editor: Editor, edits: Sequence[Any]) -> tuple[float, ColumnResult]:
+    """Seconds per edit, and the result of one batch that is rolled back."""
+    state = editor.state
+    started = time.perf_counter()
+    with editor.journal.trial() as trial, torch.no_grad():
+        result: Any = editor.recipe.run(editor.start, state, edits, trial)
+        seconds = (time.perf_counter() - started) / len(edits)
+    return seconds, result
+
+
+def compare(result: ColumnResult, baseline: Sequence[published_fine.FineResult]) -> str:
+    """How many edits have the same neurons and steps, and the largest relative difference of a loss."""
+    same_neurons, same_steps, worst = 0, 0, 0.0
+    for edit, wanted in enumerate(baseline):
+        here = result.slots.edits == edit
+        slots = zip(result.slots.layers[here].tolist(), result.slots.neurons[here].tolist(), strict=True)
+        same_neurons += set(slots) == set(wanted.slots)
+        same_steps += int(result.steps[edit]) == wanted.steps
+        for ours, (theirs, _) in zip(result.trained.curve[:, edit].tolist(), wanted.losses, strict=False):
+            worst = max(worst, abs(ours - theirs) / abs(theirs))
+    n = len(baseline)
+    return f"same neurons {same_neurons}/{n}, same steps {same_steps}/{n}, losses differ by at most {worst:.1e}"
+
+
+def independent(editor: Editor, edits: EditSet, batch_size: int) -> dict[str, Metric]:
+    """Metrics over edits each of which was alone in the model."""
+    options = (None, 0, 0, 0, False)
+    before, after = {}, {}
+    for start in range(0, len(edits), batch_size):
+        batch = edits[start : start + batch_size]
+        _, result = train(editor, batch)
+        slots = result.slots
+        for number, edit in enumerate(batch):
+            before.update(Measurement.take(editor.model, [edit], *options).answers)
+            with editor.journal.trial() as trial, torch.no_grad():
+                for layer in sorted(set(slots.layers[slots.edits == number].tolist())):
+                    here = (slots.edits == number) & (slots.layers == layer)
+                    add_columns(trial, layer, slots.neurons[here], result.trained.delta[here], slots.edits[here])
+                after[start + number] = Measurement.take(editor.model, [edit], *options)
+    # The same question may stand in two records: each is answered by its own edit's model.
+    singles = [found.metrics(dataclasses.replace(found, answers=before)) for found in after.values()]
+    table = {}
+    for name in singles[0]:
+        values = [single[name].value for single in singles if name in single and single[name].value is not None]
+        table[name] = Metric(sum(values) / len(values) if values else None)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--method", default="fine", choices=["fine", "kne", "kn"])
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--baseline", type=int, default=5, help="edits for the published procedure (FiNE alone)")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--independent", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], dest="settings")
+    parser.add_argument("--record", action="store_true", help="append a row to bench/results")
+    options = parser.parse_args()
+    print(machine_line())
+    editor = Editor.from_pretrained(options.model, options.method, progress=False)
+    config = changed(editor.config, parse_changes(options.settings))
+    editor = Editor(editor.model, options.method, config, progress=False)
+    edits = load_edits(options.data, start=options.start, limit=options.limit)
+    if options.independent:
+        for name, metric in independent(editor, edits, options.batch_size).items():
+            print(f"{name:<32}{'n/a' if metric.value is None else f'{metric.value:.3f}'}")
+        return
+    theirs, baseline = run_baseline(editor, edits[: options.baseline]) if options.baseline else (0.0, [])
+    reset_peak()
+    ours, result = train(editor, edits)
+    mean = float(result.steps.float().mean())
+    print(f"{ours:.3f} s per edit in one batch of {len(edits)}, {mean:.1f} steps on average")
+    print(f"peak memory {peak_mb():.0f} MB")
+    if baseline:
+        steps = sum(found.steps for found in baseline) / len(baseline)
+        own = float(result.steps[: len(baseline)].float().mean())
+        print(
+            f"{theirs:.3f} s per edit one by one ({steps:.1f} steps; in the batch {own:.1f}): {theirs / ours:.1f} times"
+        )
+        print(compare(result, baseline))
+    if options.record:
+        append_row(
+            benchmark=f"editing {options.method}", backend="torch", shape=f"batch {len(edits)}", dtype="float32",
+            metric="seconds per edit", median=round(ours, 4), unit="s", peak_mb=round(peak_mb()),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+// What the bindings ask of the machine.
+
+#include "cuda.cuh"
+
+namespace fastedit::cuda {
+
+const char* problem() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  // A failed call would be reported by the next launch.
+  cudaGetLastError();
+  if (error != cudaSuccess) return text_of(error);
+  return devices == 0 ? "no device" : nullptr;
+}
+
+}  // namespace fastedit::cuda

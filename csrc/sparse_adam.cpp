@@ -1,0 +1,68 @@
+// One Adam step with the penalty's gradient and the norm bound folded in; see fastedit/ops/sparse_adam.py. A row is
+// read once, its norms are sums in float64 in the order of its elements, and no row depends on another.
+#include "gemm.h"
+
+namespace fastedit {
+namespace FASTEDIT_ISA {
+namespace {
+
+// Elements below which a second thread costs more than it saves.
+constexpr int64_t PER_THREAD = 16384;
+
+template <class T>
+double norm(const T *row, int64_t d) {
+    double sums[8] = {};
+    int64_t j = 0;
+    for (; j + 8 <= d; j += 8)
+        for (int64_t lane = 0; lane < 8; ++lane) sums[lane] += static_cast<double>(row[j + lane]) * row[j + lane];
+    for (; j < d; ++j) sums[j % 8] += static_cast<double>(row[j]) * row[j];
+    return __builtin_sqrt(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+}
+
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline double root(double x) { return __builtin_sqrt(x); }
+
+template <class T>
+void run(const SparseAdam &a) {
+    const T beta1 = static_cast<T>(a.beta1), rest1 = static_cast<T>(1 - a.beta1);
+    const T beta2 = static_cast<T>(a.beta2), rest2 = static_cast<T>(1 - a.beta2);
+    const double steps = static_cast<double>(a.step);
+    const T unbias1 = static_cast<T>(1 - __builtin_pow(a.beta1, steps));
+    const T unbias2 = static_cast<T>(1 - __builtin_pow(a.beta2, steps));
+    const T lr = static_cast<T>(a.lr), eps = static_cast<T>(a.eps);
+    const int threads = static_cast<int>(max64(1, min64(a.threads, a.n * a.d / PER_THREAD)));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < a.n; ++i) {
+        T *__restrict delta = static_cast<T *>(a.delta) + i * a.d;
+        T *__restrict moment1 = static_cast<T *>(a.moment1) + i * a.d;
+        T *__restrict moment2 = static_cast<T *>(a.moment2) + i * a.d;
+        const T *__restrict grad = static_cast<const T *>(a.grad) + i * a.d;
+        T pull = 0;
+        if (a.decay) {
+            const double length = norm(delta, a.d);
+            if (length > 0) pull = static_cast<T>(static_cast<const T *>(a.decay)[i] / length);
+        }
+        for (int64_t j = 0; j < a.d; ++j) {
+            // Without a penalty the gradient keeps its bits: 0 times an infinite delta would be NaN.
+            const T g = pull != 0 ? grad[j] + pull * delta[j] : grad[j];
+            moment1[j] = beta1 * moment1[j] + rest1 * g;
+            moment2[j] = beta2 * moment2[j] + rest2 * g * g;
+            delta[j] -= lr * (moment1[j] / unbias1) / (root(moment2[j] / unbias2) + eps);
+        }
+        if (!a.radius) continue;
+        const double length = norm(delta, a.d), radius = static_cast<const T *>(a.radius)[i];
+        if (!(length > radius)) continue;
+        const T shrink = static_cast<T>(radius / length);
+        for (int64_t j = 0; j < a.d; ++j) delta[j] *= shrink;
+    }
+}
+
+}  // namespace
+
+void sparse_adam(const SparseAdam &a) {
+    if (a.type == F64) return run<double>(a);
+    run<float>(a);
+}
+
+}  // namespace FASTEDIT_ISA
+}  // namespace fastedit

@@ -1,0 +1,34 @@
+"""The history's update, half of its tiles computed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastedit.ops import cpp
+from fastedit.ops.masked_gram import SYSTEM_DTYPES
+
+
+def supports(history: Tensor, keys: Tensor) -> str | None:
+    """float32 and float64 on the CPU; H is updated in a copy where its last dimension has gaps."""
+    return cpp.cannot(history, keys, dtypes=SYSTEM_DTYPES)
+
+
+def worth(history: Tensor, keys: Tensor) -> str | None:
+    """Always. Two threads of an AMD EPYC (Zen 4), 100 rows, against an addmm_ of torch, which is not symmetric: 1.1
+    times at d_ff 1536, 1.3 at 14336; 2.5 and 1.9 times the symmetric tiles that are used without kernels."""
+    return None
+
+
+def gram_update(history: Tensor, keys: Tensor) -> None:
+    """See :func:`fastedit.ops.gram_update.gram_update`."""
+    dense = cpp.rows(history)
+    cpp.compiled().gram_update(
+        *cpp.setting(),
+        *map(cpp.address, (dense, keys)),
+        *keys.shape,
+        dense.stride(0),
+        *keys.stride(),
+        cpp.TYPES[keys.dtype],
+    )
+    if dense is not history:
+        history.copy_(dense)

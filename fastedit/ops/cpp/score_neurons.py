@@ -1,0 +1,41 @@
+"""Scores, or the best of every slot, with one reading of W."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastedit.ops import cpp
+from fastedit.ops.score_neurons import SCORE_DTYPES, BestNeurons
+
+
+def supports(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> str | None:
+    """Every dtype on the CPU; W is copied first where its rows have gaps."""
+    return cpp.cannot(activations, weight, directions, dtypes=SCORE_DTYPES)
+
+
+def worth(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> str | None:
+    """Where W need not be copied. Two threads of an AMD EPYC (Zen 4), float32, with the best 100, against a product and
+    topk of torch: 1.3 times for 4 slots and W (576, 1536), 3.4 for W (4096, 14336); 1.0 and 1.1 for 100 slots."""
+    return None if weight.stride(1) == 1 else "W would be copied, which costs more than the scores"
+
+
+def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> Tensor | BestNeurons:
+    """See :func:`fastedit.ops.score_neurons.score_neurons`."""
+    working = torch.promote_types(weight.dtype, torch.float32)
+    activations, directions = activations.to(working).contiguous(), directions.to(working).contiguous()
+    weight = cpp.rows(weight)
+    n_slots, d_ff = activations.shape
+    width = top_k or d_ff
+    values = activations.new_empty(n_slots, width)
+    neurons = values.new_empty(n_slots, width if top_k else 0, dtype=torch.int64)
+    cpp.compiled().score_neurons(
+        *cpp.setting(),
+        *map(cpp.address, (activations, weight, directions, values, neurons)),
+        n_slots,
+        *weight.shape,
+        weight.stride(0),
+        top_k or 0,
+        cpp.TYPES[weight.dtype],
+    )
+    return BestNeurons(values, neurons) if top_k else values

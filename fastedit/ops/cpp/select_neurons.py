@@ -1,0 +1,38 @@
+"""Exact selection by radix histograms, without a sort, on one thread."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastedit.ops import cpp
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def supports(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> str | None:
+    """Scores on the CPU of any floating-point dtype of DTYPES."""
+    return cpp.cannot(score, dtypes=DTYPES)
+
+
+def worth(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> str | None:
+    """Always. An AMD EPYC (Zen 4), against the fastest exact form of torch: 1.1 times at d_ff 1536, where checks and
+    dispatch cost more than the kernel, 2.2 by number and 8 by mass at 14336."""
+    return None
+
+
+def select_neurons(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> Tensor:
+    """See :func:`fastedit.ops.select_neurons.select_neurons`."""
+    values = (score if score.dtype == torch.float64 else score.float()).contiguous()
+    share = reaching if reaching is not None else within
+    index = score.new_empty(score.shape, dtype=torch.int64)
+    found = cpp.compiled().select_neurons(
+        *cpp.setting(),
+        *map(cpp.address, (values, index)),
+        score.numel(),
+        top_k or 0,
+        -1.0 if share is None else share,
+        reaching is not None,
+        cpp.TYPES[values.dtype],
+    )
+    return index[:found]

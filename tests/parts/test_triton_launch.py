@@ -1,0 +1,72 @@
+"""What is said where Triton cannot run: no package, no interpreter, no device."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+ASK = """
+import torch
+from fastedit.ops import _table
+from fastedit.ops.select_neurons import select_neurons
+from fastedit.kernels import _launch
+score = torch.tensor([3.0, 1.0, 2.0])
+print(_launch.missing())
+print(_table.unsupported("select_neurons", "triton", score, 1, None, None))
+print(select_neurons(score, top_k=1).tolist())
+with _table.backend("triton"):
+    try:
+        print(select_neurons(score, top_k=1).tolist())
+    except _table.BackendUnavailable as refusal:
+        print(refusal)
+"""
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
+# As on a machine with a GPU, where Triton finds no driver: the package alone is no sign that kernels can run.
+WITHOUT_DRIVER = """
+from fastedit.kernels import _launch
+import triton
+from triton.runtime import driver
+def none(): raise RuntimeError("0 active drivers ([])")
+class Broken:
+    def get_current_target(self): none()
+driver.set_active(Broken())
+print(_launch.driver_problem())
+"""
+
+
+def answers(code, interpret):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_without_a_device_torch_runs_and_an_explicit_choice_is_refused():
+    missing, reason, automatic, refusal = answers(ASK, interpret=False)
+    assert missing == "there is no CUDA device"
+    assert reason.startswith("score is on cpu: Triton kernels run on CUDA devices, elsewhere with TRITON_INTERPRET=1")
+    assert automatic == "[0]"
+    assert reason in refusal
+
+
+def test_without_the_package_the_modules_are_imported_and_say_so():
+    missing, reason, automatic, refusal = answers(WITHOUT_TRITON + ASK, interpret=True)
+    assert missing == reason == "Triton is not installed"
+    assert automatic == "[0]"
+    assert reason in refusal
+
+
+def test_the_interpreter_runs_what_is_asked_for_and_is_never_the_automatic_choice():
+    assert answers(ASK, interpret=True) == ["None", "None", "[0]", "[0]"]
+    code = "from fastedit.kernels import select_neurons as kernel\nprint(kernel.worth(None, 1, None, None))"
+    assert answers(code, interpret=True) == ["Triton's interpreter is for tests, not for speed"]
+
+
+def test_a_package_without_a_driver_is_no_backend():
+    assert answers(WITHOUT_DRIVER, interpret=False) == ["Triton has no active driver: 0 active drivers ([])"]

@@ -1,0 +1,34 @@
+"""The pages in docs/: their code runs, in order, and they name every op."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page: Path) -> str:
+    """The page's Python, every block on the lines that it has in the page, so that an error names them."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        inside = not inside and line == "```python" if line.startswith("```") else inside
+        lines.append(line if inside and not line.startswith("```") else "")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page).strip()], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, monkeypatch):
+    monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
+    exec(compile(blocks(page), str(page), "exec"), {})
+
+
+def test_the_page_of_the_ops_calls_each_of_them():
+    code = blocks(ROOT / "docs" / "ops.md")
+    ops = [path.stem for path in (ROOT / "fastedit/ops").glob("[a-z]*.py")]
+    assert ops
+    for op in ops:
+        assert re.search(rf"\b{op}\(", code), f"docs/ops.md does not call {op}"
