@@ -99,6 +99,22 @@ def _editor(
     return Editor(adapter, method, changed(config, changes), Source(moments, seed), seed)
 
 
+def _tell_run(console: Console, run_dir: Path | None, resume: bool) -> None:
+    """What the run directory holds. What cannot go on is refused here, before a model is loaded."""
+    from fastedit.recorder import Recorder
+    from fastedit.runlog import check_new, is_run
+
+    if run_dir is None:
+        if resume:
+            raise ValueError("--resume needs --run-dir")
+    elif not resume:
+        check_new(run_dir)
+    elif is_run(run_dir):
+        live = Recorder.open(run_dir).live
+        n_edits = sum(len(record.body["edits"]) for record in live)
+        say(console, f"{run_dir}: going on after {len(live)} batches with {n_edits} edits")
+
+
 def _guard(records: EditSet, canaries: int) -> Guard:
     """Canaries are taken from all over the stream."""
     from fastedit.guards import Guard
@@ -151,8 +167,7 @@ def edit(
         from fastedit.evaluation import evaluate
         from fastedit.watch import Watch
 
-        if resume and run_dir is None:
-            raise ValueError("--resume needs --run-dir")
+        _tell_run(console, run_dir, resume)
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
         prose = None if text is None else text.read_text(encoding="utf-8")

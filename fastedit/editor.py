@@ -31,7 +31,7 @@ from fastedit.progress import track
 from fastedit.recipes import RECIPES
 from fastedit.recorder import Recorder, describe_run
 from fastedit.reports import BatchRejected, BatchReport, Run, Watcher
-from fastedit.runlog import RunError, is_run
+from fastedit.runlog import RunError, check_new, is_run
 from fastedit.solver import NotPositiveDefinite
 from fastedit.stats import Source
 from fastedit.tokens import encode
@@ -261,8 +261,8 @@ class Editor:
             if Path(run_dir).resolve() != self.recorder.log.folder.resolve():
                 raise RunError(f"run_dir: this editor is recorded in {self.recorder.log.folder}, got {run_dir}")
         elif run_dir is not None:
-            if is_run(run_dir) and not resume:
-                raise RunError(f"{run_dir}: holds a run already; resume it (resume=True, --resume) or name another")
+            if not resume:
+                check_new(run_dir)
             if is_run(run_dir):
                 self._attach(Recorder.open(run_dir), prepare=True)
             elif self._history:

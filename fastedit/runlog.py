@@ -88,8 +88,7 @@ class RunLog:
         """A new run with no record in `folder`, which is made; it must be empty or absent. Raises RunError if not."""
         made = cls.__new__(cls)
         made.folder, made.records, made._size, made._is_writing, made._opened = Path(folder), [], 0, False, True
-        if is_run(folder):
-            raise RunError(f"{folder}: holds a run already")
+        check_new(folder)
         # A process that was killed before its first record was committed leaves no more than these behind.
         left = {"lock", made.path(0).with_suffix(".partial").name}
         if made.folder.is_dir() and any(entry.name not in left for entry in made.folder.iterdir()):
@@ -249,6 +248,12 @@ class RunLog:
 def is_run(folder: str | Path) -> bool:
     """Whether the folder holds a run, or what is left of one."""
     return (Path(folder) / LOG).is_file() or (Path(folder) / "000000.safetensors").is_file()
+
+
+def check_new(folder: str | Path) -> None:
+    """Raise RunError where a run was begun already."""
+    if is_run(folder):
+        raise RunError(f"{folder}: holds a run already; resume it (resume=True, --resume) or name another folder")
 
 
 def canonical(data: Any) -> str:
