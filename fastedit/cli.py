@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from fastedit import run_cli
-from fastedit.console import AsJson, emit, errors, open_console, say
+from fastedit.console import AsJson, counted, emit, errors, open_console, say
 
 if TYPE_CHECKING:
     from fastedit.edits import EditSet, Problem
@@ -112,14 +112,16 @@ def _tell_run(console: Console, run_dir: Path | None, resume: bool) -> None:
     elif is_run(run_dir):
         live = Recorder.open(run_dir).live
         n_edits = sum(len(record.body["edits"]) for record in live)
-        say(console, f"{run_dir}: going on after {len(live)} batches with {n_edits} edits")
+        batches, edits = counted(len(live), "batch", "batches"), counted(n_edits, "edit", "edits")
+        say(console, f"{run_dir}: going on after {batches} with {edits}")
 
 
-def _guard(records: EditSet, canaries: int) -> Guard:
+def _guard(records: EditSet, canaries: int, max_growth: float) -> Guard:
     """Canaries are taken from all over the stream."""
     from fastedit.guards import Guard
 
-    return Guard(canaries=records[:: max(1, len(records) // canaries)] if canaries else ())
+    asked = records[:: max(1, len(records) // canaries)] if canaries else ()
+    return Guard(max_growth, asked)
 
 
 def _told(records: EditSet, run: Run, watching: Watch | None) -> tuple[dict[str, Any], list[str]]:
@@ -159,6 +161,7 @@ def edit(
     run_dir: Annotated[Path | None, typer.Option(help="record every batch there, so that nothing is lost")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --run-dir")] = False,
     canaries: Annotated[int, typer.Option(min=0, help="records whose neighbours each batch must leave alone")] = 0,
+    max_growth: Annotated[float, typer.Option(help="times that the norm of an edited layer may grow")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
     """Write edits into a model, measure it, and save it."""
@@ -172,7 +175,7 @@ def edit(
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
         prose = None if text is None else text.read_text(encoding="utf-8")
         watching = None if watch is None else Watch(editor, records[:50], watch, prose)
-        guard = _guard(records, canaries)
+        guard = _guard(records, canaries, max_growth)
         run = editor.edit(records, batch_size, on_error, on_invalid, watching, run_dir, resume, guard)
         _tell_skipped(console, run.skipped)
         data, lines = _told(records, run, watching)

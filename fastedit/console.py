@@ -47,6 +47,11 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """1 batch, 2 batches."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def emit(as_json: bool, data: dict[str, Any], text: str) -> None:
     """The result of a command."""
     typer.echo(json.dumps(data) if as_json else text)

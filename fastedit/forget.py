@@ -64,7 +64,7 @@ def forget(editor: Editor, case_id: Any) -> Forgotten:
     live = recorder.live
     holding = [at for at, record in enumerate(live) for each in record.body["edits"] if each["case_id"] == case_id]
     if not holding:
-        raise ValueError(f"forget: {recorder.log.folder} holds no edit with case_id {case_id!r} in force")
+        raise ValueError(f"{recorder.log.folder} holds no edit with case_id {case_id!r} in force")
     started, first = time.perf_counter(), holding[-1]
     (taken,) = [edit for edit in recorder.edits(live[first]) if edit.case_id == case_id]
     others = [edit for edit in editor.edits if edit.case_id != case_id]

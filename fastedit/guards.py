@@ -71,7 +71,7 @@ class Guard:
         growth = {layer: float(weights.current(layer).float().norm()) / self._norms[layer] for layer in layers}
         measured = {"growth": max(growth.values(), default=1.0)}
         tripped = [
-            f"layer {layer} has {share:.3g} times its norm (bound {self.max_growth:g})"
+            f"layer {layer} has {share:.3g} times its norm (max_growth {self.max_growth:g})"
             for layer, share in growth.items()
             if not share <= self.max_growth
         ]

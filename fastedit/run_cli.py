@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastedit.console import AsJson, emit, errors, open_console
+from fastedit.console import AsJson, counted, emit, errors, open_console
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor
@@ -45,7 +45,8 @@ def log(
         text = [
             f"{r['record']:>6}  {r['time']}  {'*' if r['in_force'] else ' '} {r['kind']:<9} {r['what']}" for r in rows
         ]
-        text.append(f"{len(live)} batches (*) with {n_edits} edits are in force")
+        batches, edits = counted(len(live), "batch", "batches"), counted(n_edits, "edit", "edits")
+        text.append(f"in force (*): {batches} with {edits}")
         emit(as_json, {"records": rows, "batches": len(live), "edits": n_edits}, "\n".join(text))
 
 
@@ -57,16 +58,16 @@ def _about(record: Record) -> dict[str, Any]:
         ids = [each["case_id"] for each in body["edits"]]
         # A method that optimises nothing has no loss; NaN stands there as text.
         loss = "" if told["loss"] is None else f", loss {float(told['loss']):.3g}"
-        what = f"{len(ids)} edits ({_short(ids)}){loss}, {told['seconds']:.1f} s{notes}"
+        what = f"{counted(len(ids), 'edit', 'edits')} ({_short(ids)}){loss}, {told['seconds']:.1f} s{notes}"
         return {"what": what, "case_ids": ids, "report": told, "bytes": record.size}
     if record.kind == "rewind":
         then = f", then records {_short(body['then'])}" if body["then"] else ""
-        return {"what": f"back to the first {body['keep']} batches{then}"}
+        return {"what": f"the first {body['keep']} stay{then}"}
     whats = {
         "run": lambda: f"{body['settings']['method']} on {body['model']['source'] or 'a loaded model'}",
-        "stream": lambda: f"{body['n_batches']} batches, on error {body['on_error']}",
+        "stream": lambda: f"{counted(body['n_batches'], 'batch', 'batches')}, on error {body['on_error']}",
         "rejected": lambda: f"batch {body['batch']}: {body['report']['error']}",
-        "snapshot": lambda: f"after {body['live']} batches",
+        "snapshot": lambda: f"after {counted(body['live'], 'batch', 'batches')}",
     }
     return {"what": whats[record.kind]()}
 
@@ -127,7 +128,8 @@ def undo(
             raise ValueError(f"undo: {count} batches are in force, asked to keep {keep}")
         with recorder.log.writing():
             recorder.rewind(keep)
-        emit(as_json, {"batches": keep, "taken_back": count - keep}, f"{count - keep} batches taken back, {keep} left")
+        text = f"{counted(count - keep, 'batch', 'batches')} taken back, {keep} left"
+        emit(as_json, {"batches": keep, "taken_back": count - keep}, text)
 
 
 def _case_id(editor: Editor, text: str) -> Any:
@@ -146,7 +148,11 @@ def replay(
         editor = _editor(run_dir, onto)
         editor.save_pretrained(save)
         n_edits = len(editor.edits)
-        emit(as_json, {"edits": n_edits, "folder": str(save)}, f"{n_edits} edits written, saved to {save}")
+        emit(
+            as_json,
+            {"edits": n_edits, "folder": str(save)},
+            f"{counted(n_edits, 'edit', 'edits')} written, saved to {save}",
+        )
 
 
 def export(

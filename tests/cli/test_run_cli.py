@@ -102,7 +102,7 @@ def test_log_and_diff(folder: str) -> None:
     assert set(changed) == {"2", "3", "4"}
     assert all(0 < found["share"] < 1 and found["norm"] > 0 for found in changed.values())
     text = run("log", folder).stdout
-    assert "3 batches (*) with 6 edits are in force" in text
+    assert "in force (*): 3 batches with 6 edits" in text
     assert "most changed" in run("diff", folder).stdout
 
 

@@ -30,7 +30,7 @@ def test_growth_past_its_bound_is_rolled_back(fast_editor: Make, stream: EditSet
     editor.edit(stream[:3], run_dir=tmp_path / "run")
     before = bits(editor)
     tight = Guard(max_growth=1 + 1e-7)
-    with pytest.raises(BatchRejected, match=r"layer \d has 1\S* times its norm \(bound 1\)"):
+    with pytest.raises(BatchRejected, match=r"layer \d has 1\S* times its norm \(max_growth 1\)"):
         editor.edit(stream[3:6], guard=tight)
     assert bits(editor) == before
     run = editor.edit(stream[3:9], BATCH, on_error="skip", guard=tight)
