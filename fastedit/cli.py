@@ -161,7 +161,7 @@ def edit(
     run_dir: Annotated[Path | None, typer.Option(help="record every batch there, so that nothing is lost")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --run-dir")] = False,
     canaries: Annotated[int, typer.Option(min=0, help="records whose neighbours each batch must leave alone")] = 0,
-    max_growth: Annotated[float, typer.Option(help="times that the norm of an edited layer may grow")] = 2.0,
+    max_growth: Annotated[float, typer.Option(help="times that the norm of an edited layer may grow")] = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Write edits into a model, measure it, and save it."""

@@ -33,7 +33,7 @@ class Guard:
 
     def __init__(
         self,
-        max_growth: float = 2.0,
+        max_growth: float = 10.0,
         canaries: Sequence[Edit] = (),
         min_unchanged: float = 0.5,
         text: str | None = None,

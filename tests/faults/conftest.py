@@ -16,7 +16,7 @@ N_EDITS = 15
 FAST: dict[str, dict[str, Any]] = {
     "fine": {"train": {"steps": 4}},
     "kne": {"train": {"steps": 4}, "fixed": True, "attribution": {"nodes": 2}},
-    # Few neurons: KN soon doubles the norm of a small layer, which the guard refuses.
+    # Few neurons: KN soon multiplies the norm of a small layer, which a guard refuses.
     "kn": {"attribution": {"nodes": 2}, "threshold": 0.7},
 }
 CLOSED_FORM = {"value": {"steps": 4, "lr": 0.1}}
