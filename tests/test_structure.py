@@ -64,6 +64,7 @@ NO_OP_NEEDED = {
         "published_fine.py",
         "fine.py",
         "columns.py",
+        "fine_locality.py",
         "column_rows.py",
         "precision.py",
         "stream.py",
