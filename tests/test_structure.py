@@ -65,6 +65,7 @@ NO_OP_NEEDED = {
         "fine.py",
         "columns.py",
         "fine_locality.py",
+        "kne_memory.py",
         "column_rows.py",
         "precision.py",
         "stream.py",
