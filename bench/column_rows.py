@@ -71,6 +71,7 @@ ROWS = (
     Row("batch", "NSE", "nse", "batch"),
     Row("batch", "MEMIT", "memit", "batch"),
     Row("sequential", "FiNE", "fine", "sequential", limit=200),
+    Row("sequential", "FiNE, protect", "fine", "sequential", ("protect=true",), limit=200),
     Row("sequential", "KNE", "kne", "sequential", limit=200),
     Row("sequential", "NSE", "nse", "sequential", limit=200),
     *(Row("choices", name, "kne", "independent", settings, 9000, 25) for name, settings in CHOICES.items()),

@@ -157,6 +157,8 @@ class FiNEConfig(EditConfig):
     common_share: ours: leave out neurons that would be chosen for more than this share of the positions of background
         text, which push what the model says anywhere; None = leave none out, as published
     background: that text's length; its source is the editor's `moments`, by default the model's own writing
+    protect: ours, for streams: a column that an earlier batch wrote is not chosen again; as published, nothing protects
+        earlier edits
     """
 
     neurons: int = Field(5, ge=1)
@@ -165,6 +167,7 @@ class FiNEConfig(EditConfig):
     token: Literal["greedy", "old"] = "greedy"
     common_share: float | None = Field(None, gt=0, lt=1)
     background: MomentConfig = MomentConfig(tokens=4000, window=128)
+    protect: bool = False
     train: TrainConfig = TrainConfig()
 
 

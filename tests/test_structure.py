@@ -71,6 +71,8 @@ NO_OP_NEEDED = {
         "published_fine.py",
         "fine.py",
         "columns.py",
+        "fine_locality.py",
+        "kne_memory.py",
         "column_rows.py",
         "precision.py",
         "stream.py",
