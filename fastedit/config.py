@@ -25,8 +25,10 @@ class ValueConfig(_Config):
     stop_loss: an edit is finished when its loss falls below. stop_after_top1: ours after ENCORE's rule: finished when
     every target token has ranked first in every context for this many steps in a row; None = never.
     token_budget: live rows optimised together, which bounds memory.
-    dtype: of the layers above the value layer while values are optimised: "model", or "bfloat16", for which a copy of
-    them is kept. The change delta, Adam, softmax and loss are float32 in any case.
+    dtype: of the layers above the value layer while values are optimised: "model", or "float32" or "bfloat16", for
+    which a copy of them is kept; "auto" is "model", but float32 for a float16 model on a CPU, where float16 products
+    are emulated (fifty times slower in the backward pass). The change delta, Adam, softmax and loss are float32 in any
+    case.
     """
 
     steps: int = Field(20, ge=2)
@@ -37,7 +39,7 @@ class ValueConfig(_Config):
     stop_loss: float = Field(0.05, ge=0)
     stop_after_top1: int | None = Field(None, ge=1)
     token_budget: int = Field(768, ge=1)
-    dtype: Literal["model", "bfloat16"] = "model"
+    dtype: Literal["auto", "model", "float32", "bfloat16"] = "auto"
 
 
 class TemplateConfig(_Config):

@@ -86,7 +86,9 @@ def upper_layers(model: ModelAdapter, layer: int, config: ValueConfig) -> ModelA
     """What runs the layers above the value layer: the model itself, or a copy of them in config.dtype.
 
     No edit changes them, so one copy serves a whole stream."""
-    return model if config.dtype == "model" else model.upper_copy(layer + 1, getattr(torch, config.dtype))
+    emulated = model.dtype == torch.float16 and model.device.type == "cpu"
+    wanted = ("float32" if emulated else "model") if config.dtype == "auto" else config.dtype
+    return model if wanted == "model" else model.upper_copy(layer + 1, getattr(torch, wanted))
 
 
 def group_by_length(sequences: Sequence[Sequence[TokenSequence]], token_budget: int) -> list[list[int]]:

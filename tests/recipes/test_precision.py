@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from fastedit.adapter import ModelAdapter
+from fastedit.config import ValueConfig
 from fastedit.editor import Editor
 from fastedit.edits import EditSet
 from fastedit.evaluation import evaluate
-from fastedit.target import optimise_values
+from fastedit.target import optimise_values, upper_layers
 from fastedit.weights import EditableWeights
 
 
@@ -55,6 +56,27 @@ def test_a_copy_above_shares_what_lies_below(tiny_model: ModelAdapter) -> None:
         assert copied.down_weight(layer).dtype == (torch.float32 if layer < 3 else torch.bfloat16)
     assert copied.dtype == copied.head.weight.dtype == torch.bfloat16
     assert tiny_model.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("of_model", "asked", "used"),
+    [
+        (torch.float16, "auto", torch.float32),
+        (torch.float16, "model", torch.float16),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.float32, "auto", torch.float32),
+        (torch.float32, "bfloat16", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+    ],
+)
+def test_values_run_in_the_dtype_that_is_fast_or_asked_for(
+    of_model: torch.dtype, asked: Any, used: torch.dtype, tiny_parts: tuple[Any, Any]
+) -> None:
+    model = ModelAdapter(copy.deepcopy(tiny_parts[0]).to(of_model), tiny_parts[1])
+    upper = upper_layers(model, 2, ValueConfig(dtype=asked))
+    assert upper.dtype == used
+    assert (upper is model) == (of_model == used)
+    assert model.dtype == of_model
 
 
 def test_edits_with_bf16_values_take(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
