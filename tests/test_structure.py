@@ -61,6 +61,7 @@ NO_OP_NEEDED = {
         "published_siblings.py",
         "precision.py",
         "stream.py",
+        "meg.py",
         "device.sh",
         "results",
     },

@@ -1,0 +1,151 @@
+"""All edits at once against one at a time with autograd through the whole model, and what success means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastedit.adapter import ModelAdapter
+from fastedit.edits import EditSet
+from fastedit.families import find
+from fastedit.recipes.meg.config import FitConfig
+from fastedit.recipes.meg.fit import fit_layer, fit_neurons, fit_sequences, shared_start
+from fastedit.recipes.meg.neuron import NeuronForm, attached
+from fastedit.tokens import TokenSequence
+
+
+def sequences_of(model: ModelAdapter, edits: EditSet, config: FitConfig) -> list[TokenSequence]:
+    return fit_sequences(model, [e.prompt for e in edits], [e.target_new for e in edits], config)
+
+
+def one_at_a_time(
+    model: ModelAdapter, form: NeuronForm, sequence: TokenSequence, initial: Tensor, layer: int, config: FitConfig
+) -> Tensor:
+    """Batch one, the whole model at every step, gradients by autograd: the loop that everything else saves on."""
+    flat = initial.clone().requires_grad_()
+    kept: list[Tensor] = []
+    decoder = model.layers[layer]
+    gate, down = find(decoder, model.family.gate), find(decoder, model.family.down)
+
+    def add(module: object, args: object, output: Tensor) -> Tensor:
+        read, bias, write = form.split(flat[None])
+        sums = kept.pop() @ read[0] + (0 if bias is None else bias)
+        return output + form.activate(sums)[..., None] * write
+
+    handles = [
+        gate.register_forward_pre_hook(lambda module, args: kept.append(args[0])),
+        down.register_forward_hook(add),
+    ]
+    try:
+        for _ in range(config.steps):
+            scores = model.model(input_ids=torch.tensor([sequence.ids])).logits[0, list(sequence.scored)]
+            loss = torch.nn.functional.cross_entropy(scores, torch.tensor(sequence.targets))
+            (grad,) = torch.autograd.grad(loss, flat)
+            rate = config.lr if config.optimiser == "descent" else config.lr * float(loss) / float(grad.square().sum())
+            flat = (flat - rate * grad).detach().requires_grad_()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return flat.detach()
+
+
+@pytest.mark.parametrize(("optimiser", "lr"), [("descent", 0.05), ("polyak", 0.3)])
+def test_all_at_once_is_one_at_a_time(
+    either_model: ModelAdapter, tiny_facts: EditSet, optimiser: str, lr: float
+) -> None:
+    config = FitConfig(optimiser=optimiser, lr=lr, steps=20, stop_loss=1e-9, start="drawn", template="{}")
+    sequences = sequences_of(either_model, tiny_facts[:16], config)
+    assert len({len(s.ids) for s in sequences}) > 3
+    form, layer = NeuronForm.of(either_model), either_model.n_layers - 2
+    initial = shared_start(either_model, form, sequences, layer, config, seed=42)
+    kept = initial.clone()
+    fitted = fit_neurons(either_model, sequences, form, initial, layer, config)
+    assert torch.equal(initial, kept)
+    assert torch.equal(fitted.initial, kept)
+    assert bool((fitted.steps == 20).all())
+    for flat, sequence in zip(fitted.flat, sequences, strict=True):
+        wanted = one_at_a_time(either_model, form, sequence, initial, layer, config)
+        assert (flat - wanted).abs().max() < 1e-4
+        assert (flat - initial).abs().max() > 1e-2
+
+
+def test_who_shares_a_group_does_not_matter(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
+    config = FitConfig(layer=5)
+    sequences = sequences_of(tiny_model, tiny_facts[:10], config)
+    form = NeuronForm.of(tiny_model)
+    initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
+    together = fit_neurons(tiny_model, sequences, form, initial, 5, config)
+    alone = fit_neurons(tiny_model, sequences, form, initial, 5, config.model_copy(update={"token_budget": 1}))
+    # Rows stop at different steps, so that the group is compacted on its way.
+    assert len(set(together.steps.tolist())) > 1
+    assert torch.equal(together.steps, alone.steps)
+    assert (together.flat - alone.flat).abs().max() < 1e-3 * together.flat.abs().max()
+
+
+def test_success_under_teacher_forcing_is_success_of_decoding(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
+    seen = {True: 0, False: 0}
+    for steps in (1, 2, 4, 40):
+        config = FitConfig(layer=5, steps=steps)
+        sequences = sequences_of(tiny_model, tiny_facts[:30], config)
+        form = NeuronForm.of(tiny_model)
+        initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
+        fitted = fit_neurons(tiny_model, sequences, form, initial, 5, config)
+        for flat, ok, sequence in zip(fitted.flat, fitted.solved.tolist(), sequences, strict=True):
+            prompt = torch.tensor([sequence.ids[: sequence.scored[0] + 1]])
+            with attached(tiny_model, 5, form, flat[None], torch.tensor([True])):
+                n_new = len(sequence.targets)
+                made = tiny_model.model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n_new, do_sample=False
+                )
+            right = tuple(made[0, prompt.shape[1] :].tolist()) == sequence.targets
+            assert right == ok
+            seen[ok] += 1
+    assert sum(seen.values()) == 120
+    assert min(seen.values()) >= 20
+
+
+def test_every_tiny_edit_can_be_fitted(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
+    config = FitConfig(layer=5)
+    sequences = sequences_of(tiny_model, tiny_facts[:20], config)
+    form = NeuronForm.of(tiny_model)
+    initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
+    counted: list[int] = []
+    fitted = fit_neurons(tiny_model, sequences, form, initial, 5, config, counted.append)
+    assert bool(fitted.solved.all())
+    assert bool((fitted.losses < config.stop_loss).all())
+    assert sum(counted) == 20
+
+
+def test_half_precision_models_are_fitted_in_float32(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
+    tiny_model.model.bfloat16()
+    config = FitConfig(layer=5, steps=10)
+    sequences = sequences_of(tiny_model, tiny_facts[:4], config)
+    form = NeuronForm.of(tiny_model)
+    initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
+    fitted = fit_neurons(tiny_model, sequences, form, initial, 5, config)
+    assert fitted.flat.dtype == torch.float32
+    # Some numbers of the difference lie below bfloat16's steps.
+    assert not torch.equal(fitted.flat, fitted.flat.bfloat16().float())
+    assert bool((fitted.losses < 3).all())
+
+
+def test_what_is_scored(tiny_model: ModelAdapter) -> None:
+    end = tiny_model.tokenizer.eos_token_id
+    prompts, answers = ["The colour of Vrudi is"], ["pale grey"]
+    whole = fit_sequences(tiny_model, prompts, answers, FitConfig())[0]
+    text = tiny_model.tokenizer.decode([*whole.ids, whole.targets[-1]])
+    assert text == f"The colour of Vrudi is\nAnswer: pale grey.{tiny_model.tokenizer.eos_token}"
+    assert tiny_model.tokenizer.decode(whole.targets[:-1]) == " pale grey."
+    assert whole.targets[-1] == end
+    bare = fit_sequences(tiny_model, prompts, answers, FitConfig(stop_token=False, ending=""))[0]
+    assert tiny_model.tokenizer.decode(bare.targets) == " pale grey"
+
+
+def test_layers_and_templates_are_checked(tiny_model: ModelAdapter) -> None:
+    assert fit_layer(FitConfig(), 30) == 22
+    with pytest.raises(ValueError, match=r"fit.layer must lie in 0-7, got 8"):
+        fit_layer(FitConfig(layer=8), 8)
+    for template in ("no place", "{} {}", "{}\n"):
+        with pytest.raises(ValueError, match="template must hold"):
+            FitConfig(template=template)
