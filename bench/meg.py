@@ -101,8 +101,8 @@ def bench_fit(model: ModelAdapter, edits: EditSet, config: FitConfig, n_alone: i
             "mean_steps": float(fitted.steps.float().mean()),
         }
         append_row(
-            benchmark="meg fit", backend="torch", shape=f"{len(edits)} edits, layer {layer}", dtype=str(model.dtype)[6:],
-            metric="speedup over one at a time", median=round(single / batched, 2), unit="x",
+            benchmark="meg fit", backend="torch", shape=f"{len(edits)} edits, layer {layer}",
+            dtype=str(model.dtype)[6:], metric="speedup over one at a time", median=round(single / batched, 2), unit="x",
         )  # fmt: skip
     return found
 

@@ -51,13 +51,10 @@ class ModelTrunk:
         if not 0 < layer < model.n_layers:
             raise ValueError(f"encoder.layer must lie in 1-{model.n_layers - 1}, got {layer}")
         self.model, self.layer = model, layer
-        own = [part for part in model.layers if part is not model.layers[layer]]
-        others = [
-            part for part in model.model.modules() if not isinstance(part, nn.ModuleList) and not list(part.children())
-        ]
         inside = set(model.layers[layer].modules())
-        shared = [model.model.config, *own, *(part for part in others if part not in inside)]
-        twin = copy.deepcopy(model.model, {id(part): part for part in shared})
+        leaves = [part for part in model.model.modules() if part not in inside and not list(part.children())]
+        configs = [part.config for part in model.model.modules() if hasattr(part, "config")]
+        twin = copy.deepcopy(model.model, {id(part): part for part in (*leaves, *configs)})
         self.twin = ModelAdapter(twin, model.tokenizer, (model.family,))
         self.last = self.twin.layers[layer].float()
 

@@ -44,15 +44,16 @@ from fastedit.recipes.meg.generator import (
 from fastedit.recipes.meg.neuron import NeuronForm, respond
 from fastedit.recipes.meg.passes import UpperRows, best_tokens, group_by_rows
 from fastedit.recipes.meg.serve import make_encoder
-from fastedit.recipes.meg.store import Store, read_tensors, write_tensors
+from fastedit.recipes.meg.store import STAGE, KnownNeurons, Store, read_tensors, write_tensors
 from fastedit.scoring import LogitBuffer
 from fastedit.tokens import TokenSequence
 
-STAGE = "fastedit-meg-stage"
 # Thresholds where there is no development slice to choose them on: nats, and cosine distance.
 BLIND = {"familiarity": 0.3, "cosine": 0.3, "none": float("inf")}
+# Edits fitted between two saves; edits that a generator is judged on; development records at least, if there are.
 CHUNK = 128
 JUDGED = 128
+SMALLEST_SLICE = 64
 
 
 class Stages:
@@ -158,7 +159,7 @@ class Stages:
         )
         names = [_digest([s.ids, s.scored, s.targets]) for s in sequences]
         key = _digest([self.fingerprint, self.seed, config.model_dump(), self.layer])
-        known = _KnownNeurons.read(self.folder, key)
+        known = KnownNeurons.read(self.folder, key)
         if known.initial is None:
             known.initial = shared_start(self.model, self.form, sequences, self.layer, config, self.seed)
         missing = [i for i in range(len(names)) if names[i] not in known.place]
@@ -203,32 +204,30 @@ class Stages:
         return float(result["threshold"]), tensors
 
     def _make_gate(self, vectors: Tensor) -> tuple[float, Familiarity | None]:
-        config, background = self.config.gate, None
-        asked = [e for e in self.development if e.rephrase_prompts and e.locality]
-        choosing = bool(asked) and config.threshold is None and config.kind != "none"
-        rounds = (1 + choosing) * config.epochs if config.kind == "familiarity" else 0
-        if config.kind == "familiarity" and self.rest:
-            background = self._vectors(self._background(), "reading other prompts")
-        with track(rounds, "learning the edits by heart", "epochs", self.show) as advance:
-            net = None
-            if config.kind == "familiarity":
-                net = train_familiarity(vectors, config, self.seed, background, advance)
-            if not choosing:
+        config = self.config.gate
+        learns = config.kind == "familiarity"
+        slice_ = self._slice() if config.threshold is None and config.kind != "none" else None
+        background = self._vectors(self._background(), "reading other prompts") if learns and self.rest else None
+        with track(
+            (1 + (slice_ is not None)) * config.epochs, "learning prompts by heart", "epochs", self.show
+        ) as seen:
+            net = train_familiarity(vectors, config, self.seed, background, seen) if learns else None
+            if slice_ is None:
                 return BLIND[config.kind] if config.threshold is None else config.threshold, net
-            own, reworded, unrelated = (
-                self._vectors(texts, "reading the development slice")
-                for texts in (
-                    [e.prompt for e in asked],
-                    [e.rephrase_prompts[0] for e in asked],
-                    [e.locality[0].prompt for e in asked],
-                )
-            )
-            if net is None:
-                scores = [1 - nearest(part, own)[0] for part in (own, reworded, unrelated)]
-            else:
-                judge = train_familiarity(own, config, self.seed, background, advance)
-                scores = [judge(part) for part in (own, reworded, unrelated)]
-        return choose_threshold(*scores), net
+            if learns:
+                judge = train_familiarity(slice_[0], config, self.seed, background, seen)
+                return choose_threshold(*(judge(part) for part in slice_)), net
+        return choose_threshold(*(1 - nearest(part, slice_[0])[0] for part in slice_)), net
+
+    def _slice(self) -> list[Tensor] | None:
+        """Vectors of the development slice's prompts, their paraphrases, and prompts that must not change."""
+        asked = [e for e in self.development if e.rephrase_prompts and e.locality]
+        # As many as there are edits: among more, every prompt finds a closer neighbour.
+        asked = asked[: max(SMALLEST_SLICE, len(self.edits))]
+        if not asked:
+            return None
+        texts = [(e.prompt, e.rephrase_prompts[0], e.locality[0].prompt) for e in asked]
+        return [self._vectors(part, "reading the development slice") for part in zip(*texts, strict=True)]
 
     def _learn_generator(self, vectors: Tensor, initial: Tensor, flat: Tensor, solved: Tensor) -> dict[str, Tensor]:
         """Tensors of the generator, trained on the neurons whose fit succeeded; nothing for look-up."""
@@ -312,42 +311,6 @@ def solved_by(
             for i, best in zip(group, best_tokens(model, rows, added, buffer), strict=True):
                 found[i] = best == sequences[i].targets
     return found
-
-
-class _KnownNeurons:
-    """Neurons fitted so far, by the digest of what they were fitted to."""
-
-    def __init__(self) -> None:
-        self.initial: Tensor | None = None
-        self.place: dict[str, int] = {}
-        self.flat, self.solved = torch.empty(0, 0), torch.empty(0, dtype=torch.bool)
-        self.seconds = 0.0
-
-    @classmethod
-    def read(cls, folder: Path | None, key: str) -> _KnownNeurons:
-        known = cls()
-        path = None if folder is None else folder / "neurons.safetensors"
-        if path is not None and path.is_file():
-            tensors, about = read_tensors(path, STAGE)
-            if about["key"] == key:
-                known.initial, known.flat, known.solved = (tensors[name] for name in ("initial", "flat", "solved"))
-                known.place = {name: i for i, name in enumerate(about["names"])}
-                known.seconds = about["seconds"]
-        return known
-
-    def add(self, names: Sequence[str], flat: Tensor, solved: Tensor, seconds: float) -> None:
-        self.place |= {name: len(self.flat) + i for i, name in enumerate(names)}
-        self.flat = torch.cat([self.flat, flat]) if len(self.flat) else flat
-        self.solved = torch.cat([self.solved, solved])
-        self.seconds += seconds
-
-    def write(self, folder: Path | None, key: str) -> None:
-        if folder is None or self.initial is None:
-            return
-        tensors = {"initial": self.initial, "flat": self.flat, "solved": self.solved}
-        names = sorted(self.place, key=lambda name: self.place[name])
-        about = {"key": key, "names": names, "seconds": self.seconds}
-        write_tensors(folder / "neurons.safetensors", tensors, STAGE, about)
 
 
 def split_others(

@@ -7,7 +7,7 @@ the generator, and in its header, as JSON, the settings, the edits and the model
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastedit.recipes.meg.config import MegConfig
 from fastedit.recipes.meg.neuron import NeuronForm
 
-FORMAT, VERSION = "fastedit-meg", 1
+FORMAT, STAGE, VERSION = "fastedit-meg", "fastedit-meg-stage", 1
 
 GROUPS = ("encoder", "gate", "generator")
 
@@ -125,3 +125,45 @@ def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[s
     if header.get("version") != str(VERSION):
         raise BadStore(f"{path}: wanted version {VERSION}, got {header.get('version')}")
     return tensors, json.loads(header["about"])
+
+
+class KnownNeurons:
+    """Neurons fitted so far, by the digest of what they were fitted to: the one stage that grows edit by edit.
+
+    initial: their shared start, or None before the first; place: digest -> row of flat (n, size) and solved (n,)
+    seconds: spent on fitting them"""
+
+    def __init__(self) -> None:
+        self.initial: Tensor | None = None
+        self.place: dict[str, int] = {}
+        self.flat, self.solved = torch.empty(0, 0), torch.empty(0, dtype=torch.bool)
+        self.seconds = 0.0
+
+    @classmethod
+    def read(cls, folder: Path | None, key: str) -> KnownNeurons:
+        """What a folder holds that was fitted under `key`, or nothing."""
+        known = cls()
+        path = None if folder is None else folder / "neurons.safetensors"
+        if path is not None and path.is_file():
+            tensors, about = read_tensors(path, STAGE)
+            if about["key"] == key:
+                known.initial, known.flat, known.solved = (tensors[name] for name in ("initial", "flat", "solved"))
+                known.place = {name: i for i, name in enumerate(about["names"])}
+                known.seconds = about["seconds"]
+        return known
+
+    def add(self, names: Sequence[str], flat: Tensor, solved: Tensor, seconds: float) -> None:
+        """Put more neurons behind the others."""
+        self.place |= {name: len(self.flat) + i for i, name in enumerate(names)}
+        self.flat = torch.cat([self.flat, flat]) if len(self.flat) else flat
+        self.solved = torch.cat([self.solved, solved])
+        self.seconds += seconds
+
+    def write(self, folder: Path | None, key: str) -> None:
+        """Write the folder's file, for `read` under the same key."""
+        if folder is None or self.initial is None:
+            return
+        tensors = {"initial": self.initial, "flat": self.flat, "solved": self.solved}
+        names = sorted(self.place, key=lambda name: self.place[name])
+        about = {"key": key, "names": names, "seconds": self.seconds}
+        write_tensors(folder / "neurons.safetensors", tensors, STAGE, about)
