@@ -100,10 +100,9 @@ def bench_fit(model: ModelAdapter, edits: EditSet, config: FitConfig, n_alone: i
             "solved": float(fitted.solved.float().mean()),
             "mean_steps": float(fitted.steps.float().mean()),
         }
-        append_row(
-            benchmark="meg fit", backend="torch", shape=f"{len(edits)} edits, layer {layer}",
-            dtype=str(model.dtype)[6:], metric="speedup over one at a time", median=round(single / batched, 2), unit="x",
-        )  # fmt: skip
+        row = {"benchmark": "meg fit", "backend": "torch", "dtype": str(model.dtype)[6:], "unit": "x"}
+        speedup = {"metric": "speedup over one at a time", "median": round(single / batched, 2)}
+        append_row(**row, **speedup, shape=f"{len(edits)} edits, layer {layer}")
     return found
 
 
@@ -195,10 +194,8 @@ def run_part(
     print(table(before, after))
     seconds = meg.store.seconds
     for stage, spent in seconds.items():
-        append_row(
-            benchmark=f"meg {part}", backend="torch", shape=f"{len(data['edits'])} edits", dtype=str(model.dtype)[6:],
-            metric=f"{stage} stage", median=round(spent, 1), unit="s",
-        )  # fmt: skip
+        row = {"benchmark": f"meg {part}", "backend": "torch", "dtype": str(model.dtype)[6:], "unit": "s"}
+        append_row(**row, metric=f"{stage} stage", median=round(spent, 1), shape=f"{len(data['edits'])} edits")
     found = {"unedited": before.to_dict(), "edited": after.to_dict(), "seconds": seconds}
     parameters = sum(t.numel() for name, t in meg.store.generator.items() if name.startswith("net."))
     return {**found, "threshold": meg.store.threshold, "generator_parameters": parameters}

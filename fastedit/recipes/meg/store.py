@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
