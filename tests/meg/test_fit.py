@@ -149,3 +149,13 @@ def test_layers_and_templates_are_checked(tiny_model: ModelAdapter) -> None:
     for template in ("no place", "{} {}", "{}\n"):
         with pytest.raises(ValueError, match="template must hold"):
             FitConfig(template=template)
+
+
+def test_a_neuron_that_runs_off_is_no_success(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
+    config = FitConfig(layer=5, optimiser="descent", lr=1e30, steps=3)
+    sequences = sequences_of(tiny_model, tiny_facts[:3], config)
+    form = NeuronForm.of(tiny_model)
+    initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
+    fitted = fit_neurons(tiny_model, sequences, form, initial, 5, config)
+    assert not bool(fitted.solved.any())
+    assert bool(fitted.flat.isfinite().all())

@@ -105,6 +105,7 @@ def fit_neurons(
     """Fit a neuron to each of n sequences (see `fit_sequences`), all from `initial` (size,).
 
     progress: called with the number of edits finished since the last call
+    A neuron that runs off to infinity comes back as the start, unsolved.
     Sequences run in groups of similar length; which ones share a group changes rounding alone."""
     n = len(sequences)
     found = Fitted(
@@ -120,6 +121,8 @@ def fit_neurons(
             index = torch.tensor(group)
             for name in ("flat", "solved", "losses", "steps"):
                 getattr(found, name)[index] = getattr(part, name).cpu()
+    lost = ~found.flat.isfinite().all(1)
+    found.flat[lost], found.solved[lost] = found.initial, False
     return found
 
 
@@ -187,7 +190,7 @@ def _fit_group(
     running = torch.ones(n, dtype=torch.bool, device=device)
     for step in range(config.steps + 1):
         judged = loss(flat)
-        # A row that has stopped is carried along until half of them have, and changes no more.
+        # A row that has stopped is carried along until half of them have; what becomes of it then is not kept.
         fresh = index[running]
         found.losses[fresh], found.solved[fresh] = judged.losses[running], judged.top1[running]
         found.flat[fresh], found.steps[fresh] = flat[running], step

@@ -156,26 +156,34 @@ class _Branch:
     """The three hooks of a running layer: how many rows come in, what the feed-forward reads, what is added to it."""
 
     def __init__(self, form: NeuronForm, flat: Tensor, active: Tensor) -> None:
-        self.form, self.flat, self.active = form, flat, active
+        self.form, self.n, self.active = form, len(flat), active
+        self.flat = flat[active]
         self.n_rows = 0
         self.inputs = torch.empty(0)
+        self.placed: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = args[0] if args else kwargs["hidden_states"]
         self.n_rows = rows.shape[0]
-        if self.n_rows % len(self.flat):
-            raise ValueError(f"neurons for {len(self.flat)} rows cannot serve a batch of {self.n_rows}")
+        if self.n_rows % self.n:
+            raise ValueError(f"neurons for {self.n} rows cannot serve a batch of {self.n_rows}")
 
     def read(self, module: Any, args: tuple[Any, ...]) -> None:
         self.inputs = args[0]
 
+    def place(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows of the batch that have a neuron, and their neurons; found once for a whole answer."""
+        key = (self.n_rows, device)
+        if key not in self.placed:
+            share = self.n_rows // self.n
+            rows = self.active.repeat_interleave(share).nonzero().flatten()
+            self.placed[key] = (rows.to(device), self.flat.repeat_interleave(share, 0).to(device))
+        return self.placed[key]
+
     def add(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        active = self.active.to(output.device)
-        if not bool(active.any()):
+        if len(self.flat) == 0:
             return output
-        share = self.n_rows // len(self.flat)
-        rows = active.repeat_interleave(share).nonzero().flatten()
-        flat = self.flat.to(output.device)[active].repeat_interleave(share, 0)
+        rows, flat = self.place(output.device)
         # OPT's feed-forward gets its rows without the batch dimension.
         inputs = self.inputs.reshape(self.n_rows, -1, self.form.d_model)[rows]
         owner = torch.arange(len(rows), device=output.device).repeat_interleave(inputs.shape[1])
