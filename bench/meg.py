@@ -60,11 +60,13 @@ def one_at_a_time(
         for step in range(config.steps + 1):
             scores = model.model(input_ids=torch.tensor([sequence.ids])).logits[0, list(sequence.scored)]
             loss = torch.nn.functional.cross_entropy(scores, targets)
-            done = bool((scores.argmax(1) == targets).all()) and float(loss) < config.stop_loss
+            done = bool((scores.argmax(1) == targets).all()) and float(loss.detach()) < config.stop_loss
             if done or step == config.steps:
                 break
             (grad,) = torch.autograd.grad(loss, flat)
-            rate = config.lr * (1 if config.optimiser == "descent" else float(loss) / float(grad.square().sum()))
+            rate = config.lr * (
+                1 if config.optimiser == "descent" else float(loss.detach()) / float(grad.square().sum())
+            )
             flat = (flat - rate * grad).detach().requires_grad_()
     finally:
         for handle in handles:

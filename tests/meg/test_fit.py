@@ -42,7 +42,11 @@ def one_at_a_time(
             scores = model.model(input_ids=torch.tensor([sequence.ids])).logits[0, list(sequence.scored)]
             loss = torch.nn.functional.cross_entropy(scores, torch.tensor(sequence.targets))
             (grad,) = torch.autograd.grad(loss, flat)
-            rate = config.lr if config.optimiser == "descent" else config.lr * float(loss) / float(grad.square().sum())
+            rate = (
+                config.lr
+                if config.optimiser == "descent"
+                else config.lr * float(loss.detach()) / float(grad.square().sum())
+            )
             flat = (flat - rate * grad).detach().requires_grad_()
     finally:
         for handle in handles:
@@ -50,11 +54,13 @@ def one_at_a_time(
     return flat.detach()
 
 
-@pytest.mark.parametrize(("optimiser", "lr"), [("descent", 0.05), ("polyak", 0.3)])
+@pytest.mark.parametrize(("optimiser", "lr"), [("descent", 0.05), ("polyak", 0.1)])
 def test_all_at_once_is_one_at_a_time(
     either_model: ModelAdapter, tiny_facts: EditSet, optimiser: str, lr: float
 ) -> None:
-    config = FitConfig(optimiser=optimiser, lr=lr, steps=20, stop_loss=1e-9, start="drawn", template="{}")
+    # From the published start Polyak steps are so long that rounding alone parts the ways.
+    start = "drawn" if optimiser == "descent" else "mean"
+    config = FitConfig(optimiser=optimiser, lr=lr, steps=20, stop_loss=1e-9, start=start, template="{}")
     sequences = sequences_of(either_model, tiny_facts[:16], config)
     assert len({len(s.ids) for s in sequences}) > 3
     form, layer = NeuronForm.of(either_model), either_model.n_layers - 2

@@ -206,7 +206,7 @@ def train_encoder(
                 same = originals[:, None] == originals[None]
                 loss = contrastive_loss(vectors[::2], vectors[1::2], same, config.temperature)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
             losses.append(float(loss))

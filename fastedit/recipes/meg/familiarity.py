@@ -94,14 +94,14 @@ def train_familiarity(
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         for epoch in range(config.epochs):
             net.train()
-            for part in torch.randperm(len(vectors)).split(config.batch_size):
+            for part in torch.split(torch.randperm(len(vectors)), config.batch_size):
                 loss = F.cross_entropy(net(_noisy(vectors[part], config.noise)), labels[part])
                 if background is not None and config.background > 0:
                     drawn = background[torch.randint(len(background), (len(part),))]
                     # Cross-entropy towards the uniform distribution.
                     loss = loss - config.background * F.log_softmax(net(_noisy(drawn, config.noise)), 1).mean()
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
             if progress is not None:
                 progress(1)
@@ -127,13 +127,15 @@ def choose_threshold(own: Tensor, reworded: Tensor, unrelated: Tensor) -> float:
     own, reworded, unrelated: scores of the slice's own prompts, their paraphrases, and prompts that must not change,
     each (n,). Takes the bound with the largest harmonic mean of the three shares that are judged right, the smallest
     such; it lies halfway between two scores that occur."""
-    scores = torch.cat([own, reworded, unrelated]).double().unique()
+    scores = torch.unique(torch.cat([own, reworded, unrelated]).double())
     middle = (scores[1:] + scores[:-1]) / 2
     bounds = torch.cat([middle, scores[-1:] + 1e-6])
-    shares = [
-        (own[None].double() < bounds[:, None]).double().mean(1),
-        (reworded[None].double() < bounds[:, None]).double().mean(1),
-        (unrelated[None].double() >= bounds[:, None]).double().mean(1),
-    ]
-    harmonic = 3 / sum(1 / share.clamp_min(1e-9) for share in shares)
-    return float(bounds[int(harmonic.argmax())])
+    shares = torch.stack(
+        [
+            (own[None].double() < bounds[:, None]).double().mean(1),
+            (reworded[None].double() < bounds[:, None]).double().mean(1),
+            (unrelated[None].double() >= bounds[:, None]).double().mean(1),
+        ]
+    )
+    # The largest harmonic mean has the smallest sum of inverses.
+    return float(bounds[int((1 / shares.clamp_min(1e-9)).sum(0).argmin())])

@@ -95,14 +95,15 @@ class DiT(nn.Module):
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.condition = nn.Identity() if shape.published else nn.Linear(shape.condition, width)
         self.drop = nn.Dropout(shape.dropout)
-        self.blocks = nn.ModuleList(DiTBlock(width, shape.heads) for _ in range(shape.blocks))
+        blocks = [DiTBlock(width, shape.heads) for _ in range(shape.blocks)]
+        self.blocks = nn.ModuleList(blocks)
         self.last_modulation = nn.Linear(width, 2 * width)
         self.streams = nn.Linear(width, 2 * width) if shape.published else None
         self.out = nn.Linear(width, shape.patch)
         table = waves(torch.arange(self.n_tokens), width, cosine_first=False)
         self.register_buffer("positions", table, persistent=False)
         if not shape.published:
-            for layer in (*(block.modulation for block in self.blocks), self.last_modulation, self.out):
+            for layer in (*(block.modulation for block in blocks), self.last_modulation, self.out):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -173,7 +174,7 @@ class Generator:
     @torch.no_grad()
     def __call__(self, vectors: Tensor, batch_size: int = 256) -> Tensor:
         """Neurons (n, size) float32 for unit vectors (n, width)."""
-        drawn = [self._draw(scaled(part)) for part in vectors.split(batch_size)]
+        drawn = [self._draw(scaled(part)) for part in torch.split(vectors, batch_size)]
         return torch.cat(drawn) if drawn else self.noise.new_empty(0, len(self.noise))
 
     def _draw(self, vectors: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ def train_epoch(run: Training, vectors: Tensor, targets: Tensor, config: Generat
     schedule, total = Schedule(), 0.0
     run.net.train()
     order = torch.randperm(n, generator=run.random)
-    for number, part in enumerate(order.split(batch)):
+    for number, part in enumerate(torch.split(order, batch)):
         step = run.epoch * per_epoch + number
         for group in run.optimiser.param_groups:
             group["lr"] = config.lr * _rate(step, config.epochs * per_epoch)
@@ -238,7 +239,7 @@ def train_epoch(run: Training, vectors: Tensor, targets: Tensor, config: Generat
         inputs = scaled(F.normalize(vectors[part] + config.noise * jitter, dim=1))
         loss = _loss(run, schedule, inputs, targets[part])
         run.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         run.optimiser.step()
         _follow(run.average, run.net, min(config.ema, (1 + step) / (10 + step)))
         total += float(loss) * len(part)

@@ -91,7 +91,7 @@ def best_tokens(
 ) -> list[tuple[int, ...]]:
     """Arg-max tokens at every sequence's scored places; added as in `UpperRows.run`."""
     tokens: list[int] = []
-    for part in rows.run(model, added).split(LOGIT_ROWS):
+    for part in torch.split(rows.run(model, added), LOGIT_ROWS):
         nothing = torch.zeros(len(part), dtype=torch.int64, device=part.device)
         tokens += score_rows(part, model.head, nothing, buffer).best.tolist()
     found, start = [], 0

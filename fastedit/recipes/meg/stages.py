@@ -281,7 +281,7 @@ class Stages:
     def _judge(self, vectors: Tensor, scale: Scale, noise: Tensor, solved: Tensor) -> Callable[[nn.Module], float]:
         """What stops training: the share of some edits whose drawn neuron gives the answer under teacher forcing."""
         fitted = solved.nonzero().flatten()
-        picked = torch.linspace(0, len(fitted) - 1, min(JUDGED, len(fitted))).long().unique()
+        picked = torch.unique(torch.linspace(0, len(fitted) - 1, min(JUDGED, len(fitted))).long())
         asked = [self.edits[int(i)] for i in fitted[picked]]
         sequences = fit_sequences(self.model, [e.prompt for e in asked], [e.target_new for e in asked], self.config.fit)
         steps, buffer = self.config.generator.sampler_steps, LogitBuffer()

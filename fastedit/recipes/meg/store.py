@@ -93,9 +93,17 @@ class Store:
                 layer=about["layer"],
                 form=NeuronForm((tensors["neurons"].shape[1] - about["bias"]) // 2, about["activation"], about["bias"]),
                 facts=[(case_id, prompt, target) for case_id, prompt, target in about["facts"]],
-                **{name: about[name] for name in ("threshold", "fingerprint", "seed", "seconds")},
-                **{name: tensors[name] for name in ("initial", "neurons", "solved", "vectors")},
-                **groups,
+                threshold=about["threshold"],
+                fingerprint=about["fingerprint"],
+                seed=about["seed"],
+                seconds=about["seconds"],
+                initial=tensors["initial"],
+                neurons=tensors["neurons"],
+                solved=tensors["solved"],
+                vectors=tensors["vectors"],
+                encoder=groups["encoder"],
+                gate=groups["gate"],
+                generator=groups["generator"],
             )
         except (KeyError, pydantic.ValidationError) as error:
             raise BadStore(f"{path}: a store of version {VERSION} lacks or misnames {error}") from error
