@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -75,13 +74,15 @@ def test_going_on_is_bit_for_bit(tmp_path: Any) -> None:
     vectors, flat = pairs()
     scale = Scale.of(flat)
     config = CONFIG.model_copy(update={"dropout": 0.1})
-    torch.manual_seed(0)
-    whole = Training.start(make_net(config, 24, 70), config, seed=0)
-    part = copy.deepcopy(whole)
-    state = torch.get_rng_state()
+
+    def fresh() -> Training:
+        torch.manual_seed(0)
+        return Training.start(make_net(config, 24, 70), config, seed=0)
+
+    whole = fresh()
     for _ in range(6):
         train_epoch(whole, vectors, scale.shrink(flat), config)
-    torch.set_rng_state(state)
+    part = fresh()
     for _ in range(3):
         train_epoch(part, vectors, scale.shrink(flat), config)
     torch.save(part.state(), tmp_path / "part")

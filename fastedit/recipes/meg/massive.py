@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ class MegRun:
             "n_edits": len(self.edits),
             "failed": list(self.failed),
             "seconds": self.seconds,
-            "threshold": self.threshold,
+            # JSON has no infinity, which is the bound of a gate that lets everything in.
+            "threshold": self.threshold if math.isfinite(self.threshold) else None,
             "skipped": [str(problem) for problem in self.skipped],
         }
 

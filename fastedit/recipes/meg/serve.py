@@ -103,13 +103,13 @@ class Server:
         return decode(self.model, texts, n_tokens or self.config.max_new_tokens, self.decide(prompts), self.serving)
 
     def _prompt(self, ids: Tensor) -> str:
-        tokenizer = self.model.tokenizer
         before, _, after = self.config.fit.template.partition("{}")
-        whole = tokenizer.decode(ids)
-        start = whole.find(before)
-        if start >= 0 and whole.endswith(after) and (before or after):
-            return whole[start + len(before) : len(whole) - len(after)]
-        return tokenizer.decode(ids, skip_special_tokens=True)
+        plain, special = (self.model.tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
+        for whole in (plain, special):
+            start = whole.find(before)
+            if start >= 0 and whole.endswith(after):
+                return whole[start + len(before) : len(whole) - len(after)]
+        return plain
 
 
 def restore_gate(state: dict[str, Tensor], config: MegConfig) -> Familiarity:
