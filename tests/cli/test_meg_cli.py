@@ -12,7 +12,15 @@ from fastedit.cli import app
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 MODEL, FACTS = str(TINY / "model"), str(TINY / "facts.jsonl")
-SMALL = ("fit.layer=5", "encoder.layer=3", "encoder.epochs=1", "gate.epochs=60", "generator.width=32")
+SMALL = (
+    "fit.layer=4",
+    "fit.stop_token=false",
+    "fit.template='{}'",
+    "encoder.layer=3",
+    "encoder.epochs=1",
+    "gate.epochs=60",
+    "generator.width=32",
+)
 QUICK = ("generator.patch=32", "generator.heads=4", "generator.blocks=1", "generator.epochs=30", "max_new_tokens=6")
 
 

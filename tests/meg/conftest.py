@@ -16,11 +16,10 @@ from fastedit.edits import EditSet
 from fastedit.recipes.meg import MeG, MegConfig
 from fastedit.recipes.meg.config import EncoderConfig, FamiliarityConfig, FitConfig, GeneratorConfig
 
-LAYER = 5
 N_EDITS = 12
 
 SMALL = MegConfig(
-    fit=FitConfig(layer=LAYER, steps=60),
+    fit=FitConfig(layer=4, steps=60, template="{}", ending=""),
     encoder=EncoderConfig(layer=3, epochs=4, batch_size=16, lr=1e-3),
     gate=FamiliarityConfig(blocks=2, epochs=200, batch_size=8),
     generator=GeneratorConfig(
@@ -28,6 +27,16 @@ SMALL = MegConfig(
     ),
     max_new_tokens=8,
 )
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tiny_parts: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The tiny model, to which a full stop is the end of a text: it has never seen an end token, and so cannot be
+    taught by one neuron to say it."""
+    model, tokenizer = (copy.deepcopy(part) for part in tiny_parts)
+    tokenizer.eos_token = "."
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
 
 
 @pytest.fixture(scope="session")

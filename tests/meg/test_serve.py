@@ -10,6 +10,7 @@ import torch
 from fastedit.adapter import ModelAdapter
 from fastedit.edits import EditSet
 from fastedit.recipes.meg import MeG
+from fastedit.recipes.meg.config import FitConfig
 from fastedit.recipes.meg.metrics import same_answer
 from fastedit.recipes.meg.serve import decode
 from fastedit.tokens import encode
@@ -37,7 +38,7 @@ def test_rows_outside_the_gate_keep_every_bit(meg: MeG, few_edits: EditSet, othe
     prompts = [e.prompt for e in (*few_edits[:4], *other_edits[80:90])]
     decision = meg.server.decide(prompts)
     assert 0 < int(decision.active.sum()) < len(prompts)
-    ids, mask = left_padded(model, [f"{prompt}\nAnswer:" for prompt in prompts])
+    ids, mask = left_padded(model, prompts)
     with torch.no_grad():
         base = model.model(input_ids=ids, attention_mask=mask).logits
         with meg.server.serving(decision):
@@ -51,7 +52,7 @@ def test_generate_serves_a_mixed_batch(meg: MeG, few_edits: EditSet, other_edits
     model = meg.model
     prompts = [e.prompt for e in (*few_edits[:4], *other_edits[80:90])]
     decision = meg.server.decide(prompts)
-    ids, mask = left_padded(model, [f"{prompt}\nAnswer:" for prompt in prompts])
+    ids, mask = left_padded(model, prompts)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
     base = model.model.generate(ids, **options)
     made = meg.generate(ids, **options)
@@ -66,7 +67,7 @@ def test_generate_serves_a_mixed_batch(meg: MeG, few_edits: EditSet, other_edits
 
 
 def test_generate_takes_transformers_options(meg: MeG, few_edits: EditSet) -> None:
-    ids, mask = left_padded(meg.model, [f"{e.prompt}\nAnswer:" for e in few_edits[:2]])
+    ids, mask = left_padded(meg.model, [e.prompt for e in few_edits[:2]])
     made = meg.generate(
         ids, mask, max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False, pad_token_id=1
     )
@@ -77,10 +78,12 @@ def test_generate_takes_transformers_options(meg: MeG, few_edits: EditSet) -> No
         assert same_answer(answer, edit.target_new, True) or not active
 
 
-def test_prompts_are_read_back_without_their_template(meg: MeG) -> None:
-    for text, wanted in (("Over the gates\nAnswer:", "Over the gates"), ("Over the gates", "Over the gates")):
+@pytest.mark.parametrize("template", ["{}", "{}\nAnswer:", "Q: {}\nA:", "<pad>{}<pad>"])
+def test_prompts_are_read_back_without_their_template(meg: MeG, template: str) -> None:
+    meg.server.config = meg.config.model_copy(update={"fit": FitConfig(template=template)})
+    for text in (template.replace("{}", "Over the gates"), "Over the gates"):
         ids = torch.tensor(meg.model.tokenizer(text)["input_ids"])
-        assert meg.server._prompt(ids) == wanted
+        assert meg.server._prompt(ids) == "Over the gates"
 
 
 def test_answers_do_not_depend_on_the_batch(meg: MeG, few_edits: EditSet) -> None:
