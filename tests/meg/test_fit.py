@@ -14,7 +14,6 @@ from fastedit.recipes.meg.fit import fit_layer, fit_neurons, fit_sequences, shar
 from fastedit.recipes.meg.neuron import NeuronForm, attached
 from fastedit.tokens import TokenSequence
 
-
 TINY = FitConfig(layer=4, template="{}", ending="")
 
 

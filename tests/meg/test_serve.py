@@ -78,7 +78,7 @@ def test_generate_takes_transformers_options(meg: MeG, few_edits: EditSet) -> No
         assert same_answer(answer, edit.target_new, True) or not active
 
 
-@pytest.mark.parametrize("template", ["{}", "{}\nAnswer:", "Q: {}\nA:", "<pad>{}<pad>"])
+@pytest.mark.parametrize("template", ["{}", "{}\nAnswer:", "Q: {}\nA:", "<s>{}</s>"])
 def test_prompts_are_read_back_without_their_template(meg: MeG, template: str) -> None:
     meg.server.config = meg.config.model_copy(update={"fit": FitConfig(template=template)})
     for text in (template.replace("{}", "Over the gates"), "Over the gates"):

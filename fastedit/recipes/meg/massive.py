@@ -112,7 +112,7 @@ class MeG:
         on_invalid: str = "refuse",
         development: Sequence[Edit] | None = None,
     ) -> MegRun:
-        """Make all `edits` known at once, in place of those known before.
+        """Make all `edits` known at once, in place of those known before; neurons of edits that stay are kept.
 
         others: records that are not edited, with paraphrases and unrelated prompts, a few times as many as edits if
             possible: the encoder learns from them, and the gate's threshold is chosen on a quarter of them. Without any
@@ -130,7 +130,8 @@ class MeG:
             on_invalid=on_invalid,
         )
         batch = checked.batches[0]
-        stages = Stages(self.model, batch, others, development, self.config, self.seed, run_dir, self.progress)
+        base = None if self._server is None else self._server.store
+        stages = Stages(self.model, batch, others, development, self.config, self.seed, run_dir, self.progress, base)
         store = stages.store()
         self._server, self._edits = Server(self.model, store, stages.encoder), batch
         failed = tuple(edit.case_id for edit, ok in zip(batch, store.solved.tolist(), strict=True) if not ok)

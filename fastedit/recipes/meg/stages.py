@@ -60,7 +60,7 @@ class Stages:
     """One run: what goes in, and `store`, which does what is not yet done.
 
     others, development: records that are not edited, see `split_others`; folder: where stages are kept, None = nowhere;
-    show: progress bars"""
+    show: progress bars; base: a store whose neurons are taken over where they were fitted in the same way"""
 
     def __init__(
         self,
@@ -72,9 +72,10 @@ class Stages:
         seed: int = 0,
         folder: str | Path | None = None,
         show: bool | None = None,
+        base: Store | None = None,
     ) -> None:
         self.model, self.edits, self.config = model, list(edits), config or MegConfig()
-        self.seed, self.show = seed, show
+        self.seed, self.show, self.base = seed, show, base
         self.folder = None if folder is None else Path(folder)
         self.rest, self.development = split_others(others, edits, development)
         self.fingerprint = model.weights_hash(model.n_layers - 1)
@@ -157,9 +158,11 @@ class Stages:
         sequences = fit_sequences(
             self.model, [e.prompt for e in self.edits], [e.target_new for e in self.edits], config
         )
-        names = [_digest([s.ids, s.scored, s.targets]) for s in sequences]
+        names = [_name(sequence) for sequence in sequences]
         key = _digest([self.fingerprint, self.seed, config.model_dump(), self.layer])
         known = KnownNeurons.read(self.folder, key)
+        if known.initial is None and self.base is not None:
+            self._take_over(known, self.base)
         if known.initial is None:
             known.initial = shared_start(self.model, self.form, sequences, self.layer, config, self.seed)
         missing = [i for i in range(len(names)) if names[i] not in known.place]
@@ -175,6 +178,14 @@ class Stages:
         self.seconds["neurons"] = known.seconds
         index = torch.tensor([known.place[name] for name in names])
         return known.initial, known.flat[index], known.solved[index]
+
+    def _take_over(self, known: KnownNeurons, base: Store) -> None:
+        config = self.config.fit
+        if base.fingerprint == self.fingerprint and base.layer == self.layer and base.config.fit == config:
+            _, prompts, targets = zip(*base.facts, strict=True)
+            sequences = fit_sequences(self.model, prompts, targets, config)
+            known.initial = base.initial
+            known.add([_name(sequence) for sequence in sequences], base.neurons, base.solved, 0.0)
 
     def _background(self) -> list[str]:
         """Prompts of facts that are not edited, none of which the edits or the development slice ask about."""
@@ -338,6 +349,10 @@ def _new_subjects(records: Sequence[Edit], seen: set[str]) -> list[Edit]:
 
 def _prompts(edits: Sequence[Edit]) -> list[Any]:
     return [[e.prompt, list(e.rephrase_prompts), [p.prompt for p in e.locality]] for e in edits]
+
+
+def _name(sequence: TokenSequence) -> str:
+    return _digest([sequence.ids, sequence.scored, sequence.targets])
 
 
 def _digest(inputs: Any) -> str:
