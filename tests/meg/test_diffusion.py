@@ -46,5 +46,6 @@ def test_an_oracle_is_followed_home(n_steps: int) -> None:
         return schedule.velocity(clean, remaining, steps)
 
     torch.testing.assert_close(ddim(oracle, noise, n_steps), clean, rtol=0, atol=2e-3)
-    wrong = ddim(lambda x, steps: oracle(x, steps) + 0.5, noise, n_steps)
-    assert (wrong - clean).abs().max() > 0.1
+    # An oracle that errs at one step alone, the last, is off by S there; the others would mend it.
+    wrong = ddim(lambda x, steps: oracle(x, steps) + 1.0, noise, n_steps)
+    assert (wrong - clean).abs().max() > 5e-3

@@ -56,10 +56,14 @@ def one_at_a_time(
     return flat.detach()
 
 
-@pytest.mark.parametrize(("optimiser", "lr"), [("descent", 0.05), ("polyak", 0.1)])
+@pytest.mark.parametrize(
+    ("kind", "optimiser", "lr"),
+    [("tiny_model", "descent", 0.05), ("plain_model", "descent", 0.05), ("tiny_model", "polyak", 0.1)],
+)
 def test_all_at_once_is_one_at_a_time(
-    either_model: ModelAdapter, tiny_facts: EditSet, optimiser: str, lr: float
+    kind: str, optimiser: str, lr: float, tiny_facts: EditSet, request: pytest.FixtureRequest
 ) -> None:
+    either_model: ModelAdapter = request.getfixturevalue(kind)
     # From the published start Polyak steps are so long that rounding alone parts the ways.
     start = "drawn" if optimiser == "descent" else "mean"
     config = FitConfig(optimiser=optimiser, lr=lr, steps=20, stop_loss=1e-9, start=start, template="{}")
