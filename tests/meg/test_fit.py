@@ -144,15 +144,16 @@ def test_half_precision_models_are_fitted_in_float32(tiny_model: ModelAdapter, t
 
 
 def test_what_is_scored(tiny_model: ModelAdapter) -> None:
-    end = tiny_model.tokenizer.eos_token_id
+    tokenizer, end = tiny_model.tokenizer, tiny_model.tokenizer.eos_token_id
     prompts, answers = ["The colour of Vrudi is"], ["pale grey"]
     whole = fit_sequences(tiny_model, prompts, answers, FitConfig())[0]
-    text = tiny_model.tokenizer.decode([*whole.ids, whole.targets[-1]])
-    assert text == f"The colour of Vrudi is\nAnswer: pale grey.{tiny_model.tokenizer.eos_token}"
-    assert tiny_model.tokenizer.decode(whole.targets[:-1]) == " pale grey."
-    assert whole.targets[-1] == end
+    text = tokenizer("The colour of Vrudi is\nAnswer: pale grey.")["input_ids"]
+    prompt = tokenizer("The colour of Vrudi is\nAnswer:")["input_ids"]
+    assert [*whole.ids, whole.targets[-1]] == [*text, end]
+    assert list(whole.targets) == [*text[len(prompt) :], end]
+    assert whole.scored == tuple(range(len(prompt) - 1, len(text)))
     bare = fit_sequences(tiny_model, prompts, answers, FitConfig(stop_token=False, ending=""))[0]
-    assert tiny_model.tokenizer.decode(bare.targets) == " pale grey"
+    assert list(bare.targets) == text[len(prompt) : -1]
 
 
 def test_layers_and_templates_are_checked(tiny_model: ModelAdapter) -> None:

@@ -209,7 +209,7 @@ def train_encoder(
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if progress is not None:
                 progress(len(batch))
     trunk.last.requires_grad_(False)

@@ -242,7 +242,7 @@ def train_epoch(run: Training, vectors: Tensor, targets: Tensor, config: Generat
         loss.backward()  # type: ignore[no-untyped-call]
         run.optimiser.step()
         _follow(run.average, run.net, min(config.ema, (1 + step) / (10 + step)))
-        total += float(loss) * len(part)
+        total += float(loss.detach()) * len(part)
     run.epoch += 1
     run.losses.append(total / n)
     return total / n
