@@ -81,8 +81,8 @@ def test_training_brings_wordings_of_unseen_facts_together(
     untrained = gap()
     losses = train_encoder(encoder, pairs, CONFIG, seed=0)
     assert len(losses) == CONFIG.epochs * (len(pairs) // CONFIG.batch_size)
-    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    assert gap() > untrained
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
+    assert gap() > 1.1 * untrained
     # The edited model itself is not touched.
     for name, value in tiny_model.model.state_dict().items():
         assert torch.equal(value, before[name])

@@ -55,7 +55,7 @@ def trained(config: GeneratorConfig, vectors: Tensor, flat: Tensor, epochs: int)
 
 @pytest.mark.parametrize("kind", ["dit", "mlp"])
 def test_eight_pairs_are_learned_by_heart(kind: str) -> None:
-    config = CONFIG.model_copy(update={"kind": kind, "epochs": 1500, "ema": 0.99, "noise": 0.0})
+    config = CONFIG.model_copy(update={"kind": kind, "epochs": 3000, "ema": 0.99, "noise": 0.0, "width": 96})
     vectors, flat = pairs()
     run, generator = trained(config, vectors, flat, config.epochs)
     drawn = generator(vectors)
