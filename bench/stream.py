@@ -20,6 +20,7 @@ from timing import commit, machine_line, peak_mb, reset_peak
 
 from fastedit import Editor, Source, Watch, load_edits
 from fastedit.config import changed, parse_changes, preset_for
+from fastedit.editor import BatchReport
 from fastedit.evaluation import Measurement
 from fastedit.loading import load_model
 
@@ -67,6 +68,23 @@ def make_editor(options: argparse.Namespace, name: str) -> Editor:
     return Editor(adapter, method, config, Source(options.moments, options.seed), options.seed)
 
 
+class MemoryWatch(Watch):
+    """Keeps each batch's own peak of resident memory too, in MB."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.peaks: list[float] = []
+
+    def begin(self) -> None:
+        super().begin()
+        reset_peak()
+
+    def after_batch(self, report: BatchReport, last: bool) -> None:
+        self.peaks.append(peak_mb())
+        super().after_batch(report, last)
+        reset_peak()
+
+
 class Stream:
     """The records of one stream and the unedited model's measurement, which all methods share."""
 
@@ -87,10 +105,8 @@ class Stream:
         _ = editor.state
         if self.unedited is None:
             self.unedited = self.measure(editor)
-        watch = Watch(editor, self.edits[: options.sample], every=options.every, text=self.text)
-        reset_peak()
+        watch = MemoryWatch(editor, self.edits[: options.sample], every=options.every, text=self.text)
         run = editor.edit(self.edits, options.batch_size, watch=watch)
-        peak = peak_mb()
         return {
             "name": name,
             "machine": machine_line(),
@@ -98,7 +114,8 @@ class Stream:
             "config": editor.config.model_dump(mode="json"),
             "seconds_per_edit": run.seconds_per_edit,
             "batch_seconds": [report.seconds for report in run.batches],
-            "peak_mb": peak,
+            "peak_mb": max(watch.peaks),
+            "batch_peak_mb": watch.peaks,
             "unedited": plain(self.unedited.metrics(self.unedited)),
             "edited": plain(self.measure(editor).metrics(self.unedited)),
             "curve": watch.to_dict(),
@@ -109,9 +126,9 @@ def plain(metrics: Any) -> dict[str, Any]:
     return {name: {"value": metric.value, "error": metric.error} for name, metric in metrics.items()}
 
 
-def growth(seconds: list[float]) -> float:
+def growth(costs: list[float]) -> float:
     """Median cost of the last three batches over that of batches 2 to 4."""
-    return statistics.median(seconds[-3:]) / statistics.median(seconds[1:4])
+    return statistics.median(costs[-3:]) / statistics.median(costs[1:4])
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -160,7 +177,10 @@ def main() -> None:
         if not path.exists():
             path.write_text(json.dumps(stream.run(name), indent=1), encoding="utf-8")
         results.append(json.loads(path.read_text(encoding="utf-8")))
-        print(f"{name}: last batches cost {growth(results[-1]['batch_seconds']):.2f} times batches 2 to 4")
+        time, memory = (growth(results[-1][key]) for key in ("batch_seconds", "batch_peak_mb"))
+        print(
+            f"{name}: the last three batches took {time:.2f} times the time and {memory:.2f} times the memory of 2 to 4"
+        )
     print(results[-1]["machine"])
     print(table(results))
     if options.plot is not None:

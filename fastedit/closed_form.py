@@ -13,9 +13,10 @@ from torch import Tensor
 from fastedit.adapter import ModelAdapter
 from fastedit.apply import apply_update
 from fastedit.capture import KeySweep
+from fastedit.config import MEMITConfig, NSEConfig
 from fastedit.edits import Edit
 from fastedit.journal import Trial
-from fastedit.solver import PastKeys, Solver
+from fastedit.solver import PastKeys, RidgeSolver, Solver
 from fastedit.target import Values, optimise_values
 
 
@@ -112,6 +113,11 @@ def write_sweep(
         result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
         result.norms[layer] = result.norms.get(layer, 0.0) + norm
     return True
+
+
+def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
+    """The ridge system over lambda C. moment: (d_ff, d_ff)"""
+    return RidgeSolver(moment, config.covariance_weight)
 
 
 def one_round(batch: Batch) -> BatchResult:

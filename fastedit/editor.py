@@ -20,6 +20,7 @@ from fastedit.edits import Edit, EditSet, Problem
 from fastedit.families import FAMILIES, Family
 from fastedit.journal import Journal
 from fastedit.loading import load_model
+from fastedit.memory import give_back_freed
 from fastedit.progress import track
 from fastedit.recipes import RECIPES, Batch, BatchResult, EditState
 from fastedit.sampling import sample_templates
@@ -291,6 +292,7 @@ class Editor:
         except NotPositiveDefinite as error:
             return BatchReport(number, case_ids, time.perf_counter() - started, error=str(error))
         self._remember(batch, state, result)
+        give_back_freed()
         return BatchReport(
             number,
             case_ids,

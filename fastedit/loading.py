@@ -136,15 +136,16 @@ def _read_model(transformers: Any, place: str, kind: torch.dtype, device_map: An
 
 def _read_gguf(transformers: Any, place: str, kind: torch.dtype) -> tuple[Any, Any]:
     folder, file = os.path.split(place)
-    read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=kind)
+    # In another dtype transformers keeps the weights packed until they are asked for, and warns of it.
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         model = type(read)(config)
-    model = model.to(kind)
     model.load_state_dict(read.state_dict(), assign=True)
+    model = model.to(kind)
     model.tie_weights()
     # Buffers that are computed, not stored, were made on the meta device.
     for name, buffer in read.named_buffers():

@@ -40,6 +40,12 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("apply_delta", torch.float16): Tolerance(2**-11, 2**-11 + 1e-5),
     ("sparse_adam", torch.float32): Tolerance(1e-6, 1e-5),
     ("sparse_adam", torch.float64): Tolerance(1e-14, 1e-13),
+    ("score_neurons", torch.float32): Tolerance(1e-6, 1e-5),
+    ("score_neurons", torch.float64): Tolerance(1e-14, 1e-13),
+    ("sparse_delta", torch.float32): Tolerance(1e-6, 1e-5),
+    ("sparse_delta", torch.float64): Tolerance(1e-14, 1e-13),
+    ("sparse_delta", torch.bfloat16): Tolerance(2**-8, 2**-8 + 1e-5),
+    ("sparse_delta", torch.float16): Tolerance(2**-11, 2**-11 + 1e-5),
     ("solve", torch.float32): Tolerance(1e-6, 1e-6),
     ("solve", torch.float64): Tolerance(1e-14, 1e-14),
 }
@@ -196,6 +202,26 @@ class AdamInputs(NamedTuple):
     radius: Tensor | None
 
 
+class ScoreInputs(NamedTuple):
+    """Arguments of `score_neurons`, in its order."""
+
+    activations: Tensor
+    weight: Tensor
+    directions: Tensor
+
+
+class SparseInputs(NamedTuple):
+    """Arguments of `sparse_delta`, in its order, and the gradient of `sparse_delta_grads`."""
+
+    activations: Tensor
+    row_starts: Tensor
+    chosen: Tensor
+    slot_starts: Tensor
+    delta: Tensor
+    scale: float
+    grad: Tensor
+
+
 class Factory:
     """Seeded inputs of the ops for a case, made on the CPU and moved to `device`."""
 
@@ -262,6 +288,37 @@ class Factory:
             self._place(running * (0.001 + 0.01 * self._uniform(*shape))),
             self._place(0.5 * self._uniform(case.n_edits)) if case.optional else None,
             self._place((norm + 0.1) * (0.5 + self._uniform(case.n_edits))) if case.optional else None,
+        )
+
+    def scored(self, ties: bool = False) -> ScoreInputs:
+        """A slot per edit, every fifth activation zero as behind a ReLU; with `ties`, small whole numbers only."""
+        case = self.case
+        shapes = (case.n_edits, case.d_ff), (case.d_model, case.d_ff), (case.n_edits, case.d_model)
+        activations, weight, directions = (self._normal(*shape) for shape in shapes)
+        activations[:, ::5] = 0
+        if ties:
+            activations, weight, directions = (part.round().clamp(-1, 1) for part in (activations, weight, directions))
+        return ScoreInputs(self._place(activations), self._place(weight), self._place(directions))
+
+    def sparse(self) -> SparseInputs:
+        """A sample per edit, of 0 to 2 n_templates rows and 0 to 6 slots; every fourth slot names neuron 0 again."""
+        case = self.case
+        wide = self.dtype if self.dtype == torch.float64 else torch.float32
+        rows, slots = (
+            torch.randint(most + 1, (case.n_edits,), generator=self.generator) for most in (2 * case.n_templates, 6)
+        )
+        n_rows, n_slots = int(rows.sum()), int(slots.sum())
+        index = torch.randint(case.d_ff, (n_slots,), generator=self.generator)
+        index[::4] = 0
+        zero = torch.zeros(1, dtype=torch.int64)
+        return SparseInputs(
+            self._place(self._normal(n_rows, case.d_ff)),
+            self._place(torch.cat([zero, rows.cumsum(0)]), torch.int64),
+            self._place(index, torch.int64),
+            self._place(torch.cat([zero, slots.cumsum(0)]), torch.int64),
+            self._place(self._normal(n_slots, case.d_model), wide),
+            0.75 if case.optional else 1.0,
+            self._place(self._normal(n_rows, case.d_model), wide),
         )
 
     def _index(self) -> Tensor | None:

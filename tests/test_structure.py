@@ -22,7 +22,7 @@ LAYERS = (
     ("_cpu", "_cuda"),
     ("kernels",),
     ("ops",),
-    ("edits", "config", "attention", "scoring", "progress"),
+    ("edits", "config", "attention", "scoring", "progress", "memory"),
     ("families",),
     ("adapter", "checks", "drafts"),
     ("tokens", "sampling", "loading", "forms"),

@@ -5,6 +5,8 @@ A backend of an op is a module with the op's function (same arguments as the pub
     supports(*arguments) -> str | None    None if it can run them, or the reason why it cannot
     worth(*arguments) -> str | None       None if it is the faster choice for them, or the measured reason why not
 
+An op may have a second function beside it (`sparse_delta_grads`); a backend of it has both.
+
 An explicit choice (`with backend("cpp")`, or the environment variable FASTEDIT_BACKEND) is used or raises with the
 reason. Only the automatic choice passes over what is unsupported or not worth it; plain torch always works.
 """
@@ -12,7 +14,6 @@ reason. Only the automatic choice passes over what is unsupported or not worth i
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,6 @@ from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any
-
-log = logging.getLogger(__name__)
 
 # op -> backend -> module, in the order in which the automatic choice tries them.
 TABLE: dict[str, dict[str, str]] = {}
@@ -47,8 +46,10 @@ def backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def run(op: str, *arguments: Any) -> Any:
-    """Run `op` on the chosen backend, or on the first that supports the arguments and is worth it."""
+def run(op: str, *arguments: Any, function: str | None = None) -> Any:
+    """Run `op` on the chosen backend, or on the first that supports the arguments and is worth it.
+
+    function: another function of the op's modules than the one named after it, such as its gradient"""
     name = wanted()
     if name is None:
         name = automatic(op, *arguments)
@@ -57,7 +58,8 @@ def run(op: str, *arguments: Any) -> Any:
         if reason is not None:
             able = [other for other in BACKENDS if unsupported(op, other, *arguments) is None]
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}; able: {', '.join(able)}")
-    return getattr(module_of(op, name), op if name != "torch" else f"{op}_torch")(*arguments)
+    function = function or op
+    return getattr(module_of(op, name), function if name != "torch" else f"{function}_torch")(*arguments)
 
 
 def wanted() -> str | None:

@@ -8,11 +8,7 @@ nowhere; here H enters the solve.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fastedit.closed_form import Batch, BatchResult, Recipe, one_round
-from fastedit.config import MEMITConfig
-from fastedit.solver import RidgeSolver
+from fastedit.closed_form import Batch, BatchResult, Recipe, one_round, ridge
 
 
 def memit(batch: Batch) -> BatchResult:
@@ -21,11 +17,6 @@ def memit(batch: Batch) -> BatchResult:
     if not batch.config.memory:
         result.keys.clear()
     return result
-
-
-def ridge(moment: Tensor, config: MEMITConfig) -> RidgeSolver:
-    """The ridge system over lambda C."""
-    return RidgeSolver(moment, config.covariance_weight)
 
 
 MEMIT = Recipe(memit, ridge)

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import Tensor
-
-from fastedit.closed_form import Batch, BatchResult, Recipe, write_sweep
+from fastedit.closed_form import Batch, BatchResult, Recipe, ridge, write_sweep
 from fastedit.config import NSEConfig
 from fastedit.selection import active_edits, neurons_by_mass
-from fastedit.solver import RidgeSolver
 
 
 def nse(batch: Batch) -> BatchResult:
@@ -31,11 +28,6 @@ def nse(batch: Batch) -> BatchResult:
             if not write_sweep(batch, sweep, result, near, heavy):
                 break
     return result
-
-
-def ridge(moment: Tensor, config: NSEConfig) -> RidgeSolver:
-    """The ridge system over lambda C."""
-    return RidgeSolver(moment, config.covariance_weight)
 
 
 NSE = Recipe(nse, ridge)

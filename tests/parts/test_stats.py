@@ -139,10 +139,12 @@ def test_stored_moments_are_not_computed_again(random_adapter, source, folder):
 
 
 def test_the_same_text_elsewhere_is_the_same_source(random_adapter, source, folder, tmp_path):
-    second_moments(random_adapter, [1], source, CONFIG, folder)
+    first = second_moments(random_adapter, [1], source, CONFIG, folder)
     moved = source.path.rename(tmp_path / "moved.txt")
     forbid(random_adapter.layers[0].self_attn)
-    second_moments(random_adapter, [1], Source(moved), CONFIG, folder)
+    again = second_moments(random_adapter, [1], Source(moved), CONFIG, folder)
+    assert torch.equal(first[1], again[1])
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_the_default_folder_is_in_the_cache(random_adapter, source, tmp_path, monkeypatch):
