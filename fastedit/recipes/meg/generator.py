@@ -206,7 +206,7 @@ class Training:
     def start(cls, net: nn.Module, config: GeneratorConfig, seed: int) -> Training:
         """Epoch 0."""
         average = copy.deepcopy(net).eval().requires_grad_(False)
-        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         return cls(net, average, optimiser, torch.Generator().manual_seed(seed))
 
     def state(self) -> dict[str, Any]:
@@ -225,12 +225,15 @@ class Training:
 
 
 def train_epoch(run: Training, vectors: Tensor, targets: Tensor, config: GeneratorConfig) -> float:
-    """One pass over standardised neurons (n, size) and their unit vectors (n, width), in a new order; its mean loss."""
-    n, batch = len(targets), min(config.batch_size, len(targets))
+    """One pass over standardised neurons (n, size) and their unit vectors (n, width), in a new order; its mean loss.
+
+    Fewer than a batch stand in it several times, each with a step and noise of its own."""
+    repeats = max(1, config.batch_size // len(targets))
+    n, batch = repeats * len(targets), min(config.batch_size, repeats * len(targets))
     per_epoch = -(-n // batch)
     schedule, total = Schedule(), 0.0
     run.net.train()
-    order = torch.randperm(n, generator=run.random)
+    order = torch.randperm(n, generator=run.random) % len(targets)
     for number, part in enumerate(torch.split(order, batch)):
         step = run.epoch * per_epoch + number
         for group in run.optimiser.param_groups:
@@ -267,8 +270,7 @@ def _rate(step: int, total: int) -> float:
 
 @torch.no_grad()
 def _follow(average: nn.Module, net: nn.Module, keep: float) -> None:
-    for slow, fast in zip(average.parameters(), net.parameters(), strict=True):
-        slow.lerp_(fast, 1 - keep)
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
 
 
 def with_zeros(vectors: Tensor, flat: Tensor, unrelated: Tensor, ratio: float) -> tuple[Tensor, Tensor]:

@@ -103,8 +103,12 @@ class Server:
         return decode(self.model, texts, n_tokens or self.config.max_new_tokens, self.decide(prompts), self.serving)
 
     def _prompt(self, ids: Tensor) -> str:
+        tokenizer = self.model.tokenizer
         before, _, after = self.config.fit.template.partition("{}")
-        plain, special = (self.model.tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
+        # A tokenizer that puts a beginning-of-text token in front of every text doubles that of the template.
+        before = before.removeprefix(tokenizer.bos_token or "")
+        ids = ids[int((ids != tokenizer.bos_token_id).float().argmax()) :] if tokenizer.bos_token else ids
+        plain, special = (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
         for whole in (plain, special):
             start = whole.find(before)
             if start >= 0 and whole.endswith(after):
