@@ -11,12 +11,13 @@ import transformers
 from torch.nn.functional import normalize
 
 from fastedit.adapter import ModelAdapter
-from fastedit.edits import Edit, EditSet
+from fastedit.edits import Edit, EditSet, Probe
 from fastedit.recipes.meg.config import EncoderConfig
 from fastedit.recipes.meg.encoder import (
     Encoder,
     ModelTrunk,
     OtherTrunk,
+    Wording,
     centre,
     contrastive_loss,
     nearest,
@@ -32,10 +33,19 @@ def test_pairs_are_apart_from_the_edits() -> None:
     edits = [Edit(prompt="{} lies in", subject="Orlen", target_new="Pell")]
     others = [
         Edit(prompt="{} was built in", subject="ORLEN", target_new="1900", rephrase_prompts=["When was {} built?"]),
-        Edit(prompt="{} makes", subject="Vrudi", target_new="soap", rephrase_prompts=["a {}", "b {}", "c {}"]),
+        Edit(
+            prompt="{} makes",
+            subject="Vrudi",
+            target_new="soap",
+            rephrase_prompts=["a {}", "b {}", "c {}"],
+            locality=[Probe(prompt="Torvo makes")],
+        ),
         Edit(prompt="{} sells", subject="Vrudi", target_new="coal", rephrase_prompts=["d {}"]),
     ]
-    assert training_pairs(others, edits) == [("a Vrudi", "Vrudi makes"), ("b Vrudi", "Vrudi makes")]
+    assert training_pairs(others, edits) == [
+        ("a Vrudi", "Vrudi makes", "Torvo makes"),
+        ("b Vrudi", "Vrudi makes", "Torvo makes"),
+    ]
 
 
 def test_two_wordings_of_one_fact_are_not_each_others_negatives() -> None:
@@ -54,6 +64,18 @@ def test_two_wordings_of_one_fact_are_not_each_others_negatives() -> None:
     assert float(contrastive_loss(vectors, originals, apart, 0.1)) > wanted + 0.1
 
 
+def test_unrelated_prompts_are_wrong_answers() -> None:
+    random = torch.Generator().manual_seed(1)
+    anchors, candidates = torch.randn(3, 8, generator=random), torch.randn(5, 8, generator=random)
+    same = torch.zeros(3, 5, dtype=torch.bool)
+    # The last unrelated prompt is word for word what the first record asks.
+    same[0, 4] = True
+    loss = contrastive_loss(anchors, candidates, same, 0.1)
+    cosines = normalize(anchors, dim=1) @ normalize(candidates, dim=1).T / 0.1
+    wanted = [float(torch.logsumexp(cosines[i, : 4 if i == 0 else 5], 0) - cosines[i, i]) for i in range(3)]
+    assert float(loss) == pytest.approx(sum(wanted) / 3, rel=1e-5)
+
+
 def test_at_temperature_one_the_loss_has_the_published_floor() -> None:
     n = 400
     identical = torch.eye(n)
@@ -68,7 +90,7 @@ def test_training_brings_wordings_of_unseen_facts_together(
     before = {name: value.clone() for name, value in tiny_model.model.state_dict().items()}
     encoder = make_encoder(tiny_model, CONFIG)
     pairs = training_pairs(other_edits, few_edits)
-    centre(encoder, [original for _, original in pairs])
+    centre(encoder, [pair.original for pair in pairs])
 
     def gap() -> float:
         """How much nearer a paraphrase's own edit is than another one, in standard deviations of a unit sphere."""
@@ -91,11 +113,13 @@ def test_training_brings_wordings_of_unseen_facts_together(
 def test_only_the_last_layer_learns_and_comes_back(tiny_model: ModelAdapter, other_edits: EditSet) -> None:
     encoder = make_encoder(tiny_model, CONFIG)
     pairs = training_pairs(other_edits[:20], [])
-    centre(encoder, [original for _, original in pairs])
+    centre(encoder, [pair.original for pair in pairs])
     train_encoder(encoder, pairs, CONFIG.model_copy(update={"epochs": 1}), seed=0)
-    texts = [original for _, original in pairs[:5]]
+    texts = [pair.original for pair in pairs[:5]]
     state = encoder.state()
-    assert {name.split(".")[0] for name in state} == {"last", "mean"}
+    assert {name.split(".")[0] for name in state} == {"last", "weigh", "mean"}
+    # Some tokens say more about a fact than others.
+    assert bool((state["weigh.weight"] != 0).any())
     again = make_encoder(tiny_model, CONFIG)
     assert not torch.allclose(again(texts), encoder(texts), atol=1e-3)
     again.load(state)
@@ -141,7 +165,12 @@ def test_encoders_of_another_make(bert: Any, tiny_parts: tuple[Any, Any], poolin
         torch.testing.assert_close(vector, wanted, rtol=1e-4, atol=1e-5)
     encoder = Encoder(trunk)
     before = encoder(texts)
-    train_encoder(encoder, [("one", texts[0]), ("two", texts[1])], EncoderConfig(epochs=2, batch_size=2), seed=0)
+    train_encoder(
+        encoder,
+        [Wording("one", texts[0], None), Wording("two", texts[1], "three")],
+        EncoderConfig(epochs=2, batch_size=2),
+        seed=0,
+    )
     assert not torch.equal(encoder(texts), before)
 
 

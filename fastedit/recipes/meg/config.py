@@ -62,8 +62,8 @@ class EncoderConfig(_Settings):
     pooling: Literal["cls", "mean"] = "mean"
     epochs: int = Field(3, ge=0)
     batch_size: int = Field(64, ge=2)
-    lr: float = Field(1e-4, gt=0)
-    temperature: float = Field(0.05, gt=0)
+    lr: float = Field(5e-4, gt=0)
+    temperature: float = Field(0.1, gt=0)
 
 
 class FamiliarityConfig(_Settings):

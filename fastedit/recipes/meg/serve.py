@@ -28,7 +28,7 @@ from fastedit.recipes.meg.store import BadStore, Store
 from fastedit.tokens import encode
 
 # Where the encoder's last layer stands when none is named, as a share of the layers.
-ENCODER_DEPTH = 0.5
+ENCODER_DEPTH = 0.2
 
 
 def make_encoder(model: ModelAdapter, config: EncoderConfig) -> Encoder:

@@ -28,7 +28,7 @@ from fastedit.adapter import ModelAdapter
 from fastedit.edits import Edit
 from fastedit.progress import track
 from fastedit.recipes.meg.config import MegConfig
-from fastedit.recipes.meg.encoder import centre, nearest, train_encoder, training_pairs
+from fastedit.recipes.meg.encoder import centre, nearest, train_encoder, training_length, training_pairs
 from fastedit.recipes.meg.familiarity import Familiarity, choose_threshold, train_familiarity
 from fastedit.recipes.meg.fit import fit_layer, fit_neurons, fit_sequences, shared_start
 from fastedit.recipes.meg.generator import (
@@ -133,9 +133,8 @@ class Stages:
         pairs = training_pairs(self.rest, self.edits)
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            centre(self.encoder, [original for _, original in pairs[:512]])
-            total = config.epochs * max(1, len(pairs) // config.batch_size) * min(config.batch_size, len(pairs))
-            with track(total, "training the encoder", "pairs", self.show) as advance:
+            centre(self.encoder, [pair.original for pair in pairs[:512]])
+            with track(training_length(pairs, config), "training the encoder", "prompts", self.show) as advance:
                 losses = train_encoder(self.encoder, pairs, config, self.seed, advance)
             return self.encoder.state(), {"losses": losses[-10:]}
 
