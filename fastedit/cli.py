@@ -46,7 +46,7 @@ Form = Annotated[str, typer.Option(help="form of the records, such as zsre; auto
 TargetField = Annotated[str | None, typer.Option(help="field to edit towards, where the form has several (zsre: alt)")]
 OnInvalid = Annotated[str, typer.Option(help="a record that cannot be used: refuse the whole file, or skip it")]
 Others = Annotated[Path | None, typer.Option(help="meg: records that are not edited, to learn wordings and the gate")]
-RunDir = Annotated[Path | None, typer.Option(help="meg: folder that keeps each stage, so that a run can go on")]
+WorkDir = Annotated[Path | None, typer.Option(help="meg: folder that keeps each stage, so that a run can go on")]
 MegStore = Annotated[Path | None, typer.Option("--meg", help="file saved by edit --method meg; prints its six numbers")]
 Fluency = Annotated[int, typer.Option(min=0, help="prompts continued to measure fluency")]
 
@@ -142,7 +142,7 @@ def _edit_meg(
     others: Path | None,
     settings: list[str],
     seed: int,
-    run_dir: Path | None,
+    work_dir: Path | None,
     on_invalid: str,
     evaluation: bool,
     save: Path | None,
@@ -153,7 +153,7 @@ def _edit_meg(
 
     beside = [] if others is None else _records(console, others, 0, None, "auto", None, on_invalid)
     changes, adapter = parse_changes(settings), load_model(model, dtype)
-    return command.edit(adapter, method, records, beside, changes, seed, run_dir, on_invalid, evaluation, save)
+    return command.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, save)
 
 
 def _run_lines(run: Any, watching: Any, data: dict[str, Any]) -> list[str]:
@@ -190,7 +190,7 @@ def edit(
     watch: Annotated[int | None, typer.Option(min=1, help="measure every so many batches on the way")] = None,
     save: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
     others: Others = None,
-    run_dir: RunDir = None,
+    work_dir: WorkDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Write edits into a model, measure it, and save it."""
@@ -201,7 +201,7 @@ def edit(
 
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
         if method in ("meg", "meg-lookup"):
-            given = (others, settings or [], seed, run_dir, on_invalid, evaluation, save)
+            given = (others, settings or [], seed, work_dir, on_invalid, evaluation, save)
             return _emit(as_json, *_edit_meg(console, model, dtype, method, records, *given))
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
         prose = None if text is None else text.read_text(encoding="utf-8")

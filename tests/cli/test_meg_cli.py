@@ -35,7 +35,7 @@ def settings() -> list[str]:
 @pytest.mark.parametrize("method", ["meg", "meg-lookup"])
 def test_edit_saves_a_store_that_eval_measures(tmp_path: Path, method: str) -> None:
     saved, folder = tmp_path / "edits.safetensors", tmp_path / "run"
-    arguments = ("edit", MODEL, FACTS, "--method", method, "--limit", "8", "--others", FACTS, "--run-dir", str(folder))
+    arguments = ("edit", MODEL, FACTS, "--method", method, "--limit", "8", "--others", FACTS, "--work-dir", str(folder))
     done = run(*arguments, "--save", str(saved), "--json", *settings())
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)

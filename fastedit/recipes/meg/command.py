@@ -21,14 +21,14 @@ def edit(
     others: Sequence[Edit],
     changes: Mapping[str, Any],
     seed: int,
-    run_dir: Path | None,
+    work_dir: Path | None,
     on_invalid: str,
     evaluation: bool,
     save: Path | None,
 ) -> tuple[dict[str, Any], str]:
     """Edit, measure, save; (data, text). save: the store's file, or a folder for meg.safetensors."""
     meg = MeG(model, method, changed(CONFIGS[method], changes), seed)
-    run = meg.edit(edits, others, run_dir, on_invalid)
+    run = meg.edit(edits, others, work_dir, on_invalid)
     data = {"method": method, **run.to_dict()}
     total = sum(run.seconds.values())
     lines = [f"{len(run.edits)} edits, {total / len(run.edits):.2f} s per edit: {stage_line(run.seconds)}"]

@@ -190,7 +190,7 @@ def training_pairs(others: Sequence[Edit], edits: Sequence[Edit]) -> list[Wordin
         if record.subject.casefold() in seen:
             continue
         seen.add(record.subject.casefold())
-        unrelated = [probe.prompt for probe in record.locality] or [None]
+        unrelated: list[str | None] = [probe.prompt for probe in record.locality] or [None]
         for i, wording in enumerate(record.rephrase_prompts[:2]):
             pairs.append(Wording(wording, record.prompt, unrelated[i % len(unrelated)]))
     return pairs

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastedit.adapter import ModelAdapter
 from fastedit.recipes.meg.config import FitConfig
 from fastedit.recipes.meg.neuron import NeuronForm, pull_back, respond
-from fastedit.recipes.meg.passes import UpperRows, group_by_rows
+from fastedit.recipes.meg.passes import UpperRows, best_tokens, group_by_rows
 from fastedit.scoring import LogitBuffer, loss_rows
 from fastedit.tokens import TokenSequence, target_sequences
 
@@ -165,6 +165,32 @@ class AnswerLoss:
         hits.index_add_(0, self.owner.to(flat.device), scored.top1.to(flat.device, hits.dtype))
         pulled = pull_back(self.form, flat, rows.inputs, rows.owner, response.sums, grad)
         return Judged(losses, pulled, hits == self.counts.to(flat.device))
+
+
+class Solves:
+    """Whether neurons make every scored token of their sequences the arg-max, which greedy decoding then says.
+
+    The layers below the neuron are run when this is made, once for all neurons that are tried."""
+
+    def __init__(
+        self, model: ModelAdapter, form: NeuronForm, sequences: Sequence[TokenSequence], layer: int, budget: int = 2048
+    ) -> None:
+        self.model, self.form, self.sequences = model, form, list(sequences)
+        self.groups = group_by_rows(sequences, budget)
+        self.buffer = LogitBuffer()
+        with model.packed():
+            self.rows = [UpperRows.start(model, [sequences[i] for i in group], layer) for group in self.groups]
+
+    def __call__(self, flat: Tensor) -> list[bool]:
+        """flat: (n, size), neuron i for sequence i."""
+        found = [False] * len(self.sequences)
+        with self.model.packed():
+            for group, rows in zip(self.groups, self.rows, strict=True):
+                own = flat[torch.tensor(group)].to(rows.inputs.device)
+                added = respond(self.form, own, rows.inputs, rows.owner).output
+                for i, best in zip(group, best_tokens(self.model, rows, added, self.buffer), strict=True):
+                    found[i] = best == self.sequences[i].targets
+        return found
 
 
 def _fit_group(

@@ -108,7 +108,7 @@ class MeG:
         self,
         edits: Sequence[Edit],
         others: Sequence[Edit] = (),
-        run_dir: str | Path | None = None,
+        work_dir: str | Path | None = None,
         on_invalid: str = "refuse",
         development: Sequence[Edit] | None = None,
     ) -> MegRun:
@@ -117,7 +117,7 @@ class MeG:
         others: records that are not edited, with paraphrases and unrelated prompts, a few times as many as edits if
             possible: the encoder learns from them, and the gate's threshold is chosen on a quarter of them. Without any
             the encoder stays as it is and the threshold is a guess
-        run_dir: folder in which each stage is kept: the same call goes on where it was stopped, and a call with more
+        work_dir: folder in which each stage is kept: the same call goes on where it was stopped, and a call with more
             edits fits the new ones alone (encoder, gate and generator know the whole set and are made again)
         on_invalid: as in `Editor.edit`
         development: what the threshold is chosen on, in place of a quarter of the others"""
@@ -131,7 +131,7 @@ class MeG:
         )
         batch = checked.batches[0]
         base = None if self._server is None else self._server.store
-        stages = Stages(self.model, batch, others, development, self.config, self.seed, run_dir, self.progress, base)
+        stages = Stages(self.model, batch, others, development, self.config, self.seed, work_dir, self.progress, base)
         store = stages.store()
         self._server, self._edits = Server(self.model, store, stages.encoder), batch
         failed = tuple(edit.case_id for edit, ok in zip(batch, store.solved.tolist(), strict=True) if not ok)

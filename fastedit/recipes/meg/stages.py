@@ -30,7 +30,7 @@ from fastedit.progress import track
 from fastedit.recipes.meg.config import MegConfig
 from fastedit.recipes.meg.encoder import centre, nearest, train_encoder, training_length, training_pairs
 from fastedit.recipes.meg.familiarity import Familiarity, choose_threshold, train_familiarity
-from fastedit.recipes.meg.fit import fit_layer, fit_neurons, fit_sequences, shared_start
+from fastedit.recipes.meg.fit import Solves, fit_layer, fit_neurons, fit_sequences, shared_start
 from fastedit.recipes.meg.generator import (
     Generator,
     Scale,
@@ -41,11 +41,9 @@ from fastedit.recipes.meg.generator import (
     train_epoch,
     with_zeros,
 )
-from fastedit.recipes.meg.neuron import NeuronForm, respond
-from fastedit.recipes.meg.passes import UpperRows, best_tokens, group_by_rows
+from fastedit.recipes.meg.neuron import NeuronForm
 from fastedit.recipes.meg.serve import make_encoder
 from fastedit.recipes.meg.store import STAGE, KnownNeurons, Store, read_tensors, write_tensors
-from fastedit.scoring import LogitBuffer
 from fastedit.tokens import TokenSequence
 
 # Thresholds where there is no development slice to choose them on: nats, and cosine distance.
@@ -294,33 +292,13 @@ class Stages:
         picked = torch.unique(torch.linspace(0, len(fitted) - 1, min(JUDGED, len(fitted))).long())
         asked = [self.edits[int(i)] for i in fitted[picked]]
         sequences = fit_sequences(self.model, [e.prompt for e in asked], [e.target_new for e in asked], self.config.fit)
-        steps, buffer = self.config.generator.sampler_steps, LogitBuffer()
+        judge, steps = Solves(self.model, self.form, sequences, self.layer), self.config.generator.sampler_steps
 
         def share(net: nn.Module) -> float:
-            flat = Generator(net, scale, noise, steps)(vectors[picked])
-            return sum(solved_by(self.model, sequences, self.layer, self.form, flat, buffer)) / len(sequences)
+            found = judge(Generator(net, scale, noise, steps)(vectors[picked]))
+            return sum(found) / len(found)
 
         return share
-
-
-def solved_by(
-    model: ModelAdapter,
-    sequences: Sequence[TokenSequence],
-    layer: int,
-    form: NeuronForm,
-    flat: Tensor,
-    buffer: LogitBuffer,
-) -> list[bool]:
-    """Whether neuron i makes every scored token of sequence i the arg-max."""
-    found = [False] * len(sequences)
-    with model.packed():
-        for group in group_by_rows(sequences, 2048):
-            rows = UpperRows.start(model, [sequences[i] for i in group], layer)
-            own = flat[torch.tensor(group)].to(rows.inputs.device)
-            added = respond(form, own, rows.inputs, rows.owner).output
-            for i, best in zip(group, best_tokens(model, rows, added, buffer), strict=True):
-                found[i] = best == sequences[i].targets
-    return found
 
 
 def split_others(
