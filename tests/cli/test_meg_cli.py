@@ -21,7 +21,7 @@ SMALL = (
     "gate.epochs=60",
     "generator.width=32",
 )
-QUICK = ("generator.patch=32", "generator.heads=4", "generator.blocks=1", "generator.epochs=30", "max_new_tokens=6")
+QUICK = ("generator.patch=32", "generator.heads=4", "generator.blocks=1", "generator.epochs=10", "max_new_tokens=6")
 
 
 def run(*arguments: str) -> Result:

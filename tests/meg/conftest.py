@@ -23,7 +23,7 @@ SMALL = MegConfig(
     encoder=EncoderConfig(layer=3, epochs=4, batch_size=16, lr=1e-3),
     gate=FamiliarityConfig(blocks=2, epochs=200, batch_size=8),
     generator=GeneratorConfig(
-        patch=32, width=64, blocks=2, heads=4, epochs=600, batch_size=12, lr=2e-3, judge_every=50
+        patch=32, width=64, blocks=1, heads=4, epochs=150, batch_size=12, lr=2e-3, judge_every=10
     ),
     max_new_tokens=8,
 )

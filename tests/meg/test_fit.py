@@ -10,8 +10,9 @@ from fastedit.adapter import ModelAdapter
 from fastedit.edits import EditSet
 from fastedit.families import find
 from fastedit.recipes.meg.config import FitConfig
-from fastedit.recipes.meg.fit import fit_layer, fit_neurons, fit_sequences, shared_start
+from fastedit.recipes.meg.fit import AnswerLoss, fit_layer, fit_neurons, fit_sequences, shared_start
 from fastedit.recipes.meg.neuron import NeuronForm, attached
+from fastedit.recipes.meg.passes import UpperRows
 from fastedit.tokens import TokenSequence
 
 TINY = FitConfig(layer=4, template="{}", ending="")
@@ -173,3 +174,17 @@ def test_a_neuron_that_runs_off_is_no_success(tiny_model: ModelAdapter, tiny_fac
     fitted = fit_neurons(tiny_model, sequences, form, initial, 4, config)
     assert not bool(fitted.solved.any())
     assert bool(fitted.flat.isfinite().all())
+
+
+def test_a_neuron_that_runs_off_leaves_the_others_alone(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
+    sequences = sequences_of(tiny_model, tiny_facts[:2], TINY)
+    form = NeuronForm.of(tiny_model)
+    calm = shared_start(tiny_model, form, sequences, 4, TINY, seed=0).repeat(2, 1)
+    wild = calm.clone()
+    wild[1] *= 1e25
+    with tiny_model.packed():
+        loss = AnswerLoss(tiny_model, form, UpperRows.start(tiny_model, sequences, 4))
+        alone, beside = loss(calm), loss(wild)
+    assert not bool(beside.losses[1].isfinite())
+    assert torch.equal(beside.losses[0], alone.losses[0])
+    assert torch.equal(beside.grad[0], alone.grad[0])

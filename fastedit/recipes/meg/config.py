@@ -83,11 +83,11 @@ class FamiliarityConfig(_Settings):
     hidden_ratio: int = Field(2, ge=1)
     labels: int = Field(10, ge=2)
     dropout: float = Field(0.1, ge=0, lt=1)
-    epochs: int = Field(300, ge=1)
+    epochs: int = Field(100, ge=1)
     batch_size: int = Field(256, ge=1)
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    noise: float = Field(0.4, ge=0)
+    noise: float = Field(0.7, ge=0)
     background: float = Field(1.0, ge=0)
     learned: float = Field(0.99, gt=0, le=1)
     sure: float = Field(0.3, gt=0)
@@ -98,28 +98,34 @@ class GeneratorConfig(_Settings):
 
     kind: "dit" as published, "mlp", or "lookup": the stored neuron of the nearest edit, no generator at all
     patch, width, blocks, heads, dropout: of the network
-    epochs, batch_size, lr, weight_decay, ema: of its training; noise: length of what is added to a unit vector
+    predicts: what its training counts the error of: "velocity", as published, or "clean", the neuron itself
+    epochs, batch_size, lr, weight_decay, ema: of its training
+    noise: length of the Gaussian that is added to a unit vector; rewording: factor of the shift that is added too, one
+        between two wordings of a fact of the development slice
     zero_ratio: how many unrelated prompts, per edit, are taught to give the zero neuron
     sampler_steps: of the deterministic sampler
-    judge_every, good_enough: after so many epochs drawn neurons are tried, and training stops at this share of success
+    judge_every, good_enough: after so many epochs neurons drawn for shifted vectors are tried, and training stops at
+        this share of success
     """
 
     kind: Literal["dit", "mlp", "lookup"] = "dit"
-    patch: int = Field(144, ge=1)
+    patch: int = Field(288, ge=1)
     width: int = Field(384, ge=8)
-    blocks: int = Field(4, ge=1)
+    blocks: int = Field(2, ge=1)
     heads: int = Field(6, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    epochs: int = Field(1500, ge=1)
+    predicts: Literal["velocity", "clean"] = "clean"
+    epochs: int = Field(300, ge=1)
     batch_size: int = Field(128, ge=1)
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(1.5e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    ema: float = Field(0.999, ge=0, lt=1)
-    noise: float = Field(0.3, ge=0)
+    ema: float = Field(0.99, ge=0, lt=1)
+    noise: float = Field(0.5, ge=0)
+    rewording: float = Field(1.0, ge=0)
     zero_ratio: float = Field(0.0, ge=0)
     sampler_steps: int = Field(50, ge=1, le=1000)
-    judge_every: int = Field(50, ge=1)
-    good_enough: float = Field(0.99, gt=0, le=1)
+    judge_every: int = Field(10, ge=1)
+    good_enough: float = Field(0.97, gt=0, le=1)
 
 
 class MegConfig(_Settings):

@@ -121,7 +121,7 @@ def fit_neurons(
             index = torch.tensor(group)
             for name in ("flat", "solved", "losses", "steps"):
                 getattr(found, name)[index] = getattr(part, name).cpu()
-    lost = ~found.flat.isfinite().all(1)
+    lost = ~found.losses.isfinite()
     found.flat[lost], found.solved[lost] = found.initial, False
     return found
 
@@ -159,6 +159,8 @@ class AnswerLoss:
         nothing = read.new_empty(0, head.weight.shape[0], dtype=torch.float32)
         scored = loss_rows(read.detach(), head, self.targets, self.weights, 0.0, nothing, self.buffer)
         (grad,) = torch.autograd.grad(read, added, scored.grad.to(read.dtype))
+        # A neuron that runs off must not reach the others through a product with zero.
+        grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
         losses = torch.zeros(len(flat), device=flat.device)
         losses.index_add_(0, self.owner.to(flat.device), scored.losses.to(flat.device))
         hits = torch.zeros(len(flat), device=flat.device)
@@ -232,16 +234,18 @@ def _fit_group(
             loss = AnswerLoss(model, form, loss.rows.select(keep.tolist()))
             flat, index, running = flat[keep], index[keep], running[keep]
             judged = Judged(judged.losses[keep], judged.grad[keep], judged.top1[keep])
-        flat = flat + _move(config, judged)
+        flat = _moved(config, flat, judged)
     if progress is not None and left:
         progress(left)
     return found
 
 
-def _move(config: FitConfig, judged: Judged) -> Tensor:
-    """The step of every neuron, (n, size)."""
+def _moved(config: FitConfig, flat: Tensor, judged: Judged) -> Tensor:
+    """Every neuron one step on, (n, size); one that would run off to infinity stays."""
     if config.optimiser == "descent":
-        return -config.lr * judged.grad
-    # Polyak's step towards a loss of zero: of the right length wherever the start lies.
-    rate = config.lr * judged.losses / judged.grad.square().sum(1).clamp_min(1e-12)
-    return -rate[:, None] * judged.grad
+        moved = flat - config.lr * judged.grad
+    else:
+        # Polyak's step towards a loss of zero: of the right length wherever the start lies.
+        rate = config.lr * judged.losses / judged.grad.square().sum(1).clamp_min(1e-12)
+        moved = flat - rate[:, None] * judged.grad
+    return torch.where(moved.isfinite().all(1, keepdim=True), moved, flat)

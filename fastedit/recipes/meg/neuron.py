@@ -22,6 +22,7 @@ from torch import Tensor
 from fastedit.adapter import ModelAdapter
 from fastedit.families import find
 from fastedit.ops.capture_keys import ACTIVATIONS, activate
+from fastedit.ops.sparse_delta import sparse_delta, sparse_delta_grads
 
 IDENTITY = "identity"
 
@@ -102,12 +103,12 @@ class Response(NamedTuple):
 
 
 def respond(form: NeuronForm, flat: Tensor, inputs: Tensor, owner: Tensor) -> Response:
-    """What neurons (n, size) answer to rows (n_rows, d_model); owner: (n_rows,) int64, the neuron of each row."""
+    """What neurons (n, size) answer to rows (n_rows, d_model); owner: (n_rows,) int64 ascending, whose row each is."""
     read, bias, write = form.split(flat)
     sums = (inputs.to(flat.dtype) * read[owner]).sum(1)
     if bias is not None:
         sums = sums + bias[owner]
-    return Response(sums, form.activate(sums)[:, None] * write[owner])
+    return Response(sums, sparse_delta(form.activate(sums)[:, None], *_columns(len(flat), owner), write.contiguous()))
 
 
 def pull_back(form: NeuronForm, flat: Tensor, inputs: Tensor, owner: Tensor, sums: Tensor, grad: Tensor) -> Tensor:
@@ -118,13 +119,22 @@ def pull_back(form: NeuronForm, flat: Tensor, inputs: Tensor, owner: Tensor, sum
     _, _, write = form.split(flat)
     found = torch.zeros_like(flat)
     to_read, to_bias, to_write = form.split(found)
-    grad = grad.to(flat.dtype)
-    slopes = form.slope(sums) * (write[owner] * grad).sum(1)
-    to_write.index_add_(0, owner, form.activate(sums)[:, None] * grad)
+    columns = _columns(len(flat), owner)
+    back = sparse_delta_grads(
+        form.activate(sums)[:, None], *columns, write.contiguous(), 1.0, grad.to(flat.dtype).contiguous()
+    )
+    slopes = form.slope(sums) * back.activations[:, 0]
+    to_write.copy_(back.delta)
     to_read.index_add_(0, owner, slopes[:, None] * inputs.to(flat.dtype))
     if to_bias is not None:
         to_bias.index_add_(0, owner, slopes)
     return found
+
+
+def _columns(n: int, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`sparse_delta`'s row_starts, index and slot_starts: every neuron is a sample with the one column there is."""
+    slots = torch.arange(n + 1, device=owner.device)
+    return torch.searchsorted(owner, slots), torch.zeros_like(slots[1:]), slots
 
 
 @contextlib.contextmanager

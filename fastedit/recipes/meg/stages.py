@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastedit.adapter import ModelAdapter
@@ -81,6 +82,7 @@ class Stages:
         self.form = NeuronForm.of(model, self.config.fit.activation)
         self.encoder = make_encoder(model, self.config.encoder)
         self.seconds: dict[str, float] = {}
+        self._read: list[Tensor] | None = None
 
     def store(self) -> Store:
         """Run what is missing, and put everything together."""
@@ -229,20 +231,29 @@ class Stages:
 
     def _slice(self) -> list[Tensor] | None:
         """Vectors of the development slice's prompts, their paraphrases, and prompts that must not change."""
+        if self._read is not None:
+            return self._read
         asked = [e for e in self.development if e.rephrase_prompts and e.locality]
         # As many as there are edits: among more, every prompt finds a closer neighbour.
         asked = asked[: max(SMALLEST_SLICE, len(self.edits))]
         if not asked:
             return None
         texts = [(e.prompt, e.rephrase_prompts[0], e.locality[0].prompt) for e in asked]
-        return [self._vectors(part, "reading the development slice") for part in zip(*texts, strict=True)]
+        self._read = [self._vectors(part, "reading the development slice") for part in zip(*texts, strict=True)]
+        return self._read
+
+    def _shifts(self) -> Tensor | None:
+        """What other wordings add to a vector, (n, width), on the development slice, which the encoder has not seen."""
+        slice_ = self._slice() if self.config.generator.rewording > 0 else None
+        return None if slice_ is None else self.config.generator.rewording * (slice_[1] - slice_[0])
 
     def _learn_generator(self, vectors: Tensor, initial: Tensor, flat: Tensor, solved: Tensor) -> dict[str, Tensor]:
         """Tensors of the generator, trained on the neurons whose fit succeeded; nothing for look-up."""
         config = self.config.generator
         if config.kind == "lookup":
             return {}
-        inputs = [config.model_dump(), _hash_tensor(vectors), _hash_tensor(flat), solved.tolist()]
+        development = _prompts(self.development)
+        inputs = [config.model_dump(), _hash_tensor(vectors), _hash_tensor(flat), solved.tolist(), development]
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
             conditions, targets = vectors[solved], flat[solved]
@@ -272,12 +283,12 @@ class Stages:
             saved = torch.load(path, weights_only=True)
             if saved["key"] == key:
                 run.load(saved["state"])
-        small = scale.shrink(flat)
-        judge = self._judge(vectors, scale, noise, solved)
+        small, shifts = scale.shrink(flat), self._shifts()
+        judge = self._judge(vectors, shifts, scale, noise, solved)
         with track(config.epochs, "training the generator", "epochs", self.show) as advance:
             advance(run.epoch)
             while run.epoch < config.epochs:
-                train_epoch(run, vectors, small, config)
+                train_epoch(run, vectors, small, config, shifts)
                 advance(1)
                 if run.epoch % config.judge_every == 0 and path is not None:
                     torch.save({"key": key, "state": run.state()}, path)
@@ -286,16 +297,23 @@ class Stages:
         if path is not None:
             path.unlink(missing_ok=True)
 
-    def _judge(self, vectors: Tensor, scale: Scale, noise: Tensor, solved: Tensor) -> Callable[[nn.Module], float]:
-        """What stops training: the share of some edits whose drawn neuron gives the answer under teacher forcing."""
+    def _judge(
+        self, vectors: Tensor, shifts: Tensor | None, scale: Scale, noise: Tensor, solved: Tensor
+    ) -> Callable[[nn.Module], float]:
+        """What stops training: the share of some edits whose neuron, drawn for another wording's vector, gives the
+        answer to their own prompt under teacher forcing."""
         fitted = solved.nonzero().flatten()
         picked = torch.unique(torch.linspace(0, len(fitted) - 1, min(JUDGED, len(fitted))).long())
         asked = [self.edits[int(i)] for i in fitted[picked]]
         sequences = fit_sequences(self.model, [e.prompt for e in asked], [e.target_new for e in asked], self.config.fit)
         judge, steps = Solves(self.model, self.form, sequences, self.layer), self.config.generator.sampler_steps
 
+        asked_for = vectors[picked]
+        if shifts is not None:
+            asked_for = F.normalize(asked_for + shifts[torch.arange(len(picked)) % len(shifts)], dim=1)
+
         def share(net: nn.Module) -> float:
-            found = judge(Generator(net, scale, noise, steps)(vectors[picked]))
+            found = judge(Generator(net, scale, noise, steps)(asked_for))
             return sum(found) / len(found)
 
         return share
