@@ -35,7 +35,7 @@ from fastedit.recipes.meg.neuron import NeuronForm
 from fastedit.recipes.meg.serve import chosen, decode
 from fastedit.tokens import TokenSequence
 
-PARTS = ("fit", "meg", "nogate", "mlp", "lookup", "serve")
+PARTS = ("meg", "lookup", "nogate", "mlp", "fit", "serve")
 
 
 def one_at_a_time(
@@ -130,12 +130,10 @@ def bench_serve(meg: MeG, edits: EditSet) -> dict[str, Any]:
     return found
 
 
-def bench_method(model: ModelAdapter, part: str, config: MegConfig, data: dict[str, EditSet], folder: Path) -> MeG:
-    """Run the stages of a method; what they share is read from the folder of the first."""
-    method = "meg-lookup" if part == "lookup" else "meg"
-    meg = MeG(model, method, config)
+def make(meg: MeG, config: MegConfig, data: dict[str, EditSet], folder: Path) -> None:
+    """Run the stages of a variant; what they share is read from the folder of the first."""
+    meg.config = config
     meg.edit(data["edits"], data["others"], folder, development=data["development"])
-    return meg
 
 
 def variants(config: MegConfig) -> dict[str, MegConfig]:
@@ -170,6 +168,8 @@ def main() -> None:
     }
     model = load_model(options.model, device=options.device)
     config = changed(CONFIGS["meg"], parse_changes(options.set))
+    # One object for all parts: it asks the base model once.
+    meg = MeG(model, config=config)
     path = options.folder / "results.json"
     options.folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -177,26 +177,24 @@ def main() -> None:
     for part in options.parts.split(","):
         if part not in results:
             reset_peak()
-            results[part] = run_part(part, model, config, data, options.folder)
+            results[part] = run_part(part, meg, config, data, options.folder)
             results[part]["peak_mb"] = peak_mb()
             path.write_text(json.dumps(results, indent=1), encoding="utf-8")
         print(f"{part}: {json.dumps(results[part])}", flush=True)
 
 
-def run_part(
-    part: str, model: ModelAdapter, config: MegConfig, data: dict[str, EditSet], folder: Path
-) -> dict[str, Any]:
+def run_part(part: str, meg: MeG, config: MegConfig, data: dict[str, EditSet], folder: Path) -> dict[str, Any]:
     """One part's results."""
     if part == "fit":
-        return bench_fit(model, data["edits"][:64], config.fit, 8)
+        return bench_fit(meg.model, data["edits"][:64], config.fit, 8)
+    make(meg, variants(config)["meg" if part == "serve" else part], data, folder)
     if part == "serve":
-        return bench_serve(bench_method(model, "meg", config, data, folder), data["edits"])
-    meg = bench_method(model, part, variants(config)[part], data, folder)
+        return bench_serve(meg, data["edits"])
     before, after = meg.measure()
     print(table(before, after))
     seconds = meg.store.seconds
     for stage, spent in seconds.items():
-        row = {"benchmark": f"meg {part}", "backend": "torch", "dtype": str(model.dtype)[6:], "unit": "s"}
+        row = {"benchmark": f"meg {part}", "backend": "torch", "dtype": str(meg.model.dtype)[6:], "unit": "s"}
         append_row(**row, metric=f"{stage} stage", median=round(spent, 1), shape=f"{len(data['edits'])} edits")
     found = {"unedited": before.to_dict(), "edited": after.to_dict(), "seconds": seconds}
     parameters = sum(t.numel() for name, t in meg.store.generator.items() if name.startswith("net."))

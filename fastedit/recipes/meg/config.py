@@ -131,6 +131,7 @@ class GeneratorConfig(_Settings):
 class MegConfig(_Settings):
     """MeG, with a generator and a gate, or its look-up control; `CONFIGS` has both.
 
+    max_others: of the records that are not edited, how many encoder and gate learn from
     max_new_tokens: of an answer that is measured, and of the locality answers it is compared with
     """
 
@@ -138,6 +139,7 @@ class MegConfig(_Settings):
     encoder: EncoderConfig = EncoderConfig()
     gate: FamiliarityConfig = FamiliarityConfig()
     generator: GeneratorConfig = GeneratorConfig()
+    max_others: int = Field(2560, ge=0)
     max_new_tokens: int = Field(20, ge=1)
 
 

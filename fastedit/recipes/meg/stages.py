@@ -76,7 +76,8 @@ class Stages:
         self.model, self.edits, self.config = model, list(edits), config or MegConfig()
         self.seed, self.show, self.base = seed, show, base
         self.folder = None if folder is None else Path(folder)
-        self.rest, self.development = split_others(others, edits, development)
+        rest, self.development = split_others(others, edits, development)
+        self.rest = rest[: self.config.max_others]
         self.fingerprint = model.weights_hash(model.n_layers - 1)
         self.layer = fit_layer(self.config.fit, model.n_layers)
         self.form = NeuronForm.of(model, self.config.fit.activation)
