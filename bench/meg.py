@@ -27,7 +27,7 @@ from fastedit.edits import EditSet
 from fastedit.families import find
 from fastedit.loading import load_model
 from fastedit.readers import load_edits
-from fastedit.recipes.meg import CONFIGS, MeG, MegConfig
+from fastedit.recipes.meg import CONFIGS, MeG, MegConfig, MegRun
 from fastedit.recipes.meg.command import table
 from fastedit.recipes.meg.config import FitConfig
 from fastedit.recipes.meg.fit import fit_layer, fit_neurons, fit_sequences, shared_start
@@ -130,10 +130,12 @@ def bench_serve(meg: MeG, edits: EditSet) -> dict[str, Any]:
     return found
 
 
-def make(meg: MeG, config: MegConfig, data: dict[str, EditSet], folder: Path) -> None:
-    """Run the stages of a variant; what they share is read from the folder of the first."""
+def make(meg: MeG, config: MegConfig, data: dict[str, EditSet], folder: Path) -> MegRun:
+    """Run the stages of a variant; what they share is read from the folder of the first.
+
+    A record that wants another answer to the same prompt than one before it is left out."""
     meg.config = config
-    meg.edit(data["edits"], data["others"], folder, development=data["development"])
+    return meg.edit(data["edits"], data["others"], folder, "skip", data["development"])
 
 
 def variants(config: MegConfig) -> dict[str, MegConfig]:
@@ -187,7 +189,7 @@ def run_part(part: str, meg: MeG, config: MegConfig, data: dict[str, EditSet], f
     """One part's results."""
     if part == "fit":
         return bench_fit(meg.model, data["edits"][:64], config.fit, 8)
-    make(meg, variants(config)["meg" if part == "serve" else part], data, folder)
+    run = make(meg, variants(config)["meg" if part == "serve" else part], data, folder)
     if part == "serve":
         return bench_serve(meg, data["edits"])
     before, after = meg.measure()
@@ -195,10 +197,10 @@ def run_part(part: str, meg: MeG, config: MegConfig, data: dict[str, EditSet], f
     seconds = meg.store.seconds
     for stage, spent in seconds.items():
         row = {"benchmark": f"meg {part}", "backend": "torch", "dtype": str(meg.model.dtype)[6:], "unit": "s"}
-        append_row(**row, metric=f"{stage} stage", median=round(spent, 1), shape=f"{len(data['edits'])} edits")
-    found = {"unedited": before.to_dict(), "edited": after.to_dict(), "seconds": seconds}
+        append_row(**row, metric=f"{stage} stage", median=round(spent, 1), shape=f"{len(run.edits)} edits")
+    found = {**run.to_dict(), "unedited": before.to_dict(), "edited": after.to_dict()}
     parameters = sum(t.numel() for name, t in meg.store.generator.items() if name.startswith("net."))
-    return {**found, "threshold": meg.store.threshold, "generator_parameters": parameters}
+    return {**found, "generator_parameters": parameters}
 
 
 if __name__ == "__main__":
