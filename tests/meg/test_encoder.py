@@ -20,6 +20,7 @@ from fastedit.recipes.meg.encoder import (
     Wording,
     centre,
     contrastive_loss,
+    n_epochs,
     nearest,
     train_encoder,
     training_pairs,
@@ -102,7 +103,7 @@ def test_training_brings_wordings_of_unseen_facts_together(
 
     untrained = gap()
     losses = train_encoder(encoder, pairs, CONFIG, seed=0)
-    assert len(losses) == CONFIG.epochs * (len(pairs) // CONFIG.batch_size)
+    assert len(losses) == n_epochs(pairs, CONFIG) * (len(pairs) // CONFIG.batch_size)
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
     assert gap() > 1.1 * untrained
     # The edited model itself is not touched.
@@ -125,6 +126,13 @@ def test_only_the_last_layer_learns_and_comes_back(tiny_model: ModelAdapter, oth
     again.load(state)
     assert torch.equal(again(texts), encoder(texts))
     assert torch.allclose(encoder(texts).norm(dim=1), torch.ones(5))
+
+
+def test_few_pairs_are_gone_through_more_often() -> None:
+    pairs = [Wording("a", "b", None)] * 40
+    assert n_epochs(pairs, EncoderConfig(batch_size=2, epochs=3)) == 3
+    assert n_epochs(pairs, EncoderConfig(batch_size=16, epochs=3)) == 20
+    assert n_epochs(pairs[:5], EncoderConfig(batch_size=16, epochs=3)) == 40
 
 
 def test_untrained_vectors_are_the_models_own_states(tiny_model: ModelAdapter) -> None:

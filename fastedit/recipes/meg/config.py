@@ -54,7 +54,8 @@ class EncoderConfig(_Settings):
     source: "model" for the edited model itself, else a folder or hub id of a BERT-like encoder
     layer: with "model", the layer that learns; None = by depth
     pooling: with another encoder, "cls" or "mean"
-    epochs, batch_size, lr, temperature: of the contrastive training; 0 epochs leave the encoder as it is
+    epochs, batch_size, lr, temperature: of the contrastive training, which goes through few pairs more often; 0 epochs
+        leave the encoder as it is
     """
 
     source: str = "model"

@@ -34,6 +34,8 @@ from fastedit.tokens import encode
 
 # The weights of tokens start from nothing and learn so many times as fast as the layer.
 WEIGH_RATE = 10
+# Steps of the optimiser at least: few pairs are gone through more often.
+STEPS = 40
 
 
 class Trunk(Protocol):
@@ -223,7 +225,8 @@ def train_encoder(
         states += trunk.states(texts[at : at + 64])
         if progress is not None:
             progress(len(texts[at : at + 64]))
-    steps = config.epochs * max(1, len(pairs) // config.batch_size)
+    epochs = n_epochs(pairs, config)
+    steps = epochs * max(1, len(pairs) // config.batch_size)
     rates = [config.lr * (WEIGH_RATE if name == "weigh" else 1) for name in trunk.learned]
     groups = [
         {"params": list(part.parameters()), "lr": lr} for part, lr in zip(trunk.learned.values(), rates, strict=True)
@@ -233,7 +236,7 @@ def train_encoder(
     chooser = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     trunk.learned.requires_grad_(True)
-    for _ in range(config.epochs):
+    for _ in range(epochs):
         order = torch.randperm(len(pairs), generator=chooser).tolist()
         for start in range(0, max(1, len(pairs) - config.batch_size + 1), config.batch_size):
             batch = [pairs[i] for i in order[start : start + config.batch_size]]
@@ -250,10 +253,15 @@ def train_encoder(
     return losses
 
 
+def n_epochs(pairs: Sequence[Wording], config: EncoderConfig) -> int:
+    """How often training goes through the pairs: `config.epochs` times, and more where that is fewer than `STEPS`."""
+    return max(config.epochs, -(-STEPS // max(1, len(pairs) // config.batch_size)))
+
+
 def training_length(pairs: Sequence[Wording], config: EncoderConfig) -> int:
     """What `train_encoder` reports in all."""
     batch = min(config.batch_size, len(pairs))
-    return len(_texts(pairs)) + config.epochs * (len(pairs) // batch) * batch
+    return len(_texts(pairs)) + n_epochs(pairs, config) * (len(pairs) // batch) * batch
 
 
 def _texts(pairs: Sequence[Wording]) -> list[str]:
