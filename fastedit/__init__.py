@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastedit.evaluation import evaluate
     from fastedit.readers import load_edits
     from fastedit.recipes import RECIPES
+    from fastedit.recipes.meg import MeG
     from fastedit.stats import Source
     from fastedit.watch import Watch
 
@@ -28,6 +29,7 @@ _HOME = {
     "BatchRejected": "fastedit.editor",
     "evaluate": "fastedit.evaluation",
     "load_edits": "fastedit.readers",
+    "MeG": "fastedit.recipes.meg",
     "RECIPES": "fastedit.recipes",
     "Source": "fastedit.stats",
     "Watch": "fastedit.watch",
@@ -40,6 +42,7 @@ __all__ = [
     "EditSet",
     "Editor",
     "InvalidEdits",
+    "MeG",
     "Probe",
     "Source",
     "Watch",

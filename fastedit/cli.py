@@ -45,6 +45,9 @@ Settings = Annotated[
 Form = Annotated[str, typer.Option(help="form of the records, such as zsre; auto: known by their fields")]
 TargetField = Annotated[str | None, typer.Option(help="field to edit towards, where the form has several (zsre: alt)")]
 OnInvalid = Annotated[str, typer.Option(help="a record that cannot be used: refuse the whole file, or skip it")]
+Others = Annotated[Path | None, typer.Option(help="meg: records that are not edited, to learn wordings and the gate")]
+WorkDir = Annotated[Path | None, typer.Option(help="meg: folder that keeps each stage, so that a run can go on")]
+MegStore = Annotated[Path | None, typer.Option("--meg", help="file saved by edit --method meg; prints its six numbers")]
 Fluency = Annotated[int, typer.Option(min=0, help="prompts continued to measure fluency")]
 
 
@@ -130,6 +133,39 @@ def _editor(
     return Editor(adapter, method, changed(config, changes), Source(moments, seed), seed)
 
 
+def _edit_meg(
+    console: Console,
+    model: str,
+    dtype: str,
+    method: str,
+    records: EditSet,
+    others: Path | None,
+    settings: list[str],
+    seed: int,
+    work_dir: Path | None,
+    on_invalid: str,
+    evaluation: bool,
+    save: Path | None,
+) -> tuple[dict[str, Any], str]:
+    from fastedit.config import parse_changes
+    from fastedit.loading import load_model
+    from fastedit.recipes.meg import command
+
+    beside = [] if others is None else _records(console, others, 0, None, "auto", None, on_invalid)
+    changes, adapter = parse_changes(settings), load_model(model, dtype)
+    return command.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, save)
+
+
+def _run_lines(run: Any, watching: Any, data: dict[str, Any]) -> list[str]:
+    """What is told of a run; its curve, if it was watched, is put into `data` too."""
+    lines = [f"{len(run.edits)} edits, {run.seconds_per_edit:.2f} s per edit"]
+    lines += [f"batch {r.batch} skipped: {r.error}" for r in run.batches if r.error]
+    if watching is not None:
+        data["curve"] = watching.to_dict()
+        lines.append(f"on the first {len(watching.sample)} records:\n{watching}")
+    return lines
+
+
 @app.command()
 def edit(
     model: Model,
@@ -153,6 +189,8 @@ def edit(
     fluency_prompts: Fluency = 50,
     watch: Annotated[int | None, typer.Option(min=1, help="measure every so many batches on the way")] = None,
     save: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
+    others: Others = None,
+    work_dir: WorkDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Write edits into a model, measure it, and save it."""
@@ -162,21 +200,19 @@ def edit(
         from fastedit.watch import Watch
 
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
+        if method in ("meg", "meg-lookup"):
+            given = (others, settings or [], seed, work_dir, on_invalid, evaluation, save)
+            return _emit(as_json, *_edit_meg(console, model, dtype, method, records, *given))
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
         prose = None if text is None else text.read_text(encoding="utf-8")
         watching = None if watch is None else Watch(editor, records[:50], watch, prose)
         run = editor.edit(records, batch_size, on_error, on_invalid, watching)
         _tell_skipped(console, run.skipped)
         data = {**run.to_dict(), **_account(records, run.skipped)}
-        lines = [f"{len(run.edits)} edits, {run.seconds_per_edit:.2f} s per edit"]
-        lines += [f"batch {r.batch} skipped: {r.error}" for r in run.batches if r.error]
-        if watching is not None:
-            data["curve"] = watching.to_dict()
-            lines.append(f"on the first {len(watching.sample)} records:\n{watching}")
+        lines = _run_lines(run, watching, data)
         if evaluation and len(run.edits):
             found = evaluate(editor, run.edits, text=prose, fluency_prompts=fluency_prompts)
-            data["evaluation"] = found.to_dict()
-            lines.append(str(found))
+            data["evaluation"], lines = found.to_dict(), [*lines, str(found)]
         if save is not None:
             editor.save_pretrained(save)
             lines.append(f"saved to {save}")
@@ -188,6 +224,7 @@ def evaluate_command(
     model: Model,
     edits: Edits,
     unedited: Annotated[str | None, typer.Option(help="the model before the edits, to compare with")] = None,
+    meg: MegStore = None,
     start: Start = 0,
     limit: Limit = None,
     form: Form = "auto",
@@ -209,6 +246,11 @@ def evaluate_command(
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
         prose = None if text is None else text.read_text(encoding="utf-8")
         after = load_model(model, dtype)
+        if meg is not None:
+            from fastedit.recipes.meg import command
+
+            _emit(as_json, *command.evaluate(after, meg, records))
+            return
         before = after if unedited is None else load_model(unedited, dtype)
         limits = {"tokenizer": after.tokenizer, "max_positions": after.max_positions}
         batches, skipped = check_edits(records, 1, **limits, on_invalid=on_invalid)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
 class _Config(BaseModel):
@@ -257,7 +259,7 @@ def load_preset(method: str, name: str, **changes: Any) -> EditConfig:
     return changed(CONFIGS[method].model_validate(_read(method, name)["config"]), changes)
 
 
-def changed(config: EditConfig, changes: Mapping[str, Any]) -> EditConfig:
+def changed(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
     """A copy of `config` with other values: {"rounds": 2, "value": {"steps": 10}} leaves the rest of `value` as it is.
 
     Raises ValueError naming a field that is unknown or a value that does not fit."""

@@ -76,6 +76,7 @@ NO_OP_NEEDED = {
         "column_rows.py",
         "precision.py",
         "stream.py",
+        "meg.py",
         "device.sh",
         "results",
     },
