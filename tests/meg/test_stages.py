@@ -139,6 +139,31 @@ def test_training_the_generator_goes_on_after_a_stop(
     assert not (folder / "generator-dit.part").exists()
 
 
+def test_a_stop_while_writing_leaves_the_last_state(
+    make_meg: Callable[..., MeG],
+    folder: Path,
+    few_edits: EditSet,
+    other_edits: EditSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "generator-dit.safetensors").unlink()
+    save, states = torch.save, []
+
+    def stopping(state: Any, path: Path) -> None:
+        states.append(state["state"]["epoch"])
+        if len(states) == 2:
+            path.write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        save(state, path)
+
+    monkeypatch.setattr(stages.torch, "save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make_meg().edit(few_edits, other_edits, folder)
+    monkeypatch.undo()
+    assert states == [10, 20]
+    assert torch.load(folder / "generator-dit.part", weights_only=True)["state"]["epoch"] == 10
+
+
 def test_other_settings_make_a_stage_again(
     make_meg: Callable[..., MeG],
     folder: Path,

@@ -292,7 +292,10 @@ class Stages:
                 train_epoch(run, vectors, small, config, shifts)
                 advance(1)
                 if run.epoch % config.judge_every == 0 and path is not None:
-                    torch.save({"key": key, "state": run.state()}, path)
+                    # Whole or not at all: a run may be killed while it writes.
+                    fresh = path.with_suffix(".new")
+                    torch.save({"key": key, "state": run.state()}, fresh)
+                    fresh.replace(path)
                 if judge_every(run, config.judge_every, judge, config.good_enough):
                     break
         if path is not None:
