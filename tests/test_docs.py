@@ -27,7 +27,7 @@ def pages():
             yield pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * ("from_pretrained" in blocks(page)))
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", list(pages()))
 def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
     """The files that a page names are facts that are shipped, sixteen to edit and others to learn from."""
     facts = (ROOT / "fastedit/data/demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
