@@ -291,13 +291,14 @@ class Stages:
             while run.epoch < config.epochs:
                 train_epoch(run, vectors, small, config, shifts)
                 advance(1)
+                if judge_every(run, config.judge_every, judge, config.good_enough):
+                    break
+                # What is saved has been judged, so that a run that goes on from it stops where the other would have.
                 if run.epoch % config.judge_every == 0 and path is not None:
                     # Whole or not at all: a run may be killed while it writes.
                     fresh = path.with_suffix(".new")
                     torch.save({"key": key, "state": run.state()}, fresh)
                     fresh.replace(path)
-                if judge_every(run, config.judge_every, judge, config.good_enough):
-                    break
         if path is not None:
             path.unlink(missing_ok=True)
 
