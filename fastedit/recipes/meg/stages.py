@@ -227,7 +227,8 @@ class Stages:
                 return BLIND[config.kind] if config.threshold is None else config.threshold, net
             if learns:
                 judge = train_familiarity(slice_[0], config, self.seed, background, seen)
-                return choose_threshold(*(judge(part) for part in slice_)), net
+                # A few development records are told apart far below what training brings the edits to.
+                return max(config.sure, choose_threshold(*(judge(part) for part in slice_))), net
         return choose_threshold(*(1 - nearest(part, slice_[0])[0] for part in slice_)), net
 
     def _slice(self) -> list[Tensor] | None:
