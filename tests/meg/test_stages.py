@@ -157,6 +157,7 @@ def test_a_stop_while_writing_leaves_the_last_state(
         save(state, path)
 
     monkeypatch.setattr(stages.torch, "save", stopping)
+    monkeypatch.setattr(stages, "judge_every", lambda *arguments: False)
     with pytest.raises(KeyboardInterrupt):
         make_meg().edit(few_edits, other_edits, folder)
     monkeypatch.undo()
@@ -186,6 +187,15 @@ def test_nothing_is_chosen_on_the_edits(few_edits: EditSet, other_edits: EditSet
     assert len(subjects) == len(set(subjects))
     assert not {e.subject for e in few_edits} & set(subjects)
     assert len(development) == len(subjects) // 4
+
+
+def test_a_tiny_development_slice_does_not_shut_the_gate(
+    make_meg: Callable[..., MeG], folder: Path, few_edits: EditSet, other_edits: EditSet
+) -> None:
+    meg = make_meg()
+    run = meg.edit(few_edits, other_edits, folder, development=other_edits[:2])
+    assert run.threshold >= meg.config.gate.sure
+    assert bool(meg.server.decide([e.prompt for e in few_edits]).active.all())
 
 
 def test_look_up_serves_stored_neurons(

@@ -71,7 +71,8 @@ class FamiliarityConfig(_Settings):
     """The gate (see :mod:`fastedit.recipes.meg.familiarity`).
 
     kind: "familiarity" as published, "cosine" to the nearest edit, or "none", every prompt edited
-    threshold: of the entropy in nats, or of the cosine distance; None = chosen on the development slice
+    threshold: of the entropy in nats, or of the cosine distance; None = chosen on the development slice, an entropy not
+        below `sure`
     blocks, hidden_ratio, labels, dropout: of the network
     epochs, batch_size, lr, weight_decay, noise: of its training; noise: length of what is added to a unit vector
     background: weight of the loss that holds prompts of other facts to uniform
@@ -125,7 +126,7 @@ class GeneratorConfig(_Settings):
     rewording: float = Field(1.0, ge=0)
     zero_ratio: float = Field(0.0, ge=0)
     sampler_steps: int = Field(50, ge=1, le=1000)
-    judge_every: int = Field(10, ge=1)
+    judge_every: int = Field(20, ge=1)
     good_enough: float = Field(0.97, gt=0, le=1)
 
 

@@ -227,7 +227,8 @@ class Stages:
                 return BLIND[config.kind] if config.threshold is None else config.threshold, net
             if learns:
                 judge = train_familiarity(slice_[0], config, self.seed, background, seen)
-                return choose_threshold(*(judge(part) for part in slice_)), net
+                # A few development records are told apart far below what training brings the edits to.
+                return max(config.sure, choose_threshold(*(judge(part) for part in slice_))), net
         return choose_threshold(*(1 - nearest(part, slice_[0])[0] for part in slice_)), net
 
     def _slice(self) -> list[Tensor] | None:
@@ -291,13 +292,14 @@ class Stages:
             while run.epoch < config.epochs:
                 train_epoch(run, vectors, small, config, shifts)
                 advance(1)
+                if judge_every(run, config.judge_every, judge, config.good_enough):
+                    break
+                # What is saved has been judged, so that a run that goes on from it stops where the other would have.
                 if run.epoch % config.judge_every == 0 and path is not None:
                     # Whole or not at all: a run may be killed while it writes.
                     fresh = path.with_suffix(".new")
                     torch.save({"key": key, "state": run.state()}, fresh)
                     fresh.replace(path)
-                if judge_every(run, config.judge_every, judge, config.good_enough):
-                    break
         if path is not None:
             path.unlink(missing_ok=True)
 
