@@ -32,9 +32,10 @@ REMEDIES = {
     "FiNE, token=old, common_share=0.02": ("token=old", "common_share=0.02"),
 }
 
-# One choice changed at a time, the others as in the preset.
+# One choice changed at a time, the others as in our first reading; the preset is chosen from them.
+FIRST_READING = ("frozen_layers=0", "attribution.nodes=20")
 CHOICES = {
-    "default": (),
+    "our first reading": (),
     "last 3 layers frozen": ("frozen_layers=3",),
     "last 10 layers frozen": ("frozen_layers=10",),
     "p .1 %": ("share=0.001",),
@@ -56,6 +57,8 @@ CHOICES = {
     "answer greedy": ("attribution.answer=greedy",),
     "answer new": ("attribution.answer=new",),
     "all positions": ("attribution.everywhere=true",),
+    "M 1, last 3 layers frozen": ("attribution.nodes=1", "frozen_layers=3"),
+    "M 1, last 10 layers frozen": ("attribution.nodes=1", "frozen_layers=10"),
 }
 
 ROWS = (
@@ -71,9 +74,13 @@ ROWS = (
     Row("batch", "NSE", "nse", "batch"),
     Row("batch", "MEMIT", "memit", "batch"),
     Row("sequential", "FiNE", "fine", "sequential", limit=200),
+    Row("sequential", "FiNE, protect", "fine", "sequential", ("protect=true",), limit=200),
     Row("sequential", "KNE", "kne", "sequential", limit=200),
     Row("sequential", "NSE", "nse", "sequential", limit=200),
-    *(Row("choices", name, "kne", "independent", settings, 9000, 25) for name, settings in CHOICES.items()),
+    *(
+        Row("choices", name, "kne", "independent", (*FIRST_READING, *settings), 9000, 25)
+        for name, settings in CHOICES.items()
+    ),
 )
 
 COLUMNS = {

@@ -1,17 +1,14 @@
-"""FiNE in one batch against the published procedure edit by edit: time, losses, and the metrics of independent edits.
+"""FiNE in one batch against the published procedure edit by edit: time, neurons, steps and losses.
 
     python bench/fine.py --data counterfact.jsonl --limit 50 --baseline 5
-    python bench/fine.py --data counterfact.jsonl --limit 100 --baseline 0 --independent --set token=old
 
 The edits of the baseline are the first ones; both take the same neurons, steps and stop rule, and threads. Peak memory
-is that of the process while the batch ran. `--independent` measures each edit alone in the model, as its paper does:
-all are trained in batches on the unedited weights, then each is written, asked about, and taken back.
+is that of the process while the batch ran. The metrics are measured by `columns.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +19,8 @@ import torch
 from timing import append_row, machine_line, peak_mb, reset_peak
 
 from fastedit import Editor, EditSet, load_edits
-from fastedit.apply import add_columns
 from fastedit.column_recipe import ColumnResult
 from fastedit.config import changed, parse_changes
-from fastedit.evaluation import Measurement, Metric
 from fastedit.tokens import whole_sequences
 
 
@@ -76,30 +71,6 @@ def compare(result: ColumnResult, baseline: Sequence[published_fine.FineResult])
     return f"same neurons {same_neurons}/{n}, same steps {same_steps}/{n}, losses differ by at most {worst:.1e}"
 
 
-def independent(editor: Editor, edits: EditSet, batch_size: int) -> dict[str, Metric]:
-    """Metrics over edits each of which was alone in the model."""
-    options = (None, 0, 0, 0, False)
-    before, after = {}, {}
-    for start in range(0, len(edits), batch_size):
-        batch = edits[start : start + batch_size]
-        _, result = train(editor, batch)
-        slots = result.slots
-        for number, edit in enumerate(batch):
-            before.update(Measurement.take(editor.model, [edit], *options).answers)
-            with editor.journal.trial() as trial, torch.no_grad():
-                for layer in sorted(set(slots.layers[slots.edits == number].tolist())):
-                    here = (slots.edits == number) & (slots.layers == layer)
-                    add_columns(trial, layer, slots.neurons[here], result.trained.delta[here], slots.edits[here])
-                after[start + number] = Measurement.take(editor.model, [edit], *options)
-    # The same question may stand in two records: each is answered by its own edit's model.
-    singles = [found.metrics(dataclasses.replace(found, answers=before)) for found in after.values()]
-    table = {}
-    for name in singles[0]:
-        values = [single[name].value for single in singles if name in single and single[name].value is not None]
-        table[name] = Metric(sum(values) / len(values) if values else None)
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -108,8 +79,6 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--baseline", type=int, default=5, help="edits for the published procedure (FiNE alone)")
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--independent", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], dest="settings")
     parser.add_argument("--record", action="store_true", help="append a row to bench/results")
     options = parser.parse_args()
@@ -118,10 +87,6 @@ def main() -> None:
     config = changed(editor.config, parse_changes(options.settings))
     editor = Editor(editor.model, options.method, config, progress=False)
     edits = load_edits(options.data, start=options.start, limit=options.limit)
-    if options.independent:
-        for name, metric in independent(editor, edits, options.batch_size).items():
-            print(f"{name:<32}{'n/a' if metric.value is None else f'{metric.value:.3f}'}")
-        return
     theirs, baseline = run_baseline(editor, edits[: options.baseline]) if options.baseline else (0.0, [])
     reset_peak()
     ours, result = train(editor, edits)

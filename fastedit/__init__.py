@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastedit.guards import Guard
     from fastedit.readers import load_edits
     from fastedit.recipes import RECIPES
+    from fastedit.recipes.meg import MeG
     from fastedit.reports import BatchRejected
     from fastedit.runlog import RunError
     from fastedit.stats import Source
@@ -33,6 +34,7 @@ _HOME = {
     "RunError": "fastedit.runlog",
     "evaluate": "fastedit.evaluation",
     "load_edits": "fastedit.readers",
+    "MeG": "fastedit.recipes.meg",
     "RECIPES": "fastedit.recipes",
     "Source": "fastedit.stats",
     "Watch": "fastedit.watch",
@@ -46,6 +48,7 @@ __all__ = [
     "Editor",
     "Guard",
     "InvalidEdits",
+    "MeG",
     "Probe",
     "RunError",
     "Source",

@@ -47,6 +47,9 @@ Settings = Annotated[
 Form = Annotated[str, typer.Option(help="form of the records, such as zsre; auto: known by their fields")]
 TargetField = Annotated[str | None, typer.Option(help="field to edit towards, where the form has several (zsre: alt)")]
 OnInvalid = Annotated[str, typer.Option(help="a record that cannot be used: refuse the whole file, or skip it")]
+Others = Annotated[Path | None, typer.Option(help="meg: records that are not edited, to learn wordings and the gate")]
+WorkDir = Annotated[Path | None, typer.Option(help="meg: folder that keeps each stage, so that a run can go on")]
+MegStore = Annotated[Path | None, typer.Option("--meg", help="file saved by edit --method meg; prints its six numbers")]
 Fluency = Annotated[int, typer.Option(min=0, help="prompts continued to measure fluency")]
 
 
@@ -99,6 +102,32 @@ def _editor(
     return Editor(adapter, method, changed(config, changes), Source(moments, seed), seed)
 
 
+def _edit_meg(
+    console: Console,
+    model: str,
+    dtype: str,
+    method: str,
+    records: EditSet,
+    others: Path | None,
+    settings: list[str],
+    seed: int,
+    work_dir: Path | None,
+    run_dir: Path | None,
+    on_invalid: str,
+    evaluation: bool,
+    save: Path | None,
+) -> tuple[dict[str, Any], str]:
+    if run_dir is not None:
+        raise ValueError(f"--run-dir records weights, and {method} writes none: its stages are kept with --work-dir")
+    from fastedit.config import parse_changes
+    from fastedit.loading import load_model
+    from fastedit.recipes.meg import command
+
+    beside = [] if others is None else _records(console, others, 0, None, "auto", None, on_invalid)
+    changes, adapter = parse_changes(settings), load_model(model, dtype)
+    return command.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, save)
+
+
 def _tell_run(console: Console, run_dir: Path | None, resume: bool) -> None:
     """What the run directory holds. What cannot go on is refused here, before a model is loaded."""
     from fastedit.recorder import Recorder
@@ -135,6 +164,25 @@ def _told(records: EditSet, run: Run, watching: Watch | None) -> tuple[dict[str,
     return data, lines
 
 
+def _watching(editor: Any, records: EditSet, every: int | None, text: str | None) -> Watch | None:
+    from fastedit.watch import Watch
+
+    return None if every is None else Watch(editor, records[:50], every, text)
+
+
+def _saved(editor: Any, folder: Path) -> str:
+    editor.save_pretrained(folder)
+    return f"saved to {folder}"
+
+
+def _measure(editor: Any, run: Run, text: str | None, fluency_prompts: int) -> tuple[dict[str, Any], str]:
+    """What the edits did, as data and as text."""
+    from fastedit.evaluation import evaluate
+
+    found = evaluate(editor, run.edits, text=text, fluency_prompts=fluency_prompts)
+    return found.to_dict(), str(found)
+
+
 @app.command()
 def edit(
     model: Model,
@@ -162,30 +210,30 @@ def edit(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --run-dir")] = False,
     canaries: Annotated[int, typer.Option(min=0, help="records whose neighbours each batch must leave alone")] = 0,
     max_growth: Annotated[float, typer.Option(help="times that the norm of an edited layer may grow")] = 10.0,
+    others: Others = None,
+    work_dir: WorkDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Write edits into a model, measure it, and save it."""
     console = open_console()
     with errors(console):
-        from fastedit.evaluation import evaluate
-        from fastedit.watch import Watch
-
         _tell_run(console, run_dir, resume)
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
+        if method in ("meg", "meg-lookup"):
+            given = (dtype, method, records, others, settings or [], seed, work_dir, run_dir, on_invalid)
+            return emit(as_json, *_edit_meg(console, model, *given, evaluation, save))
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
         prose = None if text is None else text.read_text(encoding="utf-8")
-        watching = None if watch is None else Watch(editor, records[:50], watch, prose)
+        watching = _watching(editor, records, watch, prose)
         guard = _guard(records, canaries, max_growth)
         run = editor.edit(records, batch_size, on_error, on_invalid, watching, run_dir, resume, guard)
         _tell_skipped(console, run.skipped)
         data, lines = _told(records, run, watching)
         if evaluation and len(run.edits):
-            found = evaluate(editor, run.edits, text=prose, fluency_prompts=fluency_prompts)
-            data["evaluation"] = found.to_dict()
-            lines.append(str(found))
+            data["evaluation"], told = _measure(editor, run, prose, fluency_prompts)
+            lines.append(told)
         if save is not None:
-            editor.save_pretrained(save)
-            lines.append(f"saved to {save}")
+            lines.append(_saved(editor, save))
         emit(as_json, data, "\n".join(lines))
 
 
@@ -194,6 +242,7 @@ def evaluate_command(
     model: Model,
     edits: Edits,
     unedited: Annotated[str | None, typer.Option(help="the model before the edits, to compare with")] = None,
+    meg: MegStore = None,
     start: Start = 0,
     limit: Limit = None,
     form: Form = "auto",
@@ -215,6 +264,11 @@ def evaluate_command(
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
         prose = None if text is None else text.read_text(encoding="utf-8")
         after = load_model(model, dtype)
+        if meg is not None:
+            from fastedit.recipes.meg import command
+
+            emit(as_json, *command.evaluate(after, meg, records))
+            return
         before = after if unedited is None else load_model(unedited, dtype)
         limits = {"tokenizer": after.tokenizer, "max_positions": after.max_positions}
         batches, skipped = check_edits(records, 1, **limits, on_invalid=on_invalid)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
 class _Config(BaseModel):
@@ -157,6 +159,8 @@ class FiNEConfig(EditConfig):
     common_share: ours: leave out neurons that would be chosen for more than this share of the positions of background
         text, which push what the model says anywhere; None = leave none out, as published
     background: that text's length; its source is the editor's `moments`, by default the model's own writing
+    protect: ours, for streams: a column that an earlier batch wrote is not chosen again; as published, nothing protects
+        earlier edits
     """
 
     neurons: int = Field(5, ge=1)
@@ -165,6 +169,7 @@ class FiNEConfig(EditConfig):
     token: Literal["greedy", "old"] = "greedy"
     common_share: float | None = Field(None, gt=0, lt=1)
     background: MomentConfig = MomentConfig(tokens=4000, window=128)
+    protect: bool = False
     train: TrainConfig = TrainConfig()
 
 
@@ -254,7 +259,7 @@ def load_preset(method: str, name: str, **changes: Any) -> EditConfig:
     return changed(CONFIGS[method].model_validate(_read(method, name)["config"]), changes)
 
 
-def changed(config: EditConfig, changes: Mapping[str, Any]) -> EditConfig:
+def changed(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
     """A copy of `config` with other values: {"rounds": 2, "value": {"steps": 10}} leaves the rest of `value` as it is.
 
     Raises ValueError naming a field that is unknown or a value that does not fit."""

@@ -62,7 +62,8 @@ class Editor:
         progress: bool | None = None,
     ) -> None:
         if method not in RECIPES:
-            raise ValueError(f"method must be one of {', '.join(RECIPES)}, got {method!r}")
+            hint = "; meg writes no weight and has an object of its own, fastedit.MeG" if method == "meg" else ""
+            raise ValueError(f"method must be one of {', '.join(RECIPES)}, got {method!r}{hint}")
         self.model, self.method, self.seed, self.progress = model, method, seed, progress
         self.config = config or preset_for(method, model.n_layers, model.d_model, model.d_ff)
         if not isinstance(self.config, CONFIGS[method]):

@@ -156,3 +156,38 @@ def _read_gguf(transformers: Any, place: str, kind: torch.dtype) -> tuple[Any, A
         model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     model.generation_config = read.generation_config
     return model, tokenizer
+
+
+def load_encoder(source: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a text encoder from a folder or hub id; float32, evaluation mode, weights frozen.
+
+    A name that is an installed package with such a folder inside counts as that folder. Raises ModelNotFound."""
+    import transformers
+    from transformers.utils import logging as messages
+
+    place = _packaged_encoder(source) or source
+    shown = messages.is_progress_bar_enabled()
+    messages.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model = transformers.AutoModel.from_pretrained(place, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelNotFound(f"cannot load encoder {place!r}: {str(error).splitlines()[0]}") from error
+    finally:
+        if shown:
+            messages.enable_progress_bar()  # type: ignore[no-untyped-call]
+    model.eval()
+    model.requires_grad_(False)
+    return model, tokenizer
+
+
+def _packaged_encoder(name: str) -> str | None:
+    """The folder with a config.json and weights inside an installed package `name`, if there is one."""
+    if not name.replace("-", "_").isidentifier():
+        return None
+    spec = importlib.util.find_spec(name.replace("-", "_"))
+    for place in spec.submodule_search_locations or [] if spec else []:
+        for config in sorted(Path(place).rglob("config.json")):
+            if any(config.parent.glob("*.safetensors")) or any(config.parent.glob("pytorch_model.bin")):
+                return str(config.parent)
+    return None

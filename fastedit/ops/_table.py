@@ -22,6 +22,9 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+from torch.nn import Parameter
+
 # op -> backend -> module, in the order in which the automatic choice tries them.
 TABLE: dict[str, dict[str, str]] = {
     "capture_keys": {
@@ -111,6 +114,8 @@ def wanted() -> str | None:
 
 def automatic(op: str, *arguments: Any) -> str:
     """The first backend of the table that supports the arguments and is worth it."""
+    if _not_plain(arguments):
+        return "torch"
     for name in present(op):
         module = module_of(op, name)
         if module.supports(*arguments) is None and module.worth(*arguments) is None:
@@ -124,7 +129,15 @@ def unsupported(op: str, name: str, *arguments: Any) -> str | None:
         return None
     if name not in TABLE.get(op, {}):
         return f"{op} has no {name} kernel"
-    return module_of(op, name).supports(*arguments)
+    return _not_plain(arguments) or module_of(op, name).supports(*arguments)
+
+
+def _not_plain(arguments: tuple[Any, ...]) -> str | None:
+    """Why some tensor has no memory of its own for a kernel to work on, as torch's fake ones; None if all have."""
+    for value in arguments:
+        if isinstance(value, Tensor) and type(value) is not Tensor and type(value) is not Parameter:
+            return f"kernels work on plain tensors, got a {type(value).__name__}"
+    return None
 
 
 def absent(op: str, name: str) -> str | None:

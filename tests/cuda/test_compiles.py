@@ -58,7 +58,7 @@ def test_a_kernel_compiles_without_spilling_elsewhere(nvcc, source, architecture
 def test_spilled_registers_are_found(nvcc, tmp_path):
     source = tmp_path / "greedy.cu"
     body = "float v[300]; for (int i = 0; i < 300; ++i) v[i] = x[i * 7];\n"
-    body += "__syncthreads(); for (int i = 0; i < 300; ++i) x[i * 5] = v[i] * v[299 - i];"
+    body += "__syncthreads(); for (int i = 0; i < 300; ++i) x[i * 5] = v[i] * v[299 - i] - v[i];"
     source.write_text(
         f"#pragma nv_diag_suppress 177\n__global__ void k(float* x) {{ {body.replace('for', UNROLLED)} }}"
     )

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastedit.ops import _table
 from fastedit.ops.select_neurons import select_neurons
@@ -49,6 +50,16 @@ def test_what_is_asked_for_and_cannot_run_is_refused_with_its_reason(fake):
     refusal = "select_neurons: backend 'cpp' was asked for, but it was not compiled; able: torch"
     with _table.backend("cpp"), pytest.raises(_table.BackendUnavailable, match=refusal):
         select_neurons(SCORE, top_k=1)
+
+
+def test_a_tensor_without_memory_goes_to_torch_and_to_no_kernel(fake):
+    with FakeTensorMode():
+        score = torch.empty(3)
+        assert _table.automatic("select_neurons", score, 1, None, None) == "torch"
+        assert _table.unsupported("select_neurons", "cpp", score, 1, None, None) == (
+            "kernels work on plain tensors, got a FakeTensor"
+        )
+    assert _table.automatic("select_neurons", torch.nn.Parameter(SCORE), 1, None, None) == "cpp"
 
 
 def test_the_environment_asks_and_the_block_overrules_it(fake, monkeypatch):

@@ -147,6 +147,8 @@ def backend(monkeypatch):
     module = SimpleNamespace(supports=lambda *_: None, worth=lambda *_: None, gram_update=gram_update_torch)
     original = _table.module_of
     monkeypatch.setitem(_table.TABLE, "gram_update", {"cpp": "here"})
+    # Also where no compiler was found at install.
+    monkeypatch.setattr(_table, "present", lambda op: tuple(_table.TABLE[op]))
     monkeypatch.setattr(_table, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
     return module
 

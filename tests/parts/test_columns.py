@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastedit.adapter import ModelAdapter
 from fastedit.column_rows import lowest_layers
-from fastedit.columns import train_columns
+from fastedit.columns import train_columns, train_shared
 from fastedit.config import TrainConfig
 from fastedit.locate import Slots, contributions, look
 from fastedit.tokens import whole_sequences
@@ -139,3 +140,37 @@ def test_a_token_in_place_of_the_models_own_changes_the_first_slot_only(random_a
 def test_the_lowest_layers_are_where_edits_join():
     slots = Slots(torch.tensor([0, 0, 1, 2]), torch.tensor([3, 2, 0, 5]), torch.arange(4), torch.zeros(4))
     assert lowest_layers(slots, 3) == [2, 0, 5]
+
+
+class MadeOfShape(TorchDispatchMode):
+    """Shapes of all tensors that operations give back which do not lie in memory known before."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.shapes.add(tuple(tensor.shape))
+        return result
+
+
+@pytest.mark.parametrize("train", [train_columns, train_shared])
+def test_no_tensor_of_a_weights_size_is_made(random_adapter, train):
+    random_adapter.model.eval()
+    weight = random_adapter.down_weight(0)
+    matrix = {tuple(weight.shape), tuple(weight.T.shape)}
+    (sequence,) = whole_sequences(random_adapter.tokenizer, PROMPTS[:1], TARGETS[:1])
+    slots = Slots(*(torch.tensor(part) for part in ([0] * 3, [1, 2, 2], [5, 9, 7], [0.0] * 3)))
+    with MadeOfShape(random_adapter.model.parameters()) as made, torch.no_grad(), random_adapter.packed():
+        train(random_adapter, [sequence], slots, TRAIN)
+    assert (1, weight.shape[0]) in made.shapes or (2, weight.shape[0]) in made.shapes, "nothing was watched"
+    assert not made.shapes & matrix
+    inputs = torch.zeros(2, weight.shape[1], dtype=weight.dtype)
+    with MadeOfShape(random_adapter.model.parameters()) as made:
+        weight.requires_grad_()
+        torch.autograd.grad((inputs @ weight.T).sum(), weight)
+    assert made.shapes & matrix

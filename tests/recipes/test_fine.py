@@ -144,13 +144,37 @@ def test_common_neurons_are_left_out_when_asked(tiny_editor: Callable[..., Edito
         return editor, list(zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True))
 
     published, plain = chosen()
-    assert published.state.common is None
+    assert published.state.left_out is None
     editor, found = chosen(common_share=0.01)
-    common = {(layer, neuron) for layer, neuron in editor.state.common.nonzero().tolist()}
+    common = {(layer, neuron) for layer, neuron in editor.state.left_out.nonzero().tolist()}
     assert 0 < len(common) < 300
     assert common & set(plain), "no neuron was common: the test tests nothing"
     assert not common & set(found)
     assert len(found) == len(plain)
+
+
+@pytest.mark.parametrize("changes", [{}, {"common_share": 0.01, "background": {"tokens": 300, "window": 30}}])
+def test_a_protected_column_is_written_once_in_a_stream(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet, changes: dict[str, Any]
+) -> None:
+    def stream(protect: bool) -> tuple[Editor, list[set[tuple[int, int]]]]:
+        editor, found = tiny_editor("fine", protect=protect, **changes), []
+        for edit in tiny_facts[:3]:
+            before = weights_of(editor)
+            editor.edit([edit])
+            columns = changed_columns(editor, before)
+            found.append({(layer, neuron) for layer, neurons in columns.items() for neuron in neurons})
+        return editor, found
+
+    _, plain = stream(False)
+    assert plain[0] & plain[1] | plain[1] & plain[2], "no column is written twice anyway: the test tests nothing"
+    editor, found = stream(True)
+    assert found[0] == plain[0]
+    assert not found[0] & found[1] | (found[0] | found[1]) & found[2]
+    third = worst_token(editor, tiny_facts[2])
+    editor.undo(2)
+    editor.edit(tiny_facts[1:3], batch_size=1)
+    assert worst_token(editor, tiny_facts[2]) == third
 
 
 @pytest.mark.parametrize("frozen", [8, 60])

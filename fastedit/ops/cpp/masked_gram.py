@@ -19,8 +19,8 @@ def supports(
 def worth(
     moment: Tensor, weight: float, keys: Tensor, history: Tensor | None, index: Tensor | None, dtype: torch.dtype
 ) -> str | None:
-    """Always. Two threads of an AMD EPYC (Zen 4), 100 edits, against the fastest of torch's forms, in float64: 2.2
-    times at d_ff 1536 and 30 %, 2.9 at 80 %; 4.3 and 5.1 at 14336. In float32: 1.9 and 2.5, 3.9 and 4.7."""
+    """Always. Two threads of an AMD EPYC (Zen 4), 100 edits, against the fastest of torch's forms, in float64: 1.7
+    times at d_ff 1536 and 30 %, 2.1 at 80 %; 4.3 and 5.1 at 14336. In float32: 1.8 and 1.8, 4.3 and 5.0."""
     return None
 
 
