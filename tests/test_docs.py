@@ -35,7 +35,11 @@ def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
     (tmp_path / "records.jsonl").write_text("".join(facts[16:]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
-    exec(compile(blocks(page), str(page), "exec"), {})
+    code = blocks(page)
+    saved = re.findall(r'\.save\("(.+?)"\)', code)
+    assert saved or "assert " in code, "the page shows no result that could be wrong"
+    exec(compile(code, str(page), "exec"), {})
+    assert [name for name in saved if not Path(name).is_file()] == []
 
 
 def test_the_page_of_the_ops_calls_each_of_them():

@@ -34,7 +34,7 @@ RULES = ({"top_k": 0.3}, {"reaching": 0.65}, {"within": 0.65}, {"reaching": 1.0}
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 1.0, 1.5, 3.0, 1024.0]), min_size=1, max_size=70)
 
 
-def close_to_the_definition(found, inputs, dtype):
+def assert_close_to_the_definition(found, inputs, dtype):
     expected = masked_gram_ref(*in_float64(inputs))
     assert_close(found, expected, masked_gram_ref(*inputs, dtype=dtype), "masked_gram")
     assert torch.equal(found, found.T)
@@ -44,19 +44,19 @@ def close_to_the_definition(found, inputs, dtype):
 @pytest.mark.parametrize("case", [*CASES[:-1], TILES], ids=str)
 def test_the_tiles_make_up_the_system_matrix(case, dtype):
     inputs = Factory(case).gram()
-    close_to_the_definition(masked_gram(*inputs, dtype), inputs, dtype)
+    assert_close_to_the_definition(masked_gram(*inputs, dtype), inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", SYSTEM_DTYPES, ids=str)
 def test_float64_inputs_are_rounded_to_the_dtype_of_the_result(dtype):
     inputs = Factory(Case("wide", 11, 150, selected=140), torch.float64).gram()
-    close_to_the_definition(masked_gram(*inputs, dtype), inputs, dtype)
+    assert_close_to_the_definition(masked_gram(*inputs, dtype), inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", SYSTEM_DTYPES, ids=str)
 def test_no_barrier_is_missing_in_the_tiles(order, dtype):
     inputs = Factory(Case("order", 19, 200, selected=170)).gram()
-    close_to_the_definition(masked_gram(*inputs, dtype), inputs, dtype)
+    assert_close_to_the_definition(masked_gram(*inputs, dtype), inputs, dtype)
 
 
 @pytest.mark.parametrize("size", [0, 1, 128, 129, 200])
@@ -69,7 +69,7 @@ def test_the_size_is_read_in_device_memory_and_the_result_is_packed(size):
     flat = masked_gram_on_device(moment, weight, keys, history, index, torch.float64, count, past, active)
     assert torch.isnan(flat[size * size :]).all()
     rows = torch.cat([past, keys[active]])
-    close_to_the_definition(
+    assert_close_to_the_definition(
         flat[: size * size].view(size, size), (moment, weight, rows, history, index[:size]), torch.float64
     )
 
