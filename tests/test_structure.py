@@ -77,6 +77,7 @@ NO_OP_NEEDED = {
         "column_rows.py",
         "precision.py",
         "stream.py",
+        "journal.py",
         "meg.py",
         "device.sh",
         "results",

@@ -19,7 +19,7 @@ from fastedit.forget import forget
 from fastedit.runlog import RunError, RunLog
 
 BATCH = 3
-METHODS = ["fine", "kne", "kn"]
+METHODS = [("fine", {}), ("fine", {"protect": True}), ("kne", {}), ("kn", {})]
 Make = Callable[..., Editor]
 
 
@@ -35,11 +35,16 @@ def prints(editor: Editor) -> tuple[Any, ...]:
     return bits(editor), editor.weights.fingerprint(), hashes, state
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "changes"), METHODS, ids=["fine", "fine, protect", "kne", "kn"])
 def test_undo_in_memory_from_disk_and_in_a_later_process(
-    method: str, fast_editor: Make, stream: EditSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    method: str,
+    changes: dict[str, Any],
+    fast_editor: Make,
+    stream: EditSet,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    editor = fast_editor(method)
+    editor = fast_editor(method, **changes)
     wanted = [prints(editor)]
     for start in range(0, 15, BATCH):
         editor.edit(stream[start : start + BATCH], run_dir=tmp_path / "run")

@@ -11,13 +11,14 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fastedit.editor import Editor
 from fastedit.edits import EditSet
+from fastedit.evaluation import evaluate
 from fastedit.runlog import LOG, RunLog, is_run
 
 BATCH = 3
@@ -49,6 +50,10 @@ def prints(editor: Editor) -> tuple[str, dict[str, bytes]]:
     return editor.weights.fingerprint(), state
 
 
+def metrics(editor: Editor, edits: EditSet) -> dict[str, float | None]:
+    return {name: metric.value for name, metric in evaluate(editor, edits, fluency_prompts=0).edited.items()}
+
+
 def on_disk(folder: Path) -> int:
     """How many batches a killed run has left, with or without their lines."""
     if not is_run(folder):
@@ -62,7 +67,7 @@ def kill_many(make: Make, stream: EditSet, folder: Path, times: int, seed: int) 
     """Kill runs, resume them to their end, and compare; returns how many batches each had left at its first kill."""
     whole = in_a_child(make, stream, folder / "whole", None)
     chance, plain, reached = random.Random(seed), make(), []
-    plain.edit(stream, BATCH)
+    wanted = metrics(plain, plain.edit(stream, BATCH).edits)
     for number in range(times):
         place = folder / str(number)
         in_a_child(make, stream, place, chance.uniform(0, whole))
@@ -74,6 +79,7 @@ def kill_many(make: Make, stream: EditSet, folder: Path, times: int, seed: int) 
         run = editor.edit(stream, BATCH, run_dir=place, resume=True)
         assert [edit.case_id for edit in run.edits] == [edit.case_id for edit in stream]
         assert prints(editor) == prints(plain)
+        assert metrics(editor, run.edits) == wanted
         shutil.rmtree(place)
     return reached
 
@@ -105,6 +111,15 @@ def test_killed_between_the_steps_of_the_first_record(
     assert editor.weights.fingerprint() == plain.weights.fingerprint()
 
 
+@pytest.fixture
+def python_hears_ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a shell's background job starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_hears_ctrl_c")
 def test_ctrl_c_finishes_the_batch_and_a_second_one_abandons_it(
     fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
