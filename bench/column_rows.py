@@ -32,7 +32,24 @@ REMEDIES = {
     "FiNE, token=old, common_share=0.02": ("token=old", "common_share=0.02"),
 }
 
-# One choice changed at a time, the others as in our first reading; the preset is chosen from them.
+# FiNE's preset, one setting changed at a time.
+SWEEP = {
+    "the preset": (),
+    "2 neurons per token": ("neurons=2",),
+    "10 neurons": ("neurons=10",),
+    "20 neurons": ("neurons=20",),
+    "learning rate .002": ("train.lr=0.002",),
+    "learning rate .01": ("train.lr=0.01",),
+    "no layer frozen": ("frozen_layers=0",),
+    "last 10 layers frozen": ("frozen_layers=10",),
+    "gate_only": ("score_activation=gate_only",),
+    "no drift term": ("train.kl_factor=0",),
+    "drift 10": ("train.kl_factor=10",),
+    "norm 1": ("train.norm_factor=1",),
+    "last 10 layers frozen, 10 neurons": ("frozen_layers=10", "neurons=10"),
+}
+
+# KNE: one choice changed at a time, the others as in our first reading; the preset is chosen from them.
 FIRST_READING = ("frozen_layers=0", "attribution.nodes=20")
 CHOICES = {
     "our first reading": (),
@@ -77,6 +94,7 @@ ROWS = (
     Row("sequential", "FiNE, protect", "fine", "sequential", ("protect=true",), limit=200),
     Row("sequential", "KNE", "kne", "sequential", limit=200),
     Row("sequential", "NSE", "nse", "sequential", limit=200),
+    *(Row("sweep", name, "fine", "independent", settings, 9000, 25) for name, settings in SWEEP.items()),
     *(
         Row("choices", name, "kne", "independent", (*FIRST_READING, *settings), 9000, 25)
         for name, settings in CHOICES.items()

@@ -46,7 +46,7 @@ def integrated_gradients(
     path: str = "layer",
     tokens: str = "together",
     everywhere: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
     row_budget: int = 256,
 ) -> Tensor:
     """Attr of every neuron for the targets of each sequence, (n_sequences, n_layers, d_ff), on the CPU, in float32
@@ -95,7 +95,7 @@ def attribute(
     model: ModelAdapter,
     edits: Sequence[Edit],
     config: AttributionConfig,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Attr of every neuron for the answer that the config names, (n_edits, n_layers, d_ff). Inside `model.packed()`."""
     answers = [e.target_new if config.answer != "old" or e.target_true is None else e.target_true for e in edits]

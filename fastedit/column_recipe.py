@@ -22,13 +22,18 @@ from fastedit.stats import Source
 
 @dataclass(frozen=True)
 class ColumnBatch:
-    """One batch of edits on its way into the model. progress: called with the number of edits finished since."""
+    """One batch of edits on its way into the model. progress: called with what was finished since, in edits."""
 
     start: Start
     state: Any
     edits: Sequence[Edit]
     trial: Trial
-    progress: Callable[[int], None] | None = None
+    progress: Callable[[float], None] | None = None
+
+    def stage(self, share: float, units: int) -> Callable[[float], None] | None:
+        """The callback of a stage that is `share` of the batch's work and is counted in so many units of its own."""
+        report, worth = self.progress, share * len(self.edits) / units
+        return None if report is None else lambda n: report(n * worth)
 
     @property
     def model(self) -> ModelAdapter:
@@ -214,7 +219,7 @@ class ColumnRecipe:
         state: Any,
         edits: Sequence[Edit],
         trial: Trial,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[float], None] | None = None,
         known: Mapping[str, Tensor] | None = None,
     ) -> ColumnResult:
         """Write one batch inside its trial."""

@@ -73,7 +73,7 @@ def train_columns(
     sequences: Sequence[TokenSequence],
     slots: Slots,
     config: TrainConfig,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Trained:
     """Train the slots of all edits from zero, each edit on its own. Use inside `model.packed()`.
 
@@ -106,9 +106,12 @@ def train_shared(
     sequences: Sequence[TokenSequence],
     slots: Slots,
     config: TrainConfig,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Trained:
-    """Train one set of slots on the mean loss of all edits; arguments and result as for `train_columns`."""
+    """Train one set of slots on the mean loss of all edits; arguments and result as for `train_columns`.
+
+    progress: every step counts as its share of all edits
+    """
     n_edits, head = len(sequences), model.head
     like = torch.zeros(0, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
     found, buffer = Trained.start(len(slots), n_edits, config.steps, model.d_model, like), LogitBuffer(like.dtype)
@@ -139,9 +142,11 @@ def train_shared(
             break
         sparse_adam(delta, grad, moment1, moment2, step, AdamSettings(config.lr))
         found.steps[:] = step
+        if progress is not None:
+            progress(n_edits / config.steps)
     found.delta[order.to(delta.device)] = delta
     if progress is not None:
-        progress(n_edits)
+        progress(n_edits * (1 - int(found.steps.max()) / config.steps))
     return Trained(*(getattr(found, column.name).cpu() for column in fields(found)))
 
 
@@ -168,7 +173,7 @@ def _groups(sequences: Sequence[TokenSequence], joins: Sequence[int], token_budg
     return groups
 
 
-def _train_group(rows: ColumnRows, config: TrainConfig, progress: Callable[[int], None] | None) -> Trained:
+def _train_group(rows: ColumnRows, config: TrainConfig, progress: Callable[[float], None] | None) -> Trained:
     model, n_edits, n_slots = rows.model, len(rows.sequences), len(rows.slots)
     device, head = model.device, model.head
     loss = ColumnLoss(rows.sequences, config, head.weight.device)

@@ -306,7 +306,7 @@ class Editor:
         total = sum(map(len, batches[first:]))
         with track(total, f"editing ({self.method})", "edits", self.progress) as advance, Interrupts() as interrupts:
 
-            def progress(n: int) -> None:
+            def progress(n: float) -> None:
                 interrupts.check()
                 advance(n)
 

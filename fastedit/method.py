@@ -120,7 +120,7 @@ class Method(Protocol):
         state: Any,
         edits: Sequence[Edit],
         trial: Trial,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[float], None] | None = None,
         known: Mapping[str, Tensor] | None = None,
     ) -> Result:
         """Write one batch inside its trial. Raises RejectedUpdate or NotPositiveDefinite; the trial then rolls back.

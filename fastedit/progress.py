@@ -35,7 +35,7 @@ class _RateColumn(TextColumn):
 
 
 @contextlib.contextmanager
-def track(total: int, label: str, unit: str, show: bool | None = None) -> Iterator[Callable[[int], None]]:
+def track(total: int, label: str, unit: str, show: bool | None = None) -> Iterator[Callable[[float], None]]:
     """Yields advance(n). show: None = when the error stream is a terminal."""
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda n: None
@@ -55,7 +55,7 @@ def track(total: int, label: str, unit: str, show: bool | None = None) -> Iterat
     task = progress.add_task(label, total=total)
     started = time.monotonic()
 
-    def advance(n: int) -> None:
+    def advance(n: float) -> None:
         progress.advance(task, n)
         if time.monotonic() - started > SHOW_AFTER_S and not progress.live.is_started:
             progress.start()

@@ -25,7 +25,8 @@ def kn(batch: ColumnBatch) -> ColumnResult:
     model = batch.model
     sequences = target_sequences(model.tokenizer, batch.prompts, batch.targets)
     with model.packed():
-        scores = attribute(model, batch.edits, config.attribution)[:, : model.n_layers - config.frozen_layers]
+        scores = attribute(model, batch.edits, config.attribution, batch.stage(1, model.n_layers))
+        scores = scores[:, : model.n_layers - config.frozen_layers]
         best = look(model, sequences, ()).best
     edits, layers, neurons = (scores > config.threshold * scores.amax((1, 2), keepdim=True)).nonzero().unbind(1)
     slots = Slots(edits, layers, neurons, scores[edits, layers, neurons])
@@ -39,10 +40,7 @@ def kn(batch: ColumnBatch) -> ColumnResult:
     trained = Trained.start(0, len(sequences), 0, model.d_model, like)
     # Nothing is trained: there is no loss.
     trained.losses.fill_(torch.nan)
-    result = write_columns(batch, slots, trained.with_delta(moved[edits]))
-    if batch.progress is not None:
-        batch.progress(len(sequences))
-    return result
+    return write_columns(batch, slots, trained.with_delta(moved[edits]))
 
 
 KN = ColumnRecipe(kn)

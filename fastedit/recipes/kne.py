@@ -30,10 +30,12 @@ def kne(batch: ColumnBatch) -> ColumnResult:
     sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
     with model.packed():
         slots = batch.state.slots if config.fixed else None
+        locating = 0.5 if slots is None else 0.0
         if slots is None:
-            slots = chosen(attribute(model, batch.edits, config.attribution), config)
+            scores = attribute(model, batch.edits, config.attribution, batch.stage(locating, model.n_layers))
+            slots = chosen(scores, config)
         train: Any = train_columns if config.ensemble == "own" else train_shared
-        trained = train(model, sequences, slots, config.train, batch.progress)
+        trained = train(model, sequences, slots, config.train, batch.stage(1 - locating, len(sequences)))
     return write_columns(batch, slots, trained)
 
 

@@ -115,3 +115,16 @@ def test_kn_adds_the_embeddings_to_the_neurons_above_its_threshold(
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
     editor.undo()
     assert changed_parameters(editor, before) == {}
+
+
+@pytest.mark.parametrize(("method", "settings"), [("kn", {}), ("kne", {}), ("kne", {"ensemble": "own"})])
+def test_progress_moves_while_neurons_are_located_and_ends_at_the_number_of_edits(
+    method: str, settings: dict[str, Any], tiny_editor: Callable[..., Editor], tiny_facts: EditSet
+) -> None:
+    editor = tiny_editor(method, **settings)
+    told: list[float] = []
+    with editor.journal.trial() as trial:
+        editor.recipe.run(editor.start, editor.state, tiny_facts[:3], trial, told.append)
+    assert sum(told) == pytest.approx(3)
+    assert len(told) >= editor.model.n_layers
+    assert max(told) <= 1.5
