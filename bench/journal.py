@@ -75,9 +75,7 @@ def main() -> None:
     seconds, after = time.perf_counter() - started, editor.weights.fingerprint()
     size, share = sum(path.stat().st_size for path in options.folder.iterdir()), sum(written) / seconds
     print(f"{seconds:.1f} s for {len(run.edits)} edits in {len(run.batches)} batches, identity of the model included")
-    print(
-        f"on the disk: {sum(written):.2f} s, {share:.2%} of it; {size / len(edits):.0f} bytes per edit"
-    )
+    print(f"on the disk: {sum(written):.2f} s, {share:.2%} of it; {size / len(edits):.0f} bytes per edit")
     editor.weights.reset()
     started = time.perf_counter()
     recorder = Recorder.open(options.folder)
