@@ -125,7 +125,8 @@ def undo(
         count = len(recorder.live)
         keep = count - last if last is not None else to or 0
         if not 0 <= keep < count:
-            raise ValueError(f"undo: {count} batches are in force, asked to keep {keep}")
+            asked = f"keep {to}" if last is None else f"take {last} back"
+            raise ValueError(f"undo: {counted(count, 'batch is', 'batches are')} in force, asked to {asked}")
         with recorder.log.writing():
             recorder.rewind(keep)
         text = f"{counted(count - keep, 'batch', 'batches')} taken back, {keep} left"
