@@ -101,6 +101,7 @@ def test_delta_in_plain_torch(edited: Editor, tiny_parts: tuple[Any, Any], tiny_
     assert error < 1e-4 * wanted.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_in_peft(
     family: str, edited: Editor, tiny_parts: tuple[Any, Any], tiny_facts: EditSet, tmp_path: Path
