@@ -46,6 +46,8 @@ SWEEP = {
     "no drift term": ("train.kl_factor=0",),
     "drift 10": ("train.kl_factor=10",),
     "norm 1": ("train.norm_factor=1",),
+    "learning rate .002, 150 steps": ("train.lr=0.002", "train.steps=150"),
+    "norm 1, 100 steps": ("train.norm_factor=1", "train.steps=100"),
     "last 10 layers frozen, 10 neurons": ("frozen_layers=10", "neurons=10"),
 }
 
@@ -90,10 +92,11 @@ ROWS = (
     Row("batch", "KNE, own", "kne", "batch", ("ensemble=own",)),
     Row("batch", "NSE", "nse", "batch"),
     Row("batch", "MEMIT", "memit", "batch"),
-    Row("sequential", "FiNE", "fine", "sequential", limit=200),
-    Row("sequential", "FiNE, protect", "fine", "sequential", ("protect=true",), limit=200),
-    Row("sequential", "KNE", "kne", "sequential", limit=200),
-    Row("sequential", "NSE", "nse", "sequential", limit=200),
+    Row("sequential", "FiNE", "fine", "sequential", limit=200, batch_size=1),
+    Row("sequential", "FiNE, protect", "fine", "sequential", ("protect=true",), limit=200, batch_size=1),
+    Row("sequential", "KNE", "kne", "sequential", limit=200, batch_size=1),
+    Row("sequential", "KNE, batches of 10", "kne", "sequential", limit=200),
+    Row("sequential", "NSE, batches of 10", "nse", "sequential", limit=200),
     *(Row("sweep", name, "fine", "independent", settings, 9000, 25) for name, settings in SWEEP.items()),
     *(
         Row("choices", name, "kne", "independent", (*FIRST_READING, *settings), 9000, 25)

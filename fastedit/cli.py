@@ -191,7 +191,7 @@ def edit(
     preset: Preset = None,
     settings: Settings = None,
     dtype: Dtype = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="edits written together")] = 100,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="edits written together; default: the method's")] = None,
     start: Start = 0,
     limit: Limit = None,
     seed: Seed = 0,

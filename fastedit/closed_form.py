@@ -136,6 +136,7 @@ class Recipe:
     write: Callable[[Batch], BatchResult]
     solver: Callable[[Tensor, Any], Solver]
     by_column: bool = False
+    batch_size: int = 100
 
     def layers(self, model: ModelAdapter, config: ClosedFormConfig) -> tuple[int, ...]:
         """The edited layers. Raises ValueError for layers that cannot be written towards one value."""

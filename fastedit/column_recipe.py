@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from fastedit.locate import Slots, common_neurons
 from fastedit.method import Start
 from fastedit.runlog import tensors_hash
 from fastedit.stats import Source
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,8 @@ class ColumnRecipe:
     write: Callable[[ColumnBatch], ColumnResult]
     state: Callable[[Start], Any] = lambda start: NoState()
     by_column: bool = True
+    # Edits that are trained apart and summed disturb each other.
+    batch_size: int = 1
 
     def layers(self, model: ModelAdapter, config: Any) -> tuple[int, ...]:
         """All layers but the frozen ones. Raises ValueError when none is left."""
@@ -226,6 +231,23 @@ class ColumnRecipe:
         return self.write(ColumnBatch(start, state, edits, trial, progress))
 
 
+def _tell_sums(slots: Slots) -> None:
+    """Warn of columns that several edits write: each was trained as if it were alone."""
+    writers = torch.unique(torch.stack([slots.layers, slots.neurons, slots.edits], 1), dim=0)
+    columns, counts = torch.unique(writers[:, :2], dim=0, return_counts=True)
+    if bool((counts > 1).any()):
+        layer, neuron = columns[counts.argmax()].tolist()
+        log.warning(
+            "%d of %d columns are written by several edits of the batch, neuron %d of layer %d by %d: their changes are"
+            " summed, which smaller batches avoid",
+            int((counts > 1).sum()),
+            len(columns),
+            neuron,
+            layer,
+            int(counts.max()),
+        )
+
+
 def write_columns(batch: ColumnBatch, slots: Slots, trained: Trained) -> ColumnResult:
     """W_l[:, i] += s_r delta_r for every slot; what several slots add to one column is summed.
 
@@ -233,6 +255,7 @@ def write_columns(batch: ColumnBatch, slots: Slots, trained: Trained) -> ColumnR
     broken = ~torch.isfinite(trained.worst)
     if bool(broken.any()):
         raise RejectedUpdate(int(slots.layers.min()), broken.nonzero().flatten().tolist(), "the loss is not finite")
+    _tell_sums(slots)
     result = ColumnResult(slots, trained, [len(batch.edits)])
     for layer in sorted(set(slots.layers.tolist())):
         here = slots.layers == layer

@@ -153,7 +153,7 @@ class Editor:
     def edit(
         self,
         edits: Sequence[Edit],
-        batch_size: int = 100,
+        batch_size: int | None = None,
         on_error: str = "stop",
         on_invalid: str = "refuse",
         watch: Watcher | None = None,
@@ -163,6 +163,7 @@ class Editor:
     ) -> Run:
         """Write `edits` in batches.
 
+        batch_size: default: the method's, 100 for closed forms
         on_error: what to do with a batch that cannot be written, or goes past the guard's bounds (it is rolled back
             first): "stop" raises BatchRejected, earlier batches stay; "skip" reports it and goes on
         on_invalid: what to do, before any weight is touched, with anything wrong in the edits: "refuse" raises
@@ -174,6 +175,7 @@ class Editor:
         Ctrl-C stops after the batch at work, a second one abandons it."""
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
+        batch_size = self.recipe.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         batches, skipped = self._check(edits, batch_size, on_invalid)
@@ -206,7 +208,7 @@ class Editor:
             self.journal.undo()
 
     @contextlib.contextmanager
-    def temporarily(self, edits: Sequence[Edit], batch_size: int = 100, **options: Any) -> Iterator[Run]:
+    def temporarily(self, edits: Sequence[Edit], batch_size: int | None = None, **options: Any) -> Iterator[Run]:
         """Edits inside the block, the model and all else bit for bit as it was after it. Nothing is recorded.
 
         options: those of `edit` but run_dir and resume"""

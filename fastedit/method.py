@@ -102,6 +102,11 @@ class Method(Protocol):
         """Whether it writes few columns of its layers, whose originals are then kept one by one."""
         ...
 
+    @property
+    def batch_size(self) -> int:
+        """Edits that are written together where nobody says otherwise."""
+        ...
+
     def layers(self, model: ModelAdapter, config: Any) -> tuple[int, ...]:
         """The layers that the method may write. Raises ValueError where config and model do not fit together."""
         ...

@@ -47,7 +47,7 @@ def test_undo_in_memory_from_disk_and_in_a_later_process(
     editor = fast_editor(method, **changes)
     wanted = [prints(editor)]
     for start in range(0, 15, BATCH):
-        editor.edit(stream[start : start + BATCH], run_dir=tmp_path / "run")
+        editor.edit(stream[start : start + BATCH], BATCH, run_dir=tmp_path / "run")
         wanted.append(prints(editor))
     assert len({str(each) for each in wanted}) == len(wanted)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
@@ -58,11 +58,11 @@ def test_undo_in_memory_from_disk_and_in_a_later_process(
         assert prints(undone) == wanted[3]
         undone.undo(to=1)
         assert prints(undone) == wanted[1]
-        undone.edit(stream[3:6])
+        undone.edit(stream[3:6], BATCH)
         assert prints(undone) == wanted[2]
         undone.undo(to=0)
         assert prints(undone) == wanted[0]
-    assert not caplog.records
+    assert all("their changes are summed" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -76,9 +76,9 @@ def test_half_precision_comes_back_with_its_masters(
     first.edit(stream[:6], BATCH, run_dir=tmp_path / "run")
     second = Editor.resume(tmp_path / "run", half(), progress=False)
     assert prints(second) == prints(first)
-    second.edit(stream[6:9])
+    second.edit(stream[6:9], BATCH)
     first.recorder = None
-    first.edit(stream[6:9])
+    first.edit(stream[6:9], BATCH)
     assert prints(second) == prints(first)
 
 
@@ -106,8 +106,8 @@ def test_an_edit_taken_back(method: str, tiny_editor: Make, tiny_facts: EditSet,
     assert found.batches == 2
     assert edited > unedited + 1
     assert now < edited - 1
-    plain.edit(tiny_facts[:1])
-    plain.edit(tiny_facts[2:4])
+    plain.edit(tiny_facts[:1], 2)
+    plain.edit(tiny_facts[2:4], 2)
     # Nothing of its batch is known before it is trained again, so these are the bits of the run that never had it.
     assert prints(editor) == prints(plain)
     assert 0 < max(found.moved.values()) < 2
@@ -124,7 +124,7 @@ def test_temporary_edits_touch_their_columns_only(fast_editor: Make, stream: Edi
     assert prints(editor) == before
     editor.undo()
     alone = fast_editor("kne")
-    alone.edit(stream[:3])
+    alone.edit(stream[:3], BATCH)
     assert prints(editor) == prints(alone)
 
 

@@ -40,6 +40,29 @@ def weights_of(editor: Editor) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in editor.model.model.state_dict().items()}
 
 
+@pytest.mark.parametrize(("method", "size"), [("fine", 1), ("kn", 1), ("kne", 1), ("nse", 100), ("alphaedit", 100)])
+def test_edits_of_columns_are_written_one_by_one_unless_said_otherwise(
+    method: str, size: int, tiny_editor: Callable[..., Editor], tiny_facts: EditSet
+) -> None:
+    editor = tiny_editor(method)
+    assert editor.recipe.batch_size == size
+    run = editor.edit(tiny_facts[:2])
+    assert [len(report.case_ids) for report in run.batches] == [min(size, 2)] * (2 // min(size, 2))
+
+
+def test_summed_changes_of_one_column_are_told(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    editor = tiny_editor("fine", train={"steps": 2})
+    # The second prompt is the first with another answer: the same neurons push what the model says now.
+    first = tiny_facts[0]
+    again = first.model_copy(update={"case_id": "again", "prompt": f"Yes. {first.prompt}"})
+    (alone,) = editor.edit([first]).batches
+    assert alone.notes == ()
+    editor.undo()
+    (both,) = editor.edit([first, again], 2).batches
+    assert len(both.notes) == 1
+    assert "are written by several edits of the batch" in both.notes[0]
+
+
 def test_single_edits_take_and_come_back_bit_for_bit(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     editor = tiny_editor("fine")
     before = weights_of(editor)

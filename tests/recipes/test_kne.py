@@ -76,7 +76,7 @@ def test_every_choice_edits(changes: dict[str, Any], tiny_editor: Callable[..., 
 
 def test_a_fixed_ensemble_is_forgotten_with_its_batch(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     editor = tiny_editor("kne", fixed=True)
-    editor.edit(tiny_facts[:2])
+    editor.edit(tiny_facts[:2], 2)
     assert editor.state.slots is not None
     editor.undo()
     assert editor.state.slots is None
