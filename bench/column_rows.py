@@ -89,6 +89,7 @@ ROWS = (
     Row("batch", "FiNE", "fine", "batch"),
     Row("batch", "KNE", "kne", "batch"),
     Row("batch", "KNE, union", "kne", "batch", ("ensemble=union",)),
+    Row("batch", "KNE, p 3 %, 50 steps", "kne", "batch", ("share=0.03", "train.steps=50")),
     Row("batch", "KNE, own", "kne", "batch", ("ensemble=own",)),
     Row("batch", "NSE", "nse", "batch"),
     Row("batch", "MEMIT", "memit", "batch"),
