@@ -46,8 +46,6 @@ SWEEP = {
     "no drift term": ("train.kl_factor=0",),
     "drift 10": ("train.kl_factor=10",),
     "norm 1": ("train.norm_factor=1",),
-    "learning rate .002, 150 steps": ("train.lr=0.002", "train.steps=150"),
-    "norm 1, 100 steps": ("train.norm_factor=1", "train.steps=100"),
     "last 10 layers frozen, 10 neurons": ("frozen_layers=10", "neurons=10"),
 }
 
