@@ -196,6 +196,9 @@ def run_part(part: str, meg: MeG, config: MegConfig, data: dict[str, EditSet], f
     print(table(before, after))
     seconds = meg.store.seconds
     for stage, spent in seconds.items():
+        # A control without a gate, or without a generator, has nothing to do there.
+        if spent < 0.1:
+            continue
         row = {"benchmark": f"meg {part}", "backend": "torch", "dtype": str(meg.model.dtype)[6:], "unit": "s"}
         append_row(**row, metric=f"{stage} stage", median=round(spent, 1), shape=f"{len(run.edits)} edits")
     found = {**run.to_dict(), "unedited": before.to_dict(), "edited": after.to_dict()}
