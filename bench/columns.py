@@ -33,16 +33,17 @@ from column_rows import ROWS, Row, table
 from timing import commit, machine_line
 
 from fastedit import Editor, EditSet, Source, load_edits
-from fastedit.attribution import attribute
-from fastedit.closed_form import Batch, Recipe
-from fastedit.column_recipe import ColumnBatch, write_columns
-from fastedit.columns import Trained, train_columns
-from fastedit.config import changed, parse_changes, preset_for
-from fastedit.evaluation import Measurement
-from fastedit.loading import load_model
-from fastedit.recipes.kne import chosen
-from fastedit.target import Values
-from fastedit.tokens import whole_sequences
+from fastedit.config import changed, parse_changes
+from fastedit.evaluation.metrics import Measurement
+from fastedit.methods.closed_form.recipe import Batch, Recipe
+from fastedit.methods.closed_form.values import Values
+from fastedit.methods.columns.attribution import attribute
+from fastedit.methods.columns.kne import chosen
+from fastedit.methods.columns.recipe import ColumnBatch, write_columns
+from fastedit.methods.columns.training import Trained, train_columns
+from fastedit.methods.presets import preset_for
+from fastedit.model.load import load_model
+from fastedit.model.tokens import whole_sequences
 
 CHUNK = 50
 

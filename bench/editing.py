@@ -33,10 +33,11 @@ from timing import append_row, machine_line, matmul_rate, peak_mb, reset_peak
 from torch import Tensor
 
 from fastedit import Editor, EditSet, Source, load_edits
-from fastedit.closed_form import Batch
-from fastedit.config import changed, load_preset, parse_changes
-from fastedit.loading import load_model
-from fastedit.target import optimise_values
+from fastedit.config import changed, parse_changes
+from fastedit.methods.closed_form.recipe import Batch
+from fastedit.methods.closed_form.values import optimise_values
+from fastedit.methods.presets import load_preset
+from fastedit.model.load import load_model
 
 
 @dataclass

@@ -20,9 +20,9 @@ import torch
 from timing import append_row, machine_line, peak_mb, reset_peak
 
 from fastedit import Editor, EditSet, load_edits
-from fastedit.column_recipe import ColumnResult
 from fastedit.config import changed, parse_changes
-from fastedit.tokens import whole_sequences
+from fastedit.methods.columns.recipe import ColumnResult
+from fastedit.model.tokens import whole_sequences
 
 
 def settings_of(config: Any) -> published_fine.FineSettings:

@@ -19,9 +19,9 @@ from column_rows import Row
 from columns import Bench, Cost
 from timing import machine_line
 
-from fastedit.edits import Edit
-from fastedit.locate import contributions, look, old_tokens
-from fastedit.tokens import whole_sequences
+from fastedit.methods.columns.contributions import contributions, look, old_tokens
+from fastedit.model.tokens import whole_sequences
+from fastedit.records.edit import Edit
 
 FUNCTION_WORDS = {"the", "a", "an", "in", "of", "to", "for", "on", "at", "by", "and", "as", "his", "her", "its", "not"}
 

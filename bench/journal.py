@@ -21,9 +21,10 @@ import torch
 from timing import append_row, machine_line
 
 from fastedit import Editor, Source, load_edits
-from fastedit.config import changed, parse_changes, preset_for
-from fastedit.loading import load_model
-from fastedit.recorder import Recorder
+from fastedit.config import changed, parse_changes
+from fastedit.methods.presets import preset_for
+from fastedit.model.load import load_model
+from fastedit.runs.recorder import Recorder
 
 
 def clocked(method: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:

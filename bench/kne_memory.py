@@ -15,12 +15,12 @@ import torch
 from timing import machine_line, peak_mb, reset_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastedit.columns import train_shared
-from fastedit.config import TrainConfig
-from fastedit.loading import load_model
-from fastedit.locate import Slots
-from fastedit.selection import ensemble
-from fastedit.tokens import TokenSequence
+from fastedit.methods.columns.config import TrainConfig
+from fastedit.methods.columns.contributions import Slots
+from fastedit.methods.columns.ensemble import ensemble
+from fastedit.methods.columns.training import train_shared
+from fastedit.model.load import load_model
+from fastedit.model.tokens import TokenSequence
 
 FULL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHARES = (0.001, 0.01, 0.04, 0.16)

@@ -21,19 +21,19 @@ import torch
 from timing import append_row, machine_line, peak_mb, reset_peak
 from torch import Tensor
 
-from fastedit.adapter import ModelAdapter
+from fastedit.cli.meg import table
 from fastedit.config import changed, parse_changes
-from fastedit.edits import EditSet
-from fastedit.families import find
-from fastedit.loading import load_model
-from fastedit.readers import load_edits
-from fastedit.recipes.meg import CONFIGS, MeG, MegConfig, MegRun
-from fastedit.recipes.meg.command import table
-from fastedit.recipes.meg.config import FitConfig
-from fastedit.recipes.meg.fit import fit_layer, fit_neurons, fit_sequences, shared_start
-from fastedit.recipes.meg.neuron import NeuronForm
-from fastedit.recipes.meg.serve import chosen, decode
-from fastedit.tokens import TokenSequence
+from fastedit.methods.meg import CONFIGS, MeG, MegConfig, MegRun
+from fastedit.methods.meg.config import FitConfig
+from fastedit.methods.meg.fit import fit_layer, fit_neurons, fit_sequences, shared_start
+from fastedit.methods.meg.neuron import NeuronForm
+from fastedit.methods.meg.serve import chosen, decode
+from fastedit.model.adapter import ModelAdapter
+from fastedit.model.families import find
+from fastedit.model.load import load_model
+from fastedit.model.tokens import TokenSequence
+from fastedit.records.edit import EditSet
+from fastedit.records.load import load_edits
 
 PARTS = ("meg", "lookup", "nogate", "mlp", "fit", "serve")
 

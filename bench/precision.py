@@ -19,9 +19,10 @@ import torch
 from timing import append_row, machine_line, matmul_rate
 
 from fastedit import Editor, EditSet, Source, load_edits
-from fastedit.config import changed, preset_for
-from fastedit.evaluation import Measurement
-from fastedit.loading import load_model
+from fastedit.config import changed
+from fastedit.evaluation.metrics import Measurement
+from fastedit.methods.presets import preset_for
+from fastedit.model.load import load_model
 
 COMPARED = ("efficacy", "efficacy_top1", "generalization", "specificity", "tokens_unchanged")
 DTYPES = ("model", "bfloat16")

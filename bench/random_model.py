@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastedit import Edit, EditSet
-from fastedit.adapter import ModelAdapter
-from fastedit.stats import accumulate
+from fastedit.methods.closed_form.second_moments import accumulate
+from fastedit.model.adapter import ModelAdapter
 
 # meta-llama/Meta-Llama-3-8B's own numbers, and the same shape at a 64th of the width for a machine without a GPU.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -19,10 +19,11 @@ import torch
 from timing import commit, machine_line, peak_mb, reset_peak
 
 from fastedit import Editor, Source, Watch, load_edits
-from fastedit.config import changed, parse_changes, preset_for
+from fastedit.config import changed, parse_changes
 from fastedit.editor import BatchReport
-from fastedit.evaluation import Measurement
-from fastedit.loading import load_model
+from fastedit.evaluation.metrics import Measurement
+from fastedit.methods.presets import preset_for
+from fastedit.model.load import load_model
 
 COLUMNS = {
     "efficacy": "ES",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastedit.doctor import matmul_rate
+from fastedit.cli.doctor import matmul_rate
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Columns are only ever added, at the end: rows of older files stay what they are.

@@ -9,35 +9,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastedit.editing.guard import Guard
+    from fastedit.editing.watch import Watch
     from fastedit.editor import Editor
-    from fastedit.edits import Edit, EditSet, InvalidEdits, Probe
-    from fastedit.evaluation import evaluate
-    from fastedit.guards import Guard
-    from fastedit.readers import load_edits
-    from fastedit.recipes import RECIPES
-    from fastedit.recipes.meg import MeG
-    from fastedit.reports import BatchRejected
-    from fastedit.runlog import RunError
-    from fastedit.stats import Source
-    from fastedit.watch import Watch
+    from fastedit.evaluation.metrics import evaluate
+    from fastedit.methods.meg import MeG
+    from fastedit.methods.registry import RECIPES
+    from fastedit.model.background_text import Source
+    from fastedit.records.edit import Edit, EditSet, InvalidEdits, Probe
+    from fastedit.records.load import load_edits
+    from fastedit.runs.log import RunError
+    from fastedit.runs.reports import BatchRejected
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Edit": "fastedit.edits",
-    "EditSet": "fastedit.edits",
-    "InvalidEdits": "fastedit.edits",
-    "Probe": "fastedit.edits",
+    "Edit": "fastedit.records.edit",
+    "EditSet": "fastedit.records.edit",
+    "InvalidEdits": "fastedit.records.edit",
+    "Probe": "fastedit.records.edit",
     "Editor": "fastedit.editor",
-    "BatchRejected": "fastedit.reports",
-    "Guard": "fastedit.guards",
-    "RunError": "fastedit.runlog",
-    "evaluate": "fastedit.evaluation",
-    "load_edits": "fastedit.readers",
-    "MeG": "fastedit.recipes.meg",
-    "RECIPES": "fastedit.recipes",
-    "Source": "fastedit.stats",
-    "Watch": "fastedit.watch",
+    "BatchRejected": "fastedit.runs.reports",
+    "Guard": "fastedit.editing.guard",
+    "RunError": "fastedit.runs.log",
+    "evaluate": "fastedit.evaluation.metrics",
+    "load_edits": "fastedit.records.load",
+    "MeG": "fastedit.methods.meg",
+    "RECIPES": "fastedit.methods.registry",
+    "Source": "fastedit.model.background_text",
+    "Watch": "fastedit.editing.watch",
 }
 
 __all__ = [

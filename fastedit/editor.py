@@ -13,29 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.adapter import ModelAdapter
-from fastedit.apply import RejectedUpdate
-from fastedit.attempts import Notes, token_budget, with_budget, with_less_memory
-from fastedit.checks import Checked, check_edits
-from fastedit.config import CONFIGS, EditConfig, load_preset, preset_for
-from fastedit.edits import Edit, EditSet
-from fastedit.families import FAMILIES, Family
-from fastedit.guards import Guard, GuardTripped
-from fastedit.history import History
-from fastedit.interrupts import Interrupts
-from fastedit.journal import Journal
-from fastedit.loading import load_model
-from fastedit.memory import give_back_freed
-from fastedit.method import Start
-from fastedit.progress import track
-from fastedit.recipes import RECIPES
-from fastedit.recorder import Recorder, describe_run
-from fastedit.reports import BatchRejected, BatchReport, Run, Watcher
-from fastedit.runlog import RunError, check_new, is_run
-from fastedit.solver import NotPositiveDefinite
-from fastedit.stats import Source
-from fastedit.tokens import encode
-from fastedit.weights import ColumnWeights, EditableWeights
+from fastedit.config import EditConfig
+from fastedit.editing.committed import History
+from fastedit.editing.guard import Guard, GuardTripped
+from fastedit.editing.retry import token_budget, with_budget, with_less_memory
+from fastedit.methods.base import Start
+from fastedit.methods.closed_form.solver import NotPositiveDefinite
+from fastedit.methods.presets import CONFIGS, load_preset, preset_for
+from fastedit.methods.registry import RECIPES
+from fastedit.model.adapter import ModelAdapter
+from fastedit.model.background_text import Source
+from fastedit.model.families import FAMILIES, Family
+from fastedit.model.load import load_model
+from fastedit.model.tokens import encode
+from fastedit.records.check import Checked, check_edits
+from fastedit.records.edit import Edit, EditSet
+from fastedit.runs.log import RunError, check_new, is_run
+from fastedit.runs.recorder import Recorder, describe_run
+from fastedit.runs.reports import BatchRejected, BatchReport, Run, Watcher
+from fastedit.runtime.free_memory import give_back_freed
+from fastedit.runtime.interrupts import Interrupts
+from fastedit.runtime.progress import track
+from fastedit.runtime.warnings_log import Notes
+from fastedit.weights.apply import RejectedUpdate
+from fastedit.weights.editable import ColumnWeights, EditableWeights
+from fastedit.weights.trial import Journal
 
 __all__ = ["BatchRejected", "BatchReport", "Editor", "Run", "Watcher"]
 
@@ -92,7 +94,7 @@ class Editor:
         """Load `source` (alias, hub id, folder or GGUF file) and make an editor for it.
 
         preset: name of a shipped preset; default: the one made for this model
-        dtype, device, families: see :func:`fastedit.loading.load_model`
+        dtype, device, families: see :func:`fastedit.model.load.load_model`
         options: those of `Editor`"""
         if preset is not None:
             options["config"] = load_preset(method, preset)
@@ -109,7 +111,8 @@ class Editor:
     ) -> Editor:
         """An editor for a model and tokenizer that are already loaded; the model is edited in place.
 
-        families: rows to look the model up in, see :class:`fastedit.families.Family`; options: those of `Editor`"""
+        families: rows to look the model up in, see :class:`fastedit.model.families.Family`
+        options: those of `Editor`"""
         adapter = ModelAdapter(model, tokenizer, families)
         adapter.check_forward()
         return cls(adapter, method, **options)
@@ -136,7 +139,7 @@ class Editor:
     @property
     def state(self) -> Any:
         """What the method prepares and carries on, such as second moments and past keys; made at first use, which can
-        take a while. See :class:`fastedit.method.State`."""
+        take a while. See :class:`fastedit.methods.base.State`."""
         if self._state is None:
             state = self.recipe.prepare(self.start)
             if self.recorder is not None:

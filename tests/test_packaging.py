@@ -101,7 +101,7 @@ def test_wheel_has_every_file_of_the_package(unpacked: Path) -> None:
         wanted.add(f"fastedit/kernels/{path.name}")
     packed = {path.relative_to(unpacked).as_posix() for path in (unpacked / "fastedit").rglob("*") if path.is_file()}
     assert packed == wanted
-    assert any(name.startswith("fastedit/presets/") for name in packed)
+    assert any(name.startswith("fastedit/methods/closed_form/presets/") for name in packed)
 
 
 def test_wheel_says_what_it_is(wheel: Path, unpacked: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_wheel_says_what_it_is(wheel: Path, unpacked: Path, tmp_path: Path) -> N
     assert about.version == python("import fastedit; print(fastedit.__version__)", cwd=tmp_path, path=unpacked)
     assert about.metadata["License-Expression"] == "Apache-2.0"
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert [(entry.name, entry.value) for entry in about.entry_points] == [("fastedit", "fastedit.cli:main")]
+    assert [(entry.name, entry.value) for entry in about.entry_points] == [("fastedit", "fastedit.cli.main:main")]
 
 
 def test_without_a_compiler_the_build_says_so(unpacked: Path) -> None:

@@ -26,7 +26,7 @@ def test_every_placeholder_was_filled() -> None:
 def test_example_runs_on_the_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache, presets = tmp_path / "cache", tmp_path / "package" / "presets" / "nse"
+    cache, presets = tmp_path / "cache", tmp_path / "package" / "closed_form" / "presets" / "nse"
     shutil.copytree(TINY / "model", cache / "models" / "smollm2-135m")
     config = json.loads((TINY / "model" / "config.json").read_text(encoding="utf-8"))
     names = {"n_layers": "num_hidden_layers", "d_model": "hidden_size", "d_ff": "intermediate_size"}
@@ -42,7 +42,7 @@ def test_example_runs_on_the_tiny_model(
     presets.mkdir(parents=True)
     (presets / "tiny.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
     monkeypatch.setenv("FASTEDIT_CACHE", str(cache))
-    monkeypatch.setattr("fastedit.config.resources.files", lambda name: tmp_path / "package")
+    monkeypatch.setattr("fastedit.methods.presets.PACKAGES", tmp_path / "package")
     monkeypatch.chdir(tmp_path)
     exec(compile(example(), "README.md", "exec"), {})
     printed = capsys.readouterr().out

@@ -6,15 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastedit.ops.masked_gram import masked_gram, masked_gram_ref
-from fastedit.testing import (
-    CASES,
-    Case,
-    Factory,
-    assert_close,
-    assert_solves,
-    assert_tolerance_bites,
-    in_float64,
-)
+from fastedit.testing import CASES, Case, Factory, assert_close, assert_solves, assert_tolerance_bites, in_float64
 
 DTYPES = (torch.float32, torch.float64)
 SMALL = Case("small", 4, 10, selected=6)

@@ -1,0 +1,61 @@
+"""What the commands share: messages to standard error, results to standard output, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+@contextlib.contextmanager
+def errors(console: Console) -> Iterator[None]:
+    """Errors a user can cause become one message and an exit code; anything else is ours and keeps its traceback."""
+    from fastedit.methods.closed_form.second_moments import BadMoments
+    from fastedit.model.families import UnsupportedModel
+    from fastedit.model.load import ModelNotFound
+    from fastedit.records.edit import InvalidEdits
+    from fastedit.runs.log import RunWriteError
+    from fastedit.runs.reports import BatchRejected
+
+    try:
+        yield
+    except (BatchRejected, RunWriteError) as error:
+        _tell(console, error)
+        raise typer.Exit(1) from error
+    except (InvalidEdits, ModelNotFound, UnsupportedModel, BadMoments, OSError, ValueError) as error:
+        _tell(console, error)
+        raise typer.Exit(2) from error
+
+
+def open_console() -> Console:
+    """The console of the error stream, with warnings shown on it."""
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    return console
+
+
+def say(console: Console, text: str) -> None:
+    """A message, as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """1 batch, 2 batches."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def emit(as_json: bool, data: dict[str, Any], text: str) -> None:
+    """The result of a command."""
+    typer.echo(json.dumps(data) if as_json else text)
+
+
+def _tell(console: Console, error: Exception) -> None:
+    console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

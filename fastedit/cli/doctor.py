@@ -1,0 +1,115 @@
+"""What this installation has: versions, devices, where ops run, and what is wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pkgutil
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastedit.ops
+from fastedit.model.load import ALIASES, resolve
+from fastedit.ops import _table, cpp
+from fastedit.runtime.cache import cache_folder
+
+PACKAGES = ("torch", "transformers", "safetensors", "triton", "pybind11")
+
+
+@dataclass(frozen=True)
+class Examination:
+    """versions: package -> version or None; facts: what -> text; problems: what must be mended;
+    ops: op -> backend, in the order in which they are tried -> why it cannot run here, None if it can."""
+
+    versions: dict[str, str | None]
+    facts: dict[str, str]
+    ops: dict[str, dict[str, str | None]]
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{name:<18}{version or 'not installed'}" for name, version in self.versions.items()]
+        lines += [f"{name:<18}{text}" for name, text in self.facts.items()]
+        for op, backends in self.ops.items():
+            able = ", ".join(name for name, reason in backends.items() if reason is None)
+            unable = "; ".join(f"{name}: {reason}" for name, reason in backends.items() if reason is not None)
+            lines.append(f"op {op:<15}{able}{unable and f'  ({unable})'}")
+        lines += [f"PROBLEM: {problem}" for problem in self.problems] or ["no problems found"]
+        return "\n".join(lines)
+
+
+def examine() -> Examination:
+    """Look at the installation; takes about a second."""
+    return Examination(
+        {name: _version(name) for name in PACKAGES},
+        {
+            "python": platform.python_version(),
+            "devices": ", ".join(_devices()),
+            "threads": str(torch.get_num_threads()),
+            "float32 matmul": f"{matmul_rate():.0f} GFLOP/s (1024^3)",
+            **{f"{name} kernels": text for name, text in build_record().items()},
+            "cache": str(cache_folder()),
+            **{f"model {alias}": resolve(alias) for alias in ALIASES},
+        },
+        {
+            module.name: {backend: _table.absent(module.name, backend) for backend in _table.BACKENDS}
+            for module in pkgutil.iter_modules(fastedit.ops.__path__)
+            if module.name[0] != "_" and not module.ispkg
+        },
+        owners_problem(importlib.metadata.packages_distributions().get("fastedit", [])),
+    )
+
+
+def build_record() -> dict[str, str]:
+    """What the installation compiled, "cpu" and "cuda" -> "compiled" or why not; the instruction set it uses here."""
+    path = Path(__file__).with_name("_build.txt")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ["cpu: not built", "cuda: not built"]
+    record = dict(line.split(": ", 1) for line in lines)
+    if cpp.missing() is None:
+        module = cpp.compiled()
+        record["cpu"] += f", {module.ISAS[cpp.setting()[0]]} of {', '.join(module.ISAS)}"
+    return record
+
+
+def owners_problem(owners: list[str]) -> list[str]:
+    """A problem when several distributions installed an import package `fastedit`: their files lie in one folder."""
+    distinct = sorted(set(owners))
+    if len(distinct) < 2:
+        return []
+    others = " ".join(name for name in distinct if name != "fastedit-engine")
+    return [
+        f"the import name fastedit belongs to {len(distinct)} distributions ({', '.join(distinct)}), their files are"
+        f" mixed in one folder; run: pip uninstall {others}, then reinstall fastedit-engine"
+    ]
+
+
+def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+    """Best float32 matrix product rate of `repeats`, in GFLOP/s."""
+    left, right = torch.rand(size, size), torch.rand(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e9
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    found = [f"cpu ({platform.machine()})"]
+    if torch.cuda.is_available():
+        found += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found

@@ -1,0 +1,184 @@
+"""Commands that deal with run directories: log, diff, undo, replay, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastedit.cli.console import AsJson, counted, emit, errors, open_console
+
+if TYPE_CHECKING:
+    from fastedit.editor import Editor
+    from fastedit.runs.log import Record
+    from fastedit.runs.recorder import Recorder
+
+RunDir = Annotated[Path, typer.Argument(help="run directory, as given to edit --run-dir")]
+Onto = Annotated[str | None, typer.Option("--onto", help="the unedited model; default: where it was loaded from")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (log, diff, undo, replay, export):
+        app.command()(command)
+
+
+def log(
+    run_dir: RunDir,
+    verify: Annotated[bool, typer.Option("--verify", help="check every byte of every file")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what was recorded, and what of it is in force."""
+    with errors(open_console()):
+        from fastedit.runs.recorder import Recorder
+
+        recorder = Recorder.open(run_dir)
+        if verify:
+            recorder.log.verify()
+        live = {record.number for record in recorder.live}
+        rows = [
+            {"record": r.number, "time": r.body["time"], "kind": r.kind, "in_force": r.number in live, **_about(r)}
+            for r in recorder.log.records
+        ]
+        n_edits = sum(len(record.body["edits"]) for record in recorder.live)
+        text = [
+            f"{r['record']:>6}  {r['time']}  {'*' if r['in_force'] else ' '} {r['kind']:<9} {r['what']}" for r in rows
+        ]
+        batches, edits = counted(len(live), "batch", "batches"), counted(n_edits, "edit", "edits")
+        text.append(f"in force (*): {batches} with {edits}")
+        emit(as_json, {"records": rows, "batches": len(live), "edits": n_edits}, "\n".join(text))
+
+
+def _about(record: Record) -> dict[str, Any]:
+    body = record.body
+    if record.kind == "batch":
+        told = body["report"]
+        notes = "".join(f"; {note}" for note in told["notes"])
+        ids = [each["case_id"] for each in body["edits"]]
+        # A method that optimises nothing has no loss; NaN stands there as text.
+        loss = "" if told["loss"] is None else f", loss {float(told['loss']):.3g}"
+        what = f"{counted(len(ids), 'edit', 'edits')} ({_short(ids)}){loss}, {told['seconds']:.1f} s{notes}"
+        return {"what": what, "case_ids": ids, "report": told, "bytes": record.size}
+    if record.kind == "rewind":
+        then = f", then records {_short(body['then'])}" if body["then"] else ""
+        return {"what": f"the first {body['keep']} stay{then}"}
+    whats = {
+        "run": lambda: f"{body['settings']['method']} on {body['model']['source'] or 'a loaded model'}",
+        "stream": lambda: f"{counted(body['n_batches'], 'batch', 'batches')}, on error {body['on_error']}",
+        "rejected": lambda: f"batch {body['batch']}: {body['report']['error']}",
+        "snapshot": lambda: f"after {counted(body['live'], 'batch', 'batches')}",
+    }
+    return {"what": whats[record.kind]()}
+
+
+def _short(items: list[Any]) -> str:
+    return ", ".join(map(str, items[:3])) + (f", ... {items[-1]}" if len(items) > 3 else "")
+
+
+def diff(run_dir: RunDir, onto: Onto = None, as_json: AsJson = False) -> None:
+    """Say what the edits in force changed: per layer the norm of the change, its rank, and the neurons it touches."""
+    with errors(open_console()):
+        from fastedit.editing.export import delta
+
+        editor = _editor(run_dir, onto)
+        layers, text = {}, [f"{'layer':>5}  {'|change|':>9}  {'share':>7}  {'neurons':>8}  most changed"]
+        for layer in editor.weights.layers:
+            change, size = delta(editor, layer), float(editor.weights.original(layer).double().norm())
+            columns = change.norm(dim=0)
+            most = columns.argsort(descending=True)[:5].tolist()
+            found = {
+                "norm": float(change.norm()),
+                "share": float(change.norm()) / size,
+                "neurons": int((columns > 0).sum()),
+                "d_ff": len(columns),
+                "most_changed": most,
+            }
+            layers[layer] = found
+            of = f"{found['neurons']}/{found['d_ff']}"
+            text.append(f"{layer:>5}  {found['norm']:>9.4f}  {found['share']:>7.2%}  {of:>8}  {_short(most)}")
+        emit(as_json, {"layers": layers, "edits": len(editor.edits)}, "\n".join(text))
+
+
+def undo(
+    run_dir: RunDir,
+    last: Annotated[int | None, typer.Option(min=1, help="take the last batches back")] = None,
+    to: Annotated[int | None, typer.Option(min=0, help="keep so many batches, from the first on")] = None,
+    case: Annotated[str | None, typer.Option("--edit", help="take one edit back, by its case id")] = None,
+    onto: Onto = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take batches of a run back, exactly, or one edit, by solving the batches from its own on again without it."""
+    with errors(open_console()):
+        if sum(choice is not None for choice in (last, to, case)) != 1:
+            raise ValueError("undo: say one of --last N, --to BATCH, --edit CASE_ID")
+        if case is not None:
+            from fastedit.editing.undo_edit import forget
+
+            editor = _editor(run_dir, onto)
+            found = forget(editor, _case_id(editor, case))
+            emit(as_json, found.to_dict(), str(found))
+            return
+        from fastedit.runs.recorder import Recorder
+
+        recorder = Recorder.open(run_dir)
+        count = len(recorder.live)
+        keep = count - last if last is not None else to or 0
+        if not 0 <= keep < count:
+            asked = f"keep {to}" if last is None else f"take {last} back"
+            raise ValueError(f"undo: {counted(count, 'batch is', 'batches are')} in force, asked to {asked}")
+        with recorder.log.writing():
+            recorder.rewind(keep)
+        text = f"{counted(count - keep, 'batch', 'batches')} taken back, {keep} left"
+        emit(as_json, {"batches": keep, "taken_back": count - keep}, text)
+
+
+def _case_id(editor: Editor, text: str) -> Any:
+    """The case id that is written like this: 7 and "7" never stand for two edits."""
+    return next((edit.case_id for edit in editor.edits if str(edit.case_id) == text), text)
+
+
+def replay(
+    run_dir: RunDir,
+    save: Annotated[Path, typer.Option(help="folder for the edited model")],
+    onto: Onto = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the edits in force into the unedited model once more, and save it."""
+    with errors(open_console()):
+        editor = _editor(run_dir, onto)
+        editor.save_pretrained(save)
+        n_edits = len(editor.edits)
+        emit(
+            as_json,
+            {"edits": n_edits, "folder": str(save)},
+            f"{counted(n_edits, 'edit', 'edits')} written, saved to {save}",
+        )
+
+
+def export(
+    run_dir: RunDir,
+    folder: Annotated[Path, typer.Argument(help="absent or empty")],
+    form: Annotated[str, typer.Option("--format", help="checkpoint, delta, lora or gguf")] = "checkpoint",
+    rank: Annotated[int | None, typer.Option(min=1, help="of delta and lora; default: exact")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of a checkpoint: float32, bfloat16 or float16")] = None,
+    onto: Onto = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the edits in force in a form that others read."""
+    with errors(open_console()):
+        from fastedit.editing.export import export as write
+
+        found = write(_editor(run_dir, onto), folder, form, rank, dtype)
+        emit(as_json, found.to_dict(), str(found))
+
+
+def _editor(run_dir: Path, onto: str | None) -> Editor:
+    from fastedit.editor import Editor
+    from fastedit.model.load import load_model
+    from fastedit.runs.recorder import Recorder
+
+    if onto is None:
+        return Editor.resume(run_dir)
+    recorder: Recorder = Recorder.open(run_dir)
+    return Editor.resume(run_dir, load_model(onto, recorder.header["model"]["dtype"]))

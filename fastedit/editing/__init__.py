@@ -1,0 +1,1 @@
+"""Writing a stream of edits: trial, guard, commit; undo, watching and export of what was written."""

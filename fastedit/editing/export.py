@@ -1,0 +1,196 @@
+"""What edits leave behind in forms that others read: a checkpoint, a delta for plain torch, a LoRA adapter for peft.
+
+The delta of a weight, W - W_0 with the float32 master where there is one, has as many directions as edits were written,
+and rounding noise. It is stored as two factors: all directions above the noise, or as many as are asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastedit.editing import load_delta
+from fastedit.editor import Editor
+from fastedit.evaluation.answers import answer
+
+FORMATS = ("checkpoint", "delta", "lora", "gguf")
+CONVERTER = "python convert_hf_to_gguf.py {folder} --outfile edited.gguf --outtype f16"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. rank: of the factors, per layer; error: ||exported - delta|| / ||delta||, per layer; holds:
+    share of the edits with every target token ranked first, in the editor's model and with what was exported; next:
+    what is left to do, or None."""
+
+    folder: str
+    format: str
+    rank: dict[int, int]
+    error: dict[int, float]
+    holds: tuple[float, float] | None = None
+    next: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.format} written to {self.folder}"]
+        if self.rank:
+            worst = max(self.error.values())
+            lines.append(f"rank {max(self.rank.values())}, relative error of the deltas at most {worst:.2e}")
+        if self.holds is not None:
+            lines.append(f"edits that hold: {self.holds[0]:.1%} in the model, {self.holds[1]:.1%} as exported")
+        return "\n".join([*lines, *filter(None, [self.next])])
+
+
+def export(
+    editor: Editor, folder: str | Path, form: str = "checkpoint", rank: int | None = None, dtype: str | None = None
+) -> Exported:
+    """Write the editor's edits to `folder`.
+
+    form: "checkpoint", an ordinary one; "delta", delta.safetensors and load_delta.py, which needs torch alone; "lora",
+        a PEFT adapter; "gguf", a checkpoint, and the command that converts it
+    rank: at most so many directions per weight, for delta and lora; None = all above rounding noise
+    dtype: of a checkpoint's weights; None = the model's
+    Raises ValueError for another form, a rank below 1 or without use, a folder that holds something, or no change."""
+    if form not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
+    if rank is not None and (rank < 1 or form not in ("delta", "lora")):
+        raise ValueError(f"rank must be at least 1 and is for delta and lora, got {rank} for {form}")
+    place = Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"{place}: must be absent or an empty folder")
+    if form in ("checkpoint", "gguf"):
+        save_checkpoint(editor, place, dtype)
+        converts = f"convert it with llama.cpp's: {CONVERTER.format(folder=place)}" if form == "gguf" else None
+        return Exported(str(place), form, {}, {}, next=converts)
+    factors = {layer: pair for layer in editor.weights.layers if (pair := _factors(editor, layer, rank)) is not None}
+    if not factors:
+        raise ValueError("nothing to export: no weight differs from the unedited model")
+    place.mkdir(parents=True, exist_ok=True)
+    (_save_delta if form == "delta" else _save_lora)(editor, place, factors)
+    error = {layer: _error(editor, layer, *pair) for layer, pair in factors.items()}
+    ranks = {layer: len(right) for layer, (_, right) in factors.items()}
+    return Exported(str(place), form, ranks, error, _holds(editor, factors))
+
+
+def save_checkpoint(editor: Editor, folder: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+    """Write the edited model and its tokenizer as transformers reads them. dtype: None = as in memory.
+
+    Raises ValueError for another dtype than float32, bfloat16 and float16."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    model = editor.model.model
+    if dtype is not None and getattr(torch, dtype) != editor.model.dtype:
+        model = copy.deepcopy(model).to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    editor.model.tokenizer.save_pretrained(folder)
+
+
+def delta(editor: Editor, layer: int) -> Tensor:
+    """W - W_0, (d_model, d_ff) float64 on the CPU, from the float32 master where there is one."""
+    return (editor.weights.stored(layer).double() - editor.weights.original(layer).double()).cpu()
+
+
+def _factors(editor: Editor, layer: int, rank: int | None) -> tuple[Tensor, Tensor] | None:
+    """(d_model, r) and (r, d_ff) float32 with the delta as their product, None for a weight that is unchanged."""
+    change = delta(editor, layer)
+    if not bool(change.any()):
+        return None
+    columns = change.any(0).nonzero().flatten()
+    left, sizes, right = torch.linalg.svd(change[:, columns], full_matrices=False)
+    # The weight is rounded to float32, which moves each number by up to eps / 2 of itself.
+    weight = editor.weights.original(layer).double()
+    typical = float(weight.square().mean().sqrt()) * torch.finfo(torch.float32).eps
+    noise = typical * sum(size**0.5 for size in weight.shape)
+    kept = max(1, int((sizes > noise).sum()))
+    kept = kept if rank is None else min(kept, rank)
+    roots = sizes[:kept].sqrt()
+    wide = torch.zeros(kept, change.shape[1])
+    wide[:, columns] = (roots[:, None] * right[:kept]).float()
+    return (left[:, :kept] * roots).float().contiguous(), wide
+
+
+def _save_delta(editor: Editor, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
+    tensors = {}
+    for layer, (left, right) in factors.items():
+        name, transposed = editor.model.weight_name(layer), _is_transposed(editor, layer)
+        if left.numel() + right.numel() >= left.shape[0] * right.shape[1]:
+            full = left @ right
+            tensors[f"{name}/delta"] = (full.T if transposed else full).contiguous()
+        else:
+            tensors[f"{name}/left"] = (right.T if transposed else left).contiguous()
+            tensors[f"{name}/right"] = (left.T if transposed else right).contiguous()
+    save_file(tensors, folder / "delta.safetensors", {"format": "pt"})
+    shutil.copy(load_delta.__file__, folder / "load_delta.py")
+
+
+def _save_lora(editor: Editor, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """PEFT adds (alpha / r) B A; with alpha = r that is the product. All weights get the largest rank, rest zeros."""
+    rank = max(len(right) for _, right in factors.values())
+    tensors, names = {}, []
+    for layer, (left, right) in factors.items():
+        name = editor.model.weight_name(layer).removesuffix(".weight")
+        names.append(name)
+        pad = rank - len(right)
+        place = f"base_model.model.{name}"
+        tensors[f"{place}.lora_A.weight"] = torch.nn.functional.pad(right, (0, 0, 0, pad)).contiguous()
+        tensors[f"{place}.lora_B.weight"] = torch.nn.functional.pad(left, (0, pad)).contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": editor.model.source,
+        "target_modules": names,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": _is_transposed(editor, next(iter(factors))),
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _is_transposed(editor: Editor, layer: int) -> bool:
+    """Whether the model stores the weight as (d_ff, d_model)."""
+    return editor.model.oriented(layer, torch.empty(2, 1)).shape[0] == 1
+
+
+def _error(editor: Editor, layer: int, left: Tensor, right: Tensor) -> float:
+    change = delta(editor, layer)
+    return float((left.double() @ right.double() - change).norm() / change.norm())
+
+
+def _holds(editor: Editor, factors: dict[int, tuple[Tensor, Tensor]]) -> tuple[float, float] | None:
+    """Share of the edits that hold, as the model is and with the factors in place of its deltas."""
+    pairs = [(edit.prompt, edit.target_new) for edit in editor.edits]
+    if not pairs:
+        return None
+    before = _exact(editor, pairs)
+    changed = {layer: editor.weights.changed(layer) for layer in factors}
+    present = {layer: editor.weights.stored(layer, index) for layer, index in changed.items()}
+    try:
+        for layer, (left, right) in factors.items():
+            original = editor.weights.original(layer)
+            exported = original.float() + (left @ right).to(original.device)
+            index = changed[layer]
+            editor.weights.put(layer, index, exported if index is None else exported[:, index])
+        after = _exact(editor, pairs)
+    finally:
+        for layer, values in present.items():
+            editor.weights.put(layer, changed[layer], values)
+    return before, after
+
+
+def _exact(editor: Editor, pairs: list[tuple[str, str]]) -> float:
+    return sum(found.exact for found in answer(editor.model, pairs)) / len(pairs)

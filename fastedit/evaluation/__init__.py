@@ -1,0 +1,1 @@
+"""What a model answers, and the field's metrics over it."""

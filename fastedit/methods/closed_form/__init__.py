@@ -1,0 +1,1 @@
+"""Methods that solve a linear system for the update: NSE, MEMIT, AlphaEdit."""

@@ -1,0 +1,22 @@
+"""MEMIT, mass-editing memory (Meng et al. 2023): one closed-form sweep over the layers, every edit, every neuron.
+
+    Delta = R^T K (lambda C + K^T K)^-1         each batch forgets the ones before it
+    Delta = R^T K (lambda C + H + K^T K)^-1     with memory=True: past keys are held in place (MEMIT-seq, ENCORE)
+Values are optimised on the present weights, as published. The released MEMIT-seq fails: its history is passed on
+nowhere; here H enters the solve.
+"""
+
+from __future__ import annotations
+
+from fastedit.methods.closed_form.recipe import Batch, BatchResult, Recipe, one_round, ridge
+
+
+def memit(batch: Batch) -> BatchResult:
+    """Write one batch inside its trial."""
+    result = one_round(batch)
+    if not batch.config.memory:
+        result.keys.clear()
+    return result
+
+
+MEMIT = Recipe(memit, ridge)

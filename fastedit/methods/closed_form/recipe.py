@@ -1,0 +1,256 @@
+"""What closed-form recipes share: the state of a run, a batch with what is done to it, the write of one sweep."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.methods.base import Start
+from fastedit.methods.closed_form.config import ClosedFormConfig, MEMITConfig, NSEConfig
+from fastedit.methods.closed_form.keys import KeySweep, LayerCapture
+from fastedit.methods.closed_form.second_moments import second_moments
+from fastedit.methods.closed_form.solver import PastKeys, RidgeSolver, Solver
+from fastedit.methods.closed_form.templates import sample_templates
+from fastedit.methods.closed_form.values import Values, optimise_values, upper_layers
+from fastedit.model.adapter import ModelAdapter
+from fastedit.model.background_text import Source
+from fastedit.records.edit import Edit
+from fastedit.runtime.hashing import tensors_hash
+from fastedit.runtime.progress import track
+from fastedit.weights.apply import apply_update
+from fastedit.weights.trial import Trial
+
+
+@dataclass
+class EditState:
+    """What lives as long as an editor: context templates, what runs the layers above the value layer, and per layer the
+    second moment, the solver and past keys."""
+
+    templates: tuple[str, ...]
+    upper: ModelAdapter
+    moments: dict[int, Tensor]
+    solvers: dict[int, Solver]
+    past: dict[int, PastKeys]
+
+    def kept(self, result: BatchResult) -> dict[str, Tensor]:
+        """What of a batch becomes history: layer -> keys (n_edits, d_ff)."""
+        return {str(layer): keys.float() for layer, keys in result.keys.items()}
+
+    def take_in(self, kept: Mapping[str, Tensor]) -> None:
+        """The keys of a committed batch become history."""
+        for layer, keys in kept.items():
+            past = self.past[int(layer)]
+            past.add(keys.to(past.device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Past keys, as rows or as their sum."""
+        return {f"{layer}/{name}": each for layer, past in self.past.items() for name, each in past.tensors().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Become what `tensors` returned."""
+        for layer, past in self.past.items():
+            prefix = f"{layer}/"
+            past.load({name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)})
+
+    def describe(self) -> dict[str, Any]:
+        """The templates, and the SHA-256 of each second moment."""
+        hashes = {layer: tensors_hash({"moment": moment}) for layer, moment in self.moments.items()}
+        return {"templates": list(self.templates), "moments": {str(layer): each for layer, each in hashes.items()}}
+
+    def adopt(self, described: Mapping[str, Any]) -> None:
+        """Take over the templates. Raises ValueError for other second moments."""
+        now = self.describe()["moments"]
+        differ = [layer for layer, each in described["moments"].items() if now.get(layer) != each]
+        if differ:
+            raise ValueError(f"second moments of layers {', '.join(differ)} are not those that the run began with")
+        self.templates = tuple(described["templates"])
+
+
+@dataclass
+class BatchResult:
+    """What a recipe did to one batch inside its trial.
+
+    keys: layer -> (n_edits, d_ff) post-edit keys of all edits, which become history on commit; empty = no memory
+    written: edits written per round; neurons: layer -> neurons written last; norms: layer -> summed update norms
+    """
+
+    values: Values
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    written: list[int] = field(default_factory=list)
+    neurons: dict[int, int] = field(default_factory=dict)
+    norms: dict[int, float] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a later solve can start from, by name: the values."""
+        return dict(vars(self.values))
+
+    @property
+    def losses(self) -> Tensor:
+        """(n_edits,) loss at the last forward."""
+        return self.values.losses
+
+    @property
+    def steps(self) -> Tensor:
+        """(n_edits,) int64, Adam steps."""
+        return self.values.steps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of edits on its way into the model. progress: called with the number of values finished since, also
+    where a batch may be abandoned; known: values of the edits that were optimised before."""
+
+    model: ModelAdapter
+    edits: Sequence[Edit]
+    config: Any
+    state: EditState
+    trial: Trial
+    progress: Callable[[int], None] | None = None
+    known: Values | None = None
+
+    def values(self) -> Values:
+        """Values at the last edited layer, on the original or the present weights as the config says."""
+        if self.known is not None:
+            return self.known
+        config, state = self.config, self.state
+        with self.trial.weights.rewound() if config.rewind_values else contextlib.nullcontext():
+            return optimise_values(
+                self.model, self.edits, state.templates, config.layers[-1], config.value, self.progress, state.upper
+            )
+
+    def sweep(self) -> KeySweep:
+        """A sweep over the edited layers. Use inside `model.packed()`."""
+        return KeySweep(self.model, self.edits, self.state.templates, self.config.layers)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: how it writes a batch, and the solver it makes of a layer's second moment (d_ff, d_ff).
+
+    write raises RejectedUpdate or NotPositiveDefinite; the batch's trial then rolls back."""
+
+    write: Callable[[Batch], BatchResult]
+    solver: Callable[[Tensor, Any], Solver]
+    by_column: bool = False
+    batch_size: int = 100
+
+    def layers(self, model: ModelAdapter, config: ClosedFormConfig) -> tuple[int, ...]:
+        """The edited layers. Raises ValueError for layers that cannot be written towards one value."""
+        if config.layers[-1] >= model.n_layers - 1:
+            raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {config.layers}")
+        model.check_layers(config.layers)
+        return config.layers
+
+    def template_tokens(self, config: ClosedFormConfig) -> int:
+        """Tokens that stand before a prompt: a template is at most its configured length, and its full stop."""
+        return config.templates.length + 1
+
+    def prepare(self, start: Start) -> EditState:
+        """Templates, second moments, solvers. Raises ValueError for layers without a second moment."""
+        model, config, moments = start.model, start.config, start.moments
+        with start.weights.rewound():
+            templates = sample_templates(model, config.templates, start.seed)
+            if moments is None or isinstance(moments, Source):
+                source = moments or Source(seed=start.seed)
+                moments = second_moments(model, config.layers, source, config.moments, show=start.progress)
+        missing = [layer for layer in config.layers if layer not in moments]
+        if missing:
+            raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
+        moved = {layer: moments[layer].to(model.device) for layer in config.layers}
+        solvers: dict[int, Solver] = {}
+        with track(len(moved), "preparing the solvers", "layers", start.progress) as advance:
+            for layer, moment in moved.items():
+                solvers[layer] = self.solver(moment, config)
+                advance(1)
+        past = {layer: PastKeys(model.d_ff, model.device) for layer in config.layers}
+        return EditState(templates, upper_layers(model, config.layers[-1], config.value), moved, solvers, past)
+
+    def run(
+        self,
+        start: Start,
+        state: EditState,
+        edits: Sequence[Edit],
+        trial: Trial,
+        progress: Callable[[int], None] | None = None,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> BatchResult:
+        """Write one batch inside its trial. known: its values, where they were optimised before."""
+        values = None if known is None else Values(**known)
+        return self.write(Batch(start.model, edits, start.config, state, trial, progress, values))
+
+
+def write_sweep(
+    batch: Batch,
+    sweep: KeySweep,
+    result: BatchResult,
+    choose_edits: Callable[[Tensor], Tensor] | None = None,
+    rule: dict[str, float] | None = None,
+) -> bool:
+    """One pass from the first edited layer to the last, the residual spread over the layers still to come.
+
+    choose_edits: residuals (n_edits, d_model) at the first layer -> (n_edits,) bool, the edits written; None = all
+    rule: how the neurons written are selected by their mass (`selection.mass_rule`), or None for every neuron
+    Returns False, with nothing written, when a later round has no edit left to write."""
+    active = torch.ones(len(batch.edits), dtype=torch.bool)
+    rows = torch.arange(len(batch.edits))
+    for position, captured in enumerate(sweep):
+        residual = result.values.values.to(captured.hidden.device) - captured.hidden
+        if position == 0:
+            active = active.to(residual.device) if choose_edits is None else choose_edits(residual)
+            # Looked at once: from here to the solve of a layer nothing waits for the device.
+            rows = active.nonzero().flatten()
+            if result.written and not len(rows):
+                return False
+            result.written.append(len(rows))
+        layer = captured.layer
+        if batch.progress is not None:
+            # A batch may be abandoned here.
+            batch.progress(0)
+        # In the last round that writes, weights below this layer are final: these are the post-edit keys.
+        if not len(rows):
+            result.keys[layer] = sweep.keys(captured, active).keys
+            continue
+        result.keys[layer], chosen, solution = _solved(batch, sweep, captured, active, rows, rule)
+        share = residual[rows] / (len(sweep.layers) - position)
+        norm = apply_update(batch.trial, layer, chosen, share, solution, rows)
+        result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
+        result.norms[layer] = result.norms.get(layer, 0.0) + norm
+    return True
+
+
+def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
+    """The ridge system over lambda C. moment: (d_ff, d_ff)"""
+    return RidgeSolver(moment, config.covariance_weight)
+
+
+def _solved(
+    batch: Batch,
+    sweep: KeySweep,
+    captured: LayerCapture,
+    active: Tensor,
+    rows: Tensor,
+    rule: dict[str, float] | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Keys of all edits (n_edits, d_ff), the selected neurons (k,) or None for all, X (k, number of rows)."""
+    solver, past = batch.state.solvers[captured.layer], batch.state.past[captured.layer]
+    if rule is None:
+        keys = sweep.keys(captured, active).keys
+        return keys, None, solver.solve(keys[rows], past)
+    if not isinstance(solver, RidgeSolver):
+        raise TypeError(f"neurons are selected for a RidgeSolver, got {type(solver).__name__}")
+    chain = sweep.chain(captured, active, solver.moment, solver.weight, past.dense, past.rows, rule)
+    chosen, system = chain.read()
+    return chain.keys, chosen, solver.solve_system(system, chain.keys[rows][:, chosen])
+
+
+def one_round(batch: Batch) -> BatchResult:
+    """Values, then one sweep that writes every edit on every neuron."""
+    result = BatchResult(batch.values())
+    with batch.model.packed():
+        write_sweep(batch, batch.sweep(), result)
+    return result

@@ -1,0 +1,1 @@
+"""Methods that choose single columns of any layer and train or rewrite them: FiNE, KNE, KN."""

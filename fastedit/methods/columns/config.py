@@ -1,0 +1,115 @@
+"""Settings of the methods that write single columns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fastedit.config import Config, EditConfig, MomentConfig
+
+
+class TrainConfig(Config):
+    """Training of chosen columns (see :mod:`fastedit.methods.columns.training`).
+
+    steps: at most so many Adam steps; stop_probability: an edit is finished when every target token has more
+    reduce: loss of the target's tokens: "worst" of them, or "mean"
+    kl_factor: weight of the drift KL(p_0 || p) averaged over the prompt's positions but the last
+    repetition_factor: weight of -log(1 - p) of the target's tokens after the whole target, the worst of them
+    norm_factor: weight of the norm of an edit's changes
+    token_budget: rows trained together, which bounds memory
+    """
+
+    steps: int = Field(50, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    stop_probability: float = Field(0.9, gt=0, lt=1)
+    reduce: Literal["worst", "mean"] = "worst"
+    kl_factor: float = Field(1.0, ge=0)
+    repetition_factor: float = Field(10.0, ge=0)
+    norm_factor: float = Field(0.1, ge=0)
+    token_budget: int = Field(1024, ge=1)
+
+
+class FiNEConfig(EditConfig):
+    """FiNE, fine-grained neuron-level editing (ICLR 2025, arXiv 2503.01090, and its released code).
+
+    neurons: k, neurons chosen for each target token
+    frozen_layers: the last layers, in which none is chosen
+    score_activation: "down_in", the down-projection's input; "gate_only", the activation without the up projection, as
+        the release scored Llama models until May 2025, probably for the paper's numbers
+    token: whose push is scored at a target token. "greedy" (published): what the model says there now; ours: "old",
+        the first token of `target_true` at the first target token where the record has one, greedy elsewhere
+    common_share: ours: leave out neurons that would be chosen for more than this share of the positions of background
+        text, which push what the model says anywhere; None = leave none out, as published
+    background: that text's length; its source is the editor's `moments`, by default the model's own writing
+    protect: ours, for streams: a column that an earlier batch wrote is not chosen again; as published, nothing protects
+        earlier edits
+    """
+
+    neurons: int = Field(5, ge=1)
+    frozen_layers: int = Field(3, ge=0)
+    score_activation: Literal["down_in", "gate_only"] = "down_in"
+    token: Literal["greedy", "old"] = "greedy"
+    common_share: float | None = Field(None, gt=0, lt=1)
+    background: MomentConfig = MomentConfig(tokens=4000, window=128)
+    protect: bool = False
+    train: TrainConfig = TrainConfig()
+
+
+class AttributionConfig(Config):
+    """Integrated gradients of neurons (see :mod:`fastedit.methods.columns.attribution`).
+
+    nodes: M of the midpoint rule
+    path, tokens, everywhere: as in `integrated_gradients`; published by KN: "layer"
+    answer: whose probability is attributed. "old": `target_true`, or the model's own greedy tokens where the record has
+        none; "greedy": those always; "new": the target
+    """
+
+    nodes: int = Field(20, ge=1)
+    path: Literal["layer", "joint"] = "layer"
+    tokens: Literal["together", "apart"] = "together"
+    everywhere: bool = False
+    answer: Literal["old", "greedy", "new"] = "old"
+
+
+class KNEConfig(EditConfig):
+    """KNE, knowledge neuronal ensemble (arXiv 2412.20637). Published: integrated gradients summed over the answer's
+    tokens, one quantile of the scores of all layers, W + alpha / sqrt(n) dW, training of the ensemble alone. All else
+    is our reading, the source being silent.
+
+    share: p, share of all neurons that the ensemble holds
+    key_layers: None, or K: the K layers with most members, the threshold taken again inside them; or the layers
+    alpha: None = sqrt(n), so that what is trained is added as it is; alpha_per: n of the "layer", or of "all"
+    ensemble: "shared": one for a batch, by its summed scores, trained on the mean loss; "union": of the edits' own,
+        trained likewise; "own": each edit trains its own alone, and the changes are summed
+    fixed: keep the first batch's ensemble for the stream; "own" cannot
+    frozen_layers: last layers without members
+    train: the loss is the mean over the target's tokens; `kl_factor` adds FiNE's drift
+    """
+
+    share: float = Field(0.01, gt=0, lt=1)
+    key_layers: int | tuple[int, ...] | None = None
+    alpha: float | None = Field(None, gt=0)
+    alpha_per: Literal["layer", "all"] = "layer"
+    ensemble: Literal["shared", "union", "own"] = "shared"
+    fixed: bool = False
+    frozen_layers: int = Field(0, ge=0)
+    attribution: AttributionConfig = AttributionConfig()
+    train: TrainConfig = TrainConfig(steps=25, lr=1e-3, reduce="mean", kl_factor=0, repetition_factor=0, norm_factor=0)
+
+    @model_validator(mode="after")
+    def _one_ensemble(self) -> KNEConfig:
+        if self.fixed and self.ensemble == "own":
+            raise ValueError("ensemble 'own' is located edit by edit and cannot be fixed")
+        return self
+
+
+class KNConfig(EditConfig):
+    """KN, knowledge neurons (Dai et al. 2022), the baseline without training.
+
+    threshold: share of an edit's largest score that a neuron must exceed
+    """
+
+    threshold: float = Field(0.2, gt=0, lt=1)
+    frozen_layers: int = Field(0, ge=0)
+    attribution: AttributionConfig = AttributionConfig(tokens="apart")

@@ -1,0 +1,36 @@
+"""FiNE, fine-grained neuron-level editing (ICLR 2025, arXiv 2503.01090): a few neurons per target token, located over
+all layers but the last ones by what each adds to the token that the model says now, and one vector per neuron trained.
+
+    W_l[:, i] += delta_r        for every chosen (l, i); see `locate.contributions` and `columns.train_columns`
+Every edit of a batch is located and trained on the weights before the batch, and the vectors are summed, as in the
+released code; batches of one are sequential editing. Nothing protects earlier edits, unless `protect` (ours) says so.
+Differences from the released code, each on purpose: prompt and target are tokenised as one text; no end-of-text is put
+before GPT-J's prompts, which its evaluation does not have either; the vectors and Adam are float32, not bf16; softmax
+and drift are float32; an edit with a loss that is no number is refused, not written.
+"""
+
+from __future__ import annotations
+
+from fastedit.methods.columns.config import FiNEConfig
+from fastedit.methods.columns.contributions import contributions, old_tokens
+from fastedit.methods.columns.recipe import ColumnBatch, ColumnRecipe, ColumnResult, write_columns
+from fastedit.methods.columns.state import LeftOut
+from fastedit.methods.columns.training import train_columns
+from fastedit.model.tokens import whole_sequences
+
+
+def fine(batch: ColumnBatch) -> ColumnResult:
+    """Write one batch inside its trial."""
+    config: FiNEConfig = batch.config
+    model, gate_only = batch.model, config.score_activation == "gate_only"
+    sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
+    layers = range(model.n_layers - config.frozen_layers)
+    tokens = old_tokens(model.tokenizer, batch.edits) if config.token == "old" else ()
+    with model.packed():
+        left_out = batch.state.left_out
+        slots = contributions(model, sequences, config.neurons, layers, gate_only, tokens, excluded=left_out)
+        trained = train_columns(model, sequences, slots, config.train, batch.progress)
+    return write_columns(batch, slots, trained)
+
+
+FINE = ColumnRecipe(fine, LeftOut)

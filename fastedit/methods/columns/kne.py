@@ -1,0 +1,60 @@
+"""KNE, knowledge neuronal ensemble (arXiv 2412.20637): the neurons of all layers whose integrated gradient lies above
+one threshold are trained together, and nothing else.
+
+    Attr(l, k)  integrated gradient of the answer's probabilities        published; see `attribution`
+    ensemble    every neuron above the (1 - p) quantile over all layers  published
+    W_l[:, k] += alpha / sqrt(n) dW_l[:, k]                               published
+No code of it is public and its paper leaves much open: `KNEConfig` says what is published and what is our reading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.methods.columns.attribution import attribute
+from fastedit.methods.columns.config import KNEConfig
+from fastedit.methods.columns.contributions import Slots
+from fastedit.methods.columns.ensemble import ensemble
+from fastedit.methods.columns.recipe import ColumnBatch, ColumnRecipe, ColumnResult, write_columns
+from fastedit.methods.columns.state import FirstSlots
+from fastedit.methods.columns.training import train_columns, train_shared
+from fastedit.model.tokens import whole_sequences
+
+
+def kne(batch: ColumnBatch) -> ColumnResult:
+    """Write one batch inside its trial."""
+    config: KNEConfig = batch.config
+    model = batch.model
+    sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
+    with model.packed():
+        slots = batch.state.slots if config.fixed else None
+        locating = 0.5 if slots is None else 0.0
+        if slots is None:
+            scores = attribute(model, batch.edits, config.attribution, batch.stage(locating, model.n_layers))
+            slots = chosen(scores, config)
+        train: Any = train_columns if config.ensemble == "own" else train_shared
+        trained = train(model, sequences, slots, config.train, batch.stage(1 - locating, len(sequences)))
+    return write_columns(batch, slots, trained)
+
+
+def chosen(scores: Tensor, config: KNEConfig) -> Slots:
+    """The slots of a batch by its scores, (n_edits, n_layers, d_ff); of "shared" and "union" the edit is 0."""
+    scores = scores[:, : scores.shape[1] - config.frozen_layers]
+    tables = scores.sum(0, keepdim=True) if config.ensemble == "shared" else scores
+    found = [ensemble(table, config.share, config.key_layers) for table in tables]
+    if config.ensemble == "union":
+        found = [torch.unique(torch.cat(found), dim=0)]
+    parts = []
+    for edit, members in enumerate(found):
+        layers, neurons = members.unbind(1)
+        n = torch.bincount(layers)[layers] if config.alpha_per == "layer" else torch.full_like(layers, len(layers))
+        scales = None if config.alpha is None else config.alpha / n.sqrt()
+        table = scores.sum(0) if config.ensemble == "union" else tables[edit]
+        parts.append(Slots(torch.full_like(layers, edit), layers, neurons, table[layers, neurons], scales))
+    return Slots.joined(parts)
+
+
+KNE = ColumnRecipe(kne, lambda start: FirstSlots())

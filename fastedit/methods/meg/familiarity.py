@@ -1,0 +1,141 @@
+"""Whether a prompt asks about an edit: a network that has learned random labels of the edits by heart.
+
+Every edit gets a random label, and a small residual network F overfits (vector of the prompt -> label). Where F has
+seen a prompt, or one close to it, it is sure of its answer; its entropy is the gate:
+    H = - sum_c p_c ln p_c,  p clamped at 1e-8, in nats (at most ln n_labels);   edited iff H < threshold, strictly
+Nothing in the published loss forces text unlike any edit to high entropy; here prompts of facts that are not edited,
+where there are some, are held to the uniform distribution (`background`). The published code makes the encoder run for
+every sample of every epoch; here vectors are computed once, and noise stands in for the encoder's dropout. Labels and
+noise are seeded, and training stops by what the gate does and not after a number of epochs picked by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastedit.methods.meg.config import FamiliarityConfig
+
+SURE = 1e-8
+
+
+class FamiliarityNet(nn.Module):
+    """Residual blocks x + drop(W2 gelu(W1 x)), then a linear layer onto the labels. No norm layers, as published.
+
+    width: of the vectors; hidden: inside a block; blocks, labels: how many; dropout: its probability"""
+
+    def __init__(self, width: int, hidden: int, blocks: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.Dropout(dropout))
+            for _ in range(blocks)
+        )
+        self.out = nn.Linear(width, labels)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Logits (n, labels) of vectors (n, width)."""
+        for block in self.blocks:
+            vectors = vectors + block(vectors)
+        return self.out(vectors)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H of the softmax of logits (n, n_labels), (n,) in nats."""
+    p = torch.softmax(logits.float(), dim=1).clamp_min(SURE)
+    return -(p * p.log()).sum(1)
+
+
+def is_familiar(entropies: Tensor, threshold: float) -> Tensor:
+    """(n,) bool: H < threshold, strictly."""
+    return entropies < threshold
+
+
+@dataclass(frozen=True)
+class Familiarity:
+    """A trained network in evaluation mode, for unit vectors."""
+
+    net: FamiliarityNet
+
+    @torch.no_grad()
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Entropies (n,) of unit vectors (n, width)."""
+        return entropy(self.net(scaled(vectors)))
+
+
+def scaled(vectors: Tensor) -> Tensor:
+    """Unit vectors (n, width) with entries of about one, as linear layers want them."""
+    return vectors * vectors.shape[1] ** 0.5
+
+
+def make_net(width: int, config: FamiliarityConfig) -> FamiliarityNet:
+    """A network for vectors of `width`, with torch's own start."""
+    return FamiliarityNet(width, config.hidden_ratio * width, config.blocks, config.labels, config.dropout)
+
+
+def train_familiarity(
+    vectors: Tensor,
+    config: FamiliarityConfig,
+    seed: int,
+    background: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Familiarity:
+    """Learn n edits by heart. vectors: (n, width) unit vectors of their prompts; background: (m, width), of others.
+
+    Stops when `config.learned` of the edits are below half of `config.sure` nats, or after `config.epochs`.
+    progress: called with 1 per epoch"""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = make_net(vectors.shape[1], config)
+        labels = torch.randint(config.labels, (len(vectors),))
+        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        for epoch in range(config.epochs):
+            net.train()
+            for part in torch.split(torch.randperm(len(vectors)), config.batch_size):
+                loss = F.cross_entropy(net(_noisy(vectors[part], config.noise)), labels[part])
+                if background is not None and config.background > 0:
+                    drawn = background[torch.randint(len(background), (len(part),))]
+                    # Cross-entropy towards the uniform distribution.
+                    loss = loss - config.background * F.log_softmax(net(_noisy(drawn, config.noise)), 1).mean()
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+            if progress is not None:
+                progress(1)
+            if epoch % 10 == 9:
+                net.eval()
+                known = is_familiar(Familiarity(net)(vectors), config.sure / 2)
+                if float(known.float().mean()) >= config.learned:
+                    break
+    net.eval()
+    net.requires_grad_(False)
+    return Familiarity(net)
+
+
+def _noisy(vectors: Tensor, noise: float) -> Tensor:
+    """Unit vectors with Gaussian noise of length `noise` put onto them, made unit again and scaled."""
+    moved = vectors + noise * torch.randn_like(vectors) / vectors.shape[1] ** 0.5
+    return scaled(F.normalize(moved, dim=1))
+
+
+def choose_threshold(own: Tensor, reworded: Tensor, unrelated: Tensor) -> float:
+    """The bound of a score below which a prompt counts as edited, from a development slice.
+
+    own, reworded, unrelated: scores of the slice's own prompts, their paraphrases, and prompts that must not change,
+    each (n,). Takes the bound with the largest harmonic mean of the three shares that are judged right, the smallest
+    such; it lies halfway between two scores that occur."""
+    scores = torch.unique(torch.cat([own, reworded, unrelated]).double())
+    middle = (scores[1:] + scores[:-1]) / 2
+    bounds = torch.cat([middle, scores[-1:] + 1e-6])
+    shares = torch.stack(
+        [
+            (own[None].double() < bounds[:, None]).double().mean(1),
+            (reworded[None].double() < bounds[:, None]).double().mean(1),
+            (unrelated[None].double() >= bounds[:, None]).double().mean(1),
+        ]
+    )
+    # The largest harmonic mean has the smallest sum of inverses.
+    return float(bounds[int((1 / shares.clamp_min(1e-9)).sum(0).argmin())])

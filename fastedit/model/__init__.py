@@ -1,0 +1,1 @@
+"""The model under edit: families, loading, packed passes, tokens, text."""

@@ -1,0 +1,1 @@
+"""Edit records: the `Edit` itself, the published forms, reading and checking."""

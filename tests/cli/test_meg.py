@@ -1,0 +1,65 @@
+"""MeG from the command line: a run that can go on, and a store that eval measures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fastedit.cli.main import app
+
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+MODEL, FACTS = str(TINY / "model"), str(TINY / "facts.jsonl")
+SMALL = (
+    "fit.layer=4",
+    "fit.stop_token=false",
+    "fit.template='{}'",
+    "encoder.layer=3",
+    "encoder.epochs=1",
+    "gate.epochs=60",
+    "generator.width=32",
+)
+QUICK = ("generator.patch=32", "generator.heads=4", "generator.blocks=1", "generator.epochs=10", "max_new_tokens=6")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def settings() -> list[str]:
+    return [part for setting in (*SMALL, *QUICK) for part in ("--set", setting)]
+
+
+@pytest.mark.parametrize("method", ["meg", "meg-lookup"])
+def test_edit_saves_a_store_that_eval_measures(tmp_path: Path, method: str) -> None:
+    saved, folder = tmp_path / "edits.safetensors", tmp_path / "run"
+    arguments = ("edit", MODEL, FACTS, "--method", method, "--limit", "8", "--others", FACTS, "--work-dir", str(folder))
+    done = run(*arguments, "--save", str(saved), "--json", *settings())
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert data["n_edits"] == 8
+    assert set(data["seconds"]) == {"encoder", "vectors", "neurons", "gate", "generator"}
+    assert data["evaluation"]["unedited"]["locality_free"] == 100
+    assert (folder / "meg.safetensors").is_file()
+    again = run("eval", MODEL, FACTS, "--limit", "8", "--meg", str(saved), "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["edited"] == data["evaluation"]["edited"]
+    text = run(*arguments, "--save", str(saved), *settings())
+    assert "reliability_free" in text.stdout
+    assert "inside the gate" in text.stdout
+    assert f"saved to {saved}" in text.stdout
+
+
+def test_wrong_input_is_one_message(tmp_path: Path) -> None:
+    done = run("edit", MODEL, FACTS, "--method", "meg", "--limit", "4", "--set", "fit.layer=9", "--no-eval")
+    assert done.exit_code == 2
+    assert "fit.layer must lie in 0-7, got 9" in done.stderr
+    done = run("edit", MODEL, FACTS, "--method", "meg", "--limit", "4", "--set", "fit.size=9")
+    assert done.exit_code == 2
+    assert "fit.size" in done.stderr
+    (tmp_path / "wrong.safetensors").write_text("no")
+    done = run("eval", MODEL, FACTS, "--meg", str(tmp_path / "wrong.safetensors"))
+    assert done.exit_code == 2
+    assert "cannot be read as safetensors" in done.stderr

@@ -1,0 +1,296 @@
+"""Runs on disk end to end: resumed anywhere they end bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastedit.editor import BatchRejected, Editor
+from fastedit.records.edit import EditSet
+from fastedit.runs.log import LOG, DamagedRun, LockedRun, RunError, RunLog, RunWriteError
+
+Make = Callable[..., Editor]
+
+BATCH = 3
+
+
+def prints(editor: Editor) -> tuple[str, dict[str, bytes]]:
+    """What must come out bit for bit: the weights, and the state."""
+    state = {name: tensor.numpy().tobytes() for name, tensor in editor.state.tensors().items()}
+    return editor.weights.fingerprint(), state
+
+
+def stopped_after(folder: Path, n_batches: int, copy: Path) -> Path:
+    """The run as a kill after so many batches leaves it."""
+    shutil.copytree(folder, copy)
+    lines = (copy / LOG).read_bytes().splitlines(keepends=True)
+    keep = [i for i, record in enumerate(RunLog(folder).records) if record.kind == "batch"][n_batches:][0]
+    (copy / LOG).write_bytes(b"".join(lines[:keep]))
+    for path in copy.glob("*.safetensors"):
+        if int(path.stem) >= keep:
+            path.unlink()
+    return copy
+
+
+@pytest.mark.parametrize("method", ["nse", "memit", "alphaedit", "fine", "kne", "kn"])
+def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    method: str, fast_editor: Make, stream: EditSet, tmp_path: Path
+) -> None:
+    plain = fast_editor(method)
+    plain.edit(stream, BATCH)
+    recorded = fast_editor(method)
+    recorded.edit(stream, BATCH, run_dir=tmp_path / "run")
+    assert prints(recorded) == prints(plain)
+    cut = stopped_after(tmp_path / "run", 2, tmp_path / "cut")
+    editor = fast_editor(method)
+    run = editor.edit(stream, BATCH, run_dir=cut, resume=True)
+    assert prints(editor) == prints(plain)
+    assert [edit.case_id for edit in run.edits] == [edit.case_id for edit in stream]
+    assert [report.batch for report in run.batches] == [0, 1, 2, 3, 4]
+    again = fast_editor(method)
+    assert len(again.edit(stream, BATCH, run_dir=cut, resume=True).edits) == len(stream)
+    assert prints(again) == prints(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_with_its_masters(
+    dtype: torch.dtype, fast_editor: Make, stream: EditSet, tmp_path: Path, tiny_parts: tuple[Any, Any]
+) -> None:
+    import copy
+
+    from fastedit.model.adapter import ModelAdapter
+
+    def half() -> ModelAdapter:
+        return ModelAdapter(copy.deepcopy(tiny_parts[0]).to(dtype), tiny_parts[1])
+
+    made = fast_editor()
+    first = Editor(half(), "nse", made.config, moments=made.state.moments, progress=False)
+    first.edit(stream[:6], BATCH, run_dir=tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    second = Editor.resume(tmp_path / "copy", half(), moments=made.state.moments, progress=False)
+    assert second.weights.fingerprint() == first.weights.fingerprint()
+    for editor in (first, second):
+        editor.edit(stream[6:9])
+    assert prints(second) == prints(first)
+
+
+def test_snapshots_and_the_dense_history_are_replayed(
+    fast_editor: Make, tiny_facts: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastedit.runs.recorder.SNAPSHOT_SHARE", 1)
+    editor = fast_editor(mass=0.9)
+    # Past keys turn from rows into their sum within the third batch.
+    editor.edit(tiny_facts[:200], 40, run_dir=tmp_path / "run")
+    assert editor.state.past[2].dense is not None
+    kinds = [record.kind for record in RunLog(tmp_path / "run").records]
+    assert kinds.count("snapshot") >= 2
+    assert kinds.index("snapshot") < len(kinds) - 2
+    again = Editor.resume(tmp_path / "run", fast_editor().model, moments=editor.state.moments, progress=False)
+    assert prints(again) == prints(editor)
+
+
+def test_undo_beyond_memory_and_in_a_later_process(
+    fast_editor: Make, stream: EditSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    editor = fast_editor()
+    wanted = [prints(editor)]
+    for start in range(0, 15, BATCH):
+        editor.edit(stream[start : start + BATCH], run_dir=tmp_path / "run")
+        wanted.append(prints(editor))
+    later = Editor.resume(tmp_path / "run", fast_editor().model, moments=editor.state.moments, progress=False)
+    assert prints(later) == wanted[5]
+    later.undo()
+    assert prints(later) == wanted[4]
+    later.undo(to=1)
+    assert prints(later) == wanted[1]
+    assert [edit.case_id for edit in later.edits] == [edit.case_id for edit in stream[:3]]
+    with pytest.raises(RunError, match="open it again"):
+        editor.undo()
+    last = Editor.resume(tmp_path / "run", fast_editor().model, moments=editor.state.moments, progress=False)
+    last.edit(stream[3:6], run_dir=tmp_path / "run")
+    assert prints(last) == wanted[2]
+    last.undo(last=2)
+    assert prints(last) == wanted[0]
+    assert not caplog.records
+    with pytest.raises(ValueError, match="0 batches are in memory or recorded"):
+        last.undo()
+
+
+def test_undo_in_memory_is_recorded(fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
+    editor = fast_editor()
+    editor.edit(stream, BATCH, run_dir=tmp_path / "run")
+    editor.undo(last=2)
+    again = Editor.resume(tmp_path / "run", fast_editor().model, moments=editor.state.moments, progress=False)
+    assert prints(again) == prints(editor)
+    # What was taken back stays so: the stream itself is at its end.
+    assert len(again.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True).edits) == 9
+
+
+def test_stopping_and_skipping_batches(
+    fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastedit.methods.closed_form.recipe as base
+
+    real = base.optimise_values
+
+    def with_nan(model: Any, edits: EditSet, *rest: Any) -> Any:
+        found = real(model, edits, *rest)
+        for row, edit in enumerate(edits):
+            if edit.case_id == stream[7].case_id:
+                found.values[row, 7] = float("nan")
+        return found
+
+    with monkeypatch.context() as broken:
+        broken.setattr(base, "optimise_values", with_nan)
+        with pytest.raises(BatchRejected, match="not finite"):
+            fast_editor().edit(stream, BATCH, run_dir=tmp_path / "run")
+        shutil.copytree(tmp_path / "run", tmp_path / "skipping")
+        editor = fast_editor()
+        run = editor.edit(stream, BATCH, run_dir=tmp_path / "skipping", resume=True, on_error="skip")
+        assert [report.error is None for report in run.batches] == [True, True, False, True, True]
+        again = fast_editor()
+        found = again.edit(stream, BATCH, run_dir=tmp_path / "skipping", resume=True)
+        assert [report.error for report in found.batches] == [report.error for report in run.batches]
+        assert found.batches[2].case_ids == (stream[7].case_id,)
+        assert [edit.case_id for edit in found.edits] == [edit.case_id for edit in run.edits]
+        assert prints(again) == prints(editor)
+    mended, plain = fast_editor(), fast_editor()
+    mended.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
+    plain.edit(stream, BATCH)
+    assert prints(mended) == prints(plain)
+
+
+class TestRefused:
+    """What does not belong to a run is refused before a weight is touched."""
+
+    def test_without_saying_resume(self, finished: Path, fast_editor: Make, stream: EditSet) -> None:
+        with pytest.raises(RunError, match="holds a run already; resume it"):
+            fast_editor().edit(stream, BATCH, run_dir=finished)
+
+    @pytest.mark.parametrize("place", ["edited", "other"])
+    def test_another_model(self, place: str, finished: Path, fast_editor: Make, stream: EditSet) -> None:
+        other = fast_editor().model
+        parameter = other.down_parameter(3) if place == "edited" else other.head.weight
+        parameter.data[0, 0] += 1e-3
+        editor = Editor(other, "nse", fast_editor().config, moments=fast_editor().state.moments, progress=False)
+        before = editor.weights.fingerprint()
+        with pytest.raises(RunError, match="layers 3 differ" if place == "edited" else "not edited differ"):
+            editor.edit(stream, BATCH, run_dir=finished, resume=True)
+        assert editor.weights.fingerprint() == before
+
+    def test_other_settings(self, finished: Path, fast_editor: Make, stream: EditSet) -> None:
+        with pytest.raises(RunError, match=r"config\.rounds is 1, was 2"):
+            fast_editor(rounds=1).edit(stream, BATCH, run_dir=finished, resume=True)
+        with pytest.raises(RunError, match="method is 'memit', was 'nse'"):
+            fast_editor("memit").edit(stream, BATCH, run_dir=finished, resume=True)
+
+    def test_other_second_moments(self, finished: Path, fast_editor: Make, stream: EditSet) -> None:
+        made = fast_editor()
+        moments = {layer: 2 * moment for layer, moment in made.state.moments.items()}
+        editor = Editor(made.model, "nse", made.config, moments=moments, progress=False)
+        with pytest.raises(ValueError, match="second moments of layers 2, 3, 4"):
+            editor.edit(stream, BATCH, run_dir=finished, resume=True)
+
+    def test_other_edits_while_a_stream_is_unfinished(
+        self, finished: Path, fast_editor: Make, stream: EditSet, tmp_path: Path
+    ) -> None:
+        cut = stopped_after(finished, 3, tmp_path / "cut")
+        with pytest.raises(RunError, match="stopped before batch 3 of 5 of other edits"):
+            fast_editor().edit(stream[:3], BATCH, run_dir=cut, resume=True)
+        with pytest.raises(RunError, match="batches of another size"):
+            fast_editor().edit(stream, 5, run_dir=cut, resume=True)
+
+    def test_edits_that_no_run_would_know(self, fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
+        editor = fast_editor()
+        editor.edit(stream[:3])
+        with pytest.raises(RunError, match="1 batches were written before anything was recorded"):
+            editor.edit(stream[3:6], run_dir=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        with pytest.raises(ValueError, match="resume: wanted run_dir"):
+            editor.edit(stream[3:6], resume=True)
+
+    def test_a_run_that_is_being_written(self, finished: Path, fast_editor: Make, stream: EditSet) -> None:
+        with RunLog(finished).writing(), pytest.raises(LockedRun):
+            fast_editor().edit(stream, BATCH, run_dir=finished, resume=True)
+
+    def test_damage(self, finished: Path, fast_editor: Make, stream: EditSet) -> None:
+        path = finished / "000003.safetensors"
+        good = path.read_bytes()
+        path.write_bytes(good[:-100] + bytes([good[-100] ^ 1]) + good[-99:])
+        editor = fast_editor()
+        before = editor.weights.fingerprint()
+        with pytest.raises(DamagedRun, match=r"000003\.safetensors"):
+            editor.edit(stream, BATCH, run_dir=finished, resume=True)
+        assert editor.weights.fingerprint() == before
+
+
+def full_from_the_batch_on(editor: Editor, real: Callable[..., Any]) -> Callable[..., Any]:
+    """`real`, but on a disk that is full as soon as the stream's own record is written."""
+
+    def write(*arguments: Any) -> Any:
+        if editor.recorder.log.records[-1].kind == "stream":
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    return write
+
+
+def test_failing_writes_stop_the_run_and_lose_nothing(
+    fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastedit.runs.log as runlog
+
+    plain = fast_editor()
+    plain.edit(stream, BATCH)
+    for fault in ("_write_synced", "_sync_folder", "_write_all", "fsync"):
+        editor, folder = fast_editor(), tmp_path / fault
+        editor.edit(stream[:6], BATCH, run_dir=folder)
+        before = prints(editor)
+
+        place = runlog.os if fault == "fsync" else runlog
+        writes = full_from_the_batch_on(editor, getattr(place, fault))
+        with monkeypatch.context() as broken:
+            broken.setattr(place, fault, writes)
+            with pytest.raises(RunWriteError, match="No space left on device"):
+                editor.edit(stream[6:9], run_dir=folder)
+            assert prints(editor) == before
+        assert not list(folder.glob("*.partial"))
+        # The same editor goes on when there is space again, and so does a later one.
+        editor.edit(stream[6:9], run_dir=folder)
+        later = fast_editor()
+        later.edit(stream[6:9], run_dir=folder, resume=True)
+        assert prints(later) == prints(editor)
+        later.edit(stream[9:], BATCH, run_dir=folder, resume=True)
+        assert prints(later) == prints(plain)
+
+
+def test_clock_that_goes_back_changes_nothing(
+    fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = iter(range(100, 0, -1))
+    clock = SimpleNamespace(strftime=lambda form: f"2020-01-01T{next(hours)}:00:00")
+    monkeypatch.setattr("fastedit.runs.log.time", clock)
+    editor = fast_editor()
+    editor.edit(stream, BATCH, run_dir=tmp_path / "run")
+    again = fast_editor()
+    again.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
+    assert prints(again) == prints(editor)
+
+
+def test_another_number_of_threads_is_told(
+    finished: Path, fast_editor: Make, stream: EditSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.set_num_threads(2)
+    try:
+        with caplog.at_level(logging.WARNING):
+            fast_editor().edit(stream, BATCH, run_dir=finished, resume=True)
+    finally:
+        torch.set_num_threads(1)
+    assert "threads 2 instead of 1" in caplog.text

@@ -1,0 +1,65 @@
+"""The table of an edit's neurons against scores written out."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from fastedit.methods.columns.neuron_report import locate_neurons
+from fastedit.model.tokens import whole_sequences
+
+PROMPT, TARGET = "The main product of Kequunan is", "glass beads"
+
+
+def test_neurons_scores_and_promoted_tokens_are_those_of_the_definition(tiny_model):
+    found = locate_neurons(tiny_model, PROMPT, TARGET, k=3, frozen_layers=2, n_promoted=4)
+    (sequence,) = whole_sequences(tiny_model.tokenizer, [PROMPT], [TARGET])
+    model, kept = tiny_model.model.eval(), {}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, i, number=number: kept.__setitem__(number, i[0][0]))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([sequence.ids])).logits[0]
+    assert len(found.neurons) == 3 * len(sequence.targets)
+    decode = tiny_model.tokenizer.decode
+    for slot, neuron in enumerate(found.neurons):
+        token = slot // 3
+        position = sequence.scored[token]
+        assert neuron.target == repr(decode([sequence.targets[token]]))
+        said = int(logits[position].argmax())
+        assert neuron.said == repr(decode([said]))
+        column = model.model.layers[neuron.layer].mlp.down_proj.weight[:, neuron.neuron]
+        pushed = model.lm_head.weight @ (kept[neuron.layer][position, neuron.neuron] * column)
+        assert neuron.score == pytest.approx(float(pushed[said]), rel=1e-4)
+        assert neuron.promotes == tuple(repr(decode([t])) for t in pushed.topk(4).indices.tolist())
+        assert neuron.layer < tiny_model.n_layers - 2
+        assert neuron.score <= float(found.largest[neuron.layer, token]) + 1e-5
+    assert found.largest.shape == (tiny_model.n_layers, len(sequence.targets))
+    best = max((n.score, n.layer) for n in found.neurons[:3])
+    assert best[0] == pytest.approx(float(found.largest[:-2, 0].max()), rel=1e-5)
+    assert len(str(found).splitlines()) == 1 + len(found.neurons)
+    assert json.loads(json.dumps(found.to_dict()))["neurons"][0]["layer"] == found.neurons[0].layer
+
+
+def test_the_heat_map_is_a_png(tiny_model, tmp_path):
+    pytest.importorskip("matplotlib")
+    locate_neurons(tiny_model, PROMPT, TARGET, k=1).plot(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_plot_says_what_to_install(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="matplotlib"):
+        locate_neurons(tiny_model, PROMPT, TARGET, k=1).plot(tmp_path / "map.png")
+
+
+@pytest.mark.parametrize("frozen", [-1, 8])
+def test_freezing_every_layer_is_an_error(tiny_model, frozen):
+    with pytest.raises(ValueError, match="frozen_layers must be in"):
+        locate_neurons(tiny_model, PROMPT, TARGET, frozen_layers=frozen)
+
+
+@pytest.mark.parametrize(("prompt", "target", "named"), [(" ", TARGET, "prompt"), (PROMPT, "", "target")])
+def test_blank_texts_are_named(tiny_model, prompt, target, named):
+    with pytest.raises(ValueError, match=f"{named} must not be blank"):
+        locate_neurons(tiny_model, prompt, target)

@@ -1,0 +1,290 @@
+"""Which models are taken and which refused, and models spread over devices."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import FalconConfig, FalconForCausalLM
+
+from fastedit.editor import Editor
+from fastedit.methods.closed_form.config import NSEConfig, TemplateConfig, ValueConfig
+from fastedit.methods.closed_form.keys import KeySweep
+from fastedit.methods.closed_form.second_moments import accumulate
+from fastedit.methods.closed_form.values import _Group
+from fastedit.model.adapter import ModelAdapter
+from fastedit.model.families import FAMILIES, LLAMA, Family, UnsupportedModel, find
+from fastedit.model.load import ModelNotFound, load_model
+from fastedit.model.tokens import rewrite_sequences, subject_sequences
+from fastedit.records.edit import Edit
+from fastedit.weights.editable import EditableWeights
+
+LAYER = 1
+VALUE = ValueConfig(steps=3, lr=0.1)
+ONE_PER_ROW = (
+    *("llama", "phi3", "gemma2", "gemma3", "gemma3 with images", "gpt2", "gptj"),
+    *("pythia", "gpt-neox in sequence", "opt", "opt-350m"),
+)
+EDITS = [
+    Edit(prompt="The twin of Tavisk is", subject="Tavisk", target_new="Pell"),
+    Edit(prompt="The Orlen bridge is in", subject="Orlen bridge", target_new="Old Norse"),
+]
+
+
+@pytest.fixture
+def falcon():
+    """A model of no family that has a row."""
+    return FalconForCausalLM(FalconConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+
+
+def test_an_unknown_family_is_refused_with_all_that_a_row_needs(falcon, random_tokenizer):
+    with pytest.raises(UnsupportedModel, match="FalconForCausalLM: no family row fits") as caught:
+        ModelAdapter(falcon, random_tokenizer)
+    message = str(caught.value)
+    for row in FAMILIES:
+        assert row.name in message
+    for field in Family.__dataclass_fields__.values():
+        assert f"  {field.name}" in message
+        assert field.metadata["what"] in message
+    assert "comes closest, but has no " in message
+    assert "families=(Family(...),)" in message
+
+
+def test_a_misfit_names_what_is_missing_and_what_is_too_much(random_llama, random_tokenizer):
+    assert LLAMA.misfits(random_llama) == []
+    random_llama.model.layers[0].extra = torch.nn.Identity()
+    assert LLAMA.misfits(random_llama) == ["a layer has extra"]
+    del random_llama.model.layers[0].mlp.up_proj, random_llama.model.norm
+    assert LLAMA.misfits(random_llama) == ["has no model.norm", "a layer has extra", "a layer has no mlp.up_proj"]
+    wanted = replace(LLAMA, config=(("hidden_act", "relu"),))
+    assert wanted.misfits(random_llama)[-1] == "its config has hidden_act='silu', not 'relu'"
+    assert "model.layers is no list of layers" in LLAMA.misfits(torch.nn.Linear(2, 2))
+
+
+def test_a_row_of_ones_own_makes_an_unknown_family_known(random_llama, random_tokenizer):
+    """The same model under other names, with its norm as a part that no shipped row expects."""
+    random_llama.model.blocks = random_llama.model.layers
+    del random_llama.model.layers
+    with pytest.raises(UnsupportedModel, match=r"'llama' comes closest, but has no model\.layers"):
+        ModelAdapter(random_llama, random_tokenizer)
+    row = replace(LLAMA, name="mine", layers="model.blocks")
+    adapter = ModelAdapter(random_llama, random_tokenizer, families=(row, *FAMILIES))
+    assert adapter.family.name == "mine"
+    assert adapter.weight_name(0) == "model.blocks.0.mlp.down_proj.weight"
+
+
+def test_an_editor_takes_rows_of_ones_own(random_llama, random_tokenizer, tmp_path):
+    random_llama.save_pretrained(tmp_path)
+    random_tokenizer.save_pretrained(tmp_path)
+    config = NSEConfig(layers=(1, 2), covariance_weight=1)
+    options = {"families": (replace(LLAMA, name="mine"),), "config": config, "progress": False}
+    assert Editor.from_model(random_llama, random_tokenizer, **options).model.family.name == "mine"
+    assert Editor.from_pretrained(str(tmp_path), **options).model.family.name == "mine"
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "bitsandbytes"}, {"bits": 4}])
+def test_a_quantised_model_is_refused(random_llama, random_tokenizer, settings):
+    random_llama.config.quantization_config = settings
+    with pytest.raises(UnsupportedModel, match=r"is quantised .*load the model in bfloat16 or float32"):
+        ModelAdapter(random_llama, random_tokenizer)
+    random_llama.config.quantization_config = {"quant_method": "gguf"}
+    assert ModelAdapter(random_llama, random_tokenizer).n_layers == 4
+
+
+def test_a_quantised_folder_is_refused_before_its_weights_are_read(random_llama, random_tokenizer, tmp_path):
+    random_tokenizer.save_pretrained(tmp_path)
+    random_llama.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    random_llama.config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"is quantised \(gptq\)"):
+        load_model(str(tmp_path))
+    del random_llama.config.quantization_config
+    random_llama.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFound, match="cannot load"):
+        load_model(str(tmp_path))
+
+
+def test_a_capped_model_is_loaded_with_the_attention_that_caps(family_models, random_tokenizer, tmp_path):
+    for name, attention in (("gemma2", "eager"), ("llama", "sdpa")):
+        family_models[name].save_pretrained(tmp_path / name)
+        random_tokenizer.save_pretrained(tmp_path / name)
+        assert load_model(str(tmp_path / name)).model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(32, 48, dtype=torch.int8), torch.zeros(768, 1, dtype=torch.uint8), None],
+    ids=["8 bits", "4 bits", "gone"],
+)
+def test_a_quantised_weight_is_refused(random_llama, random_tokenizer, weight):
+    down = random_llama.model.layers[2].mlp.down_proj
+    del down.weight
+    if weight is not None:
+        down.register_buffer("weight", weight)
+    with pytest.raises(UnsupportedModel, match=r"layer 2: mlp.down_proj is quantised \((torch.u?int8|no weight)\)"):
+        ModelAdapter(random_llama, random_tokenizer)
+
+
+def test_offloaded_weights_are_refused(random_llama, random_tokenizer):
+    random_llama.model.layers[3].to("meta")
+    with pytest.raises(UnsupportedModel, match=r"9 weights are offloaded, model.layers.3.* device_map"):
+        ModelAdapter(random_llama, random_tokenizer)
+
+
+def test_several_layers_cannot_share_a_value_behind_a_norm(family_adapter):
+    layers = (0, LAYER)
+    family_adapter.check_layers((LAYER,))
+    if not family_adapter.post_norm:
+        family_adapter.check_layers(layers)
+        return
+    for refused in (family_adapter.check_layers, lambda some: KeySweep(family_adapter, EDITS, ["{}"], some)):
+        with pytest.raises(ValueError, match=r"wanted one layer, got \[0, 1\]"):
+            refused(layers)
+
+
+def test_texts_end_where_a_longrope_would_turn_otherwise(family_models, random_tokenizer):
+    config = copy.deepcopy(family_models["phi3"].config)
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 4,
+        "long_factor": [9.0] * 4,
+    }
+    config.original_max_position_embeddings = 24
+    model = type(family_models["phi3"])(config).eval()
+    adapter = ModelAdapter(model, random_tokenizer)
+    adapter.check_forward(1e-5)
+    assert adapter.max_positions == 24
+    with torch.no_grad():
+        short, long = (model(input_ids=torch.arange(count)[None]).logits[0, :24] for count in (24, 25))
+    assert float((short - long).abs().max()) > 1e-3
+
+
+def test_text_is_generated_without_dropout_and_every_mode_comes_back(family_adapter):
+    model = family_adapter.model.train()
+    model.lm_head.eval()
+    modes = {name: part.training for name, part in model.named_modules()}
+    ids = torch.tensor([[5, 9, 31], [7, 12, 80]])
+    found = family_adapter.generate(ids, 6, top_k=1)
+    assert {name: part.training for name, part in model.named_modules()} == modes
+    wanted = ids
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model.eval()(input_ids=wanted).logits[:, -1]
+            logits[:, 2] = -torch.inf
+            wanted = torch.cat([wanted, logits.argmax(1, keepdim=True)], 1)
+    assert torch.equal(found, wanted)
+
+
+def device_map(adapter):
+    """Every part of a model on "cpu" by name, layers one by one."""
+    names = [name for name, _ in adapter.model.named_modules() if name]
+    layers = {f"{adapter.family.layers}.{i}" for i in range(adapter.n_layers)}
+    inside = tuple(f"{name}." for name in layers)
+    above = {name for name in names if f"{adapter.family.layers}.".startswith(f"{name}.")}
+    parts = [name for name in names if name not in above and not name.startswith(inside)]
+    return {name: "cpu" for name in parts if not any(name.startswith(f"{other}.") for other in parts)}
+
+
+def test_a_dispatched_model_is_edited_as_the_same_model_in_one_piece(family, family_models, random_tokenizer):
+    texts = TemplateConfig(seeds=("The",), length=5)
+    weights = []
+    for spread in (False, True):
+        adapter = ModelAdapter(copy.deepcopy(family_models[family]), random_tokenizer)
+        if spread:
+            dispatch_model(adapter.model, device_map(adapter), force_hooks=True)
+            assert hasattr(find(adapter.layers[0], adapter.family.down), "_hf_hook")
+            assert hasattr(find(adapter.layers[2], adapter.family.attention), "_hf_hook")
+            adapter.check_forward(1e-5)
+        layers = (LAYER,) if adapter.post_norm else (0, LAYER)
+        config = NSEConfig(layers=layers, covariance_weight=1, value=VALUE, templates=texts)
+        moments = accumulate(adapter, layers, [[5, 9, 31, 7], [7, 12, 80, 3]], 64)
+        moments = {layer: moment + torch.eye(48) for layer, moment in moments.items()}
+        editor = Editor(adapter, config=config, moments=moments, progress=False)
+        before = adapter.down_weight(LAYER).clone()
+        editor.edit(EDITS)
+        assert not torch.equal(adapter.down_weight(LAYER), before)
+        weights.append([adapter.down_weight(layer).clone() for layer in layers])
+        editor.undo()
+        assert torch.equal(adapter.down_weight(LAYER), before)
+    for whole, spread in zip(*weights, strict=True):
+        torch.testing.assert_close(spread, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_is_loaded_with_a_device_map(random_llama, random_tokenizer, tmp_path):
+    random_llama.float().save_pretrained(tmp_path)
+    random_tokenizer.save_pretrained(tmp_path)
+    parts = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    adapter = load_model(str(tmp_path), device={**parts, "lm_head": "cpu"})
+    assert torch.equal(adapter.down_weight(2), random_llama.model.layers[2].mlp.down_proj.weight)
+    assert load_model(str(tmp_path), device="auto").n_layers == 4
+
+
+def put(module, device):
+    """Fake parameters and buffers on a device that need not exist."""
+    for part in module.modules():
+        for kind in (part._parameters, part._buffers):
+            for name, tensor in kind.items():
+                if tensor is not None:
+                    made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    kind[name] = torch.nn.Parameter(made, requires_grad=False) if kind is part._parameters else made
+
+
+@pytest.fixture(params=[("entry", 2), (0, "exit")], ids=str)
+def spread_adapter(request, family_adapter):
+    """The family's model with some parts on another device than the rest: fake tensors, so that nothing is computed,
+    yet an operation over two devices is an error, as it is between two GPUs. The device is called "meta" because that
+    is the one that exists everywhere beside "cpu"."""
+    adapter, row, head = family_adapter, family_adapter.family, family_adapter.model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    entry = (row.embedding, row.positions, row.project_in)
+    places = {
+        "entry": [find(adapter.model, path) for path in entry if path is not None],
+        "exit": [head, *(find(adapter.model, path) for path in (row.final_norm, row.project_out) if path is not None)],
+        **{i: [layer] for i, layer in enumerate(adapter.layers)},
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        put(adapter.model, "cpu")
+        for place in request.param:
+            for module in places[place]:
+                if module is not None:
+                    put(module, "meta")
+        yield adapter
+
+
+@pytest.mark.parametrize("family", ONE_PER_ROW)
+def test_every_tensor_goes_to_the_device_of_the_module_that_uses_it(spread_adapter):
+    adapter, home = spread_adapter, spread_adapter.device
+    layers = (LAYER,) if adapter.post_norm else (0, LAYER)
+    assert {part.device.type for part in adapter.model.parameters()} == {"cpu", "meta"}
+    weights = EditableWeights(adapter, layers)
+    with torch.no_grad(), adapter.packed():
+        sweep = KeySweep(adapter, EDITS, ["{}", "The old house. {}"], layers)
+        for captured in sweep:
+            keys, mass = sweep.keys(captured)
+            assert {part.device for part in (captured.hidden, keys, mass)} == {home}
+            chosen = torch.zeros(5, dtype=torch.int64, device=home)
+            saved = weights.columns(captured.layer, chosen)
+            weights.add(captured.layer, chosen, captured.hidden, torch.zeros(5, 2, device=home))
+            weights.restore(captured.layer, chosen, saved)
+    with adapter.packed():
+        rewrites = rewrite_sequences(adapter.tokenizer, EDITS, ["{}", "The old house. {}"])
+        subjects = subject_sequences(adapter.tokenizer, EDITS)
+        sequences = [[*rows, subject] for rows, subject in zip(rewrites, subjects, strict=True)]
+        group = _Group(adapter, sequences, LAYER, VALUE, adapter)
+        for _ in range(2):
+            losses, grads, top1 = group.evaluate(torch.zeros_like(group.hidden))
+            assert {part.device for part in (losses, grads, top1)} == {home}
+    moments = accumulate(adapter, (0, 2), [[5, 9, 31, 7], [7, 12, 80, 3]], 64)
+    assert [moments[layer].device for layer in (0, 2)] == [adapter.layer_device(0), adapter.layer_device(2)]
+
+
+@pytest.mark.parametrize("family", ONE_PER_ROW)
+def test_an_operation_over_two_devices_is_noticed(spread_adapter):
+    for layer in range(3):
+        device = spread_adapter.layer_device(layer)
+        other = torch.zeros(3, 32, device="meta" if device.type == "cpu" else "cpu")
+        with pytest.raises(RuntimeError, match=r"two .*devices"):
+            find(spread_adapter.layers[layer], spread_adapter.family.gate)(other)

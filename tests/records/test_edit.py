@@ -1,0 +1,150 @@
+"""The edit record: what is made of good values, and that every problem names its place."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from fastedit.records.edit import Edit, EditSet, InvalidEdits, Probe, Problem
+
+PLAIN = {"case_id": 7, "prompt": "The Orlen bridge is in", "subject": "Orlen bridge", "target_new": "Tavisk"}
+
+
+def test_the_last_occurrence_of_the_subject_is_the_edited_one():
+    edit = Edit(prompt="Rook said that Rook lives in", subject="Rook", target_new="Pell")
+    assert edit.subject_span == (15, 19)
+
+
+def test_braces_that_belong_to_the_subject_stay():
+    edit = Edit(prompt="The type of f{} is", subject="f{}", target_new="int")
+    assert edit.prompt == "The type of f{} is"
+    assert Edit(prompt="The type of {} is", subject="f{}", target_new="int").prompt == edit.prompt
+
+
+def test_braces_in_rephrase_prompts_are_filled_unless_they_name_the_subject():
+    texts = ["{} has the twin", "while(x) {} Tavisk has the twin"]
+    fact = {"prompt": "The twin of {} is", "subject": "Tavisk", "target_new": "Pell"}
+    edit = Edit(**fact, rephrase_prompts=texts, generation_prompts="{} is known for")
+    assert edit.rephrase_prompts == ("Tavisk has the twin", texts[1])
+    assert edit.generation_prompts == ("Tavisk is known for",)
+
+
+def test_surrounding_whitespace_is_dropped():
+    edit = Edit(prompt="The twin of {} is ", subject=" Tavisk\n", target_new=" Pell ", target_true="\tOrlen")
+    assert (edit.prompt, edit.subject) == ("The twin of Tavisk is", "Tavisk")
+    assert (edit.target_new, edit.target_true) == ("Pell", "Orlen")
+
+
+def test_an_edit_is_frozen_hashable_and_comes_back_from_pickle():
+    edit = Edit(**PLAIN, locality=Probe("The Pell tower is in"), portability={"hop": ("Its river is the", "Orr")})
+    with pytest.raises(ValueError, match="frozen"):
+        edit.prompt = "x"
+    assert {edit: 1}[pickle.loads(pickle.dumps(edit))] == 1
+
+
+PELL = "The Pell tower is in"
+RIVER = "The river of the Orlen bridge is the"
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (None, ()),
+        ([], ()),
+        ({}, ()),
+        (Probe(PELL), (Probe(PELL, (), "DEFAULT"),)),
+        ((PELL, "Dunmere"), (Probe(PELL, ("Dunmere",), "DEFAULT"),)),
+        ({"prompt": PELL, "answers": "Dunmere"}, (Probe(PELL, ("Dunmere",), "DEFAULT"),)),
+        ([(PELL, ["Dunmere ", "Old Dunmere"])], (Probe(PELL, ("Dunmere", "Old Dunmere"), "DEFAULT"),)),
+        ([[PELL, None], (RIVER, "Orr", "hop")], (Probe(PELL, (), "DEFAULT"), Probe(RIVER, ("Orr",), "hop"))),
+        ([Probe(PELL, "Dunmere", "near")], (Probe(PELL, ("Dunmere",), "near"),)),
+        (
+            {"hop": [(RIVER, "Orr"), {"prompt": PELL}], "alias": (PELL, "Dunmere"), "none": None},
+            (Probe(RIVER, ("Orr",), "hop"), Probe(PELL, (), "hop"), Probe(PELL, ("Dunmere",), "alias")),
+        ),
+        ({"hop": Probe(PELL, (), "own")}, (Probe(PELL, (), "own"),)),
+    ],
+    ids=[
+        *("nothing", "no probes", "no groups", "a probe", "a pair", "a dict", "several answers", "a group in a triple"),
+        *("one answer in a probe", "a dict of groups", "a probe with a group in a group"),
+    ],
+)
+def test_probes_may_be_written_in_many_ways(written, read):
+    edit = Edit(**PLAIN, locality=written, portability=written)
+    defaults = {"locality": "neighborhood", "portability": "portability"}
+    for field, group in defaults.items():
+        wanted = tuple(probe._replace(group=group) if probe.group == "DEFAULT" else probe for probe in read)
+        assert getattr(edit, field) == wanted
+    assert Edit(**dict(edit)) == edit
+
+
+def test_the_answer_of_a_probe_is_its_first_one():
+    assert Probe(PELL, ("Dunmere", "Orlen")).answer == "Dunmere"
+    assert Probe(PELL).answer is None
+
+
+WRONG_PROBES = {
+    "a string": ("Pell", "locality", "must be a list, got 'Pell'"),
+    "a number in a group": ({"hop": 5}, "locality[0]", "must be a (prompt, answer) pair, got 5"),
+    "four parts": ([("a", "b", "c", "d")], "locality[0]", "must be a (prompt, answer) pair, got ('a', 'b', 'c', 'd')"),
+    "a misspelt part": ([{"prompt": "a", "answer": "b"}], "locality[0].answer", "did you mean 'answers'?"),
+    "no prompt": ([{"answers": "b"}], "locality[0].prompt", "is missing"),
+    "an empty alias": ([("a", ["b", " "])], "locality[0].answers[1]", "must not be empty, got ' '"),
+    "an empty group": ([("a", "b", "")], "locality[0].group", "must not be empty"),
+    "an unchecked probe": (Probe("a", 5), "locality[0].answers", "must be a list, got 5"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_PROBES)
+def test_what_is_wrong_with_a_probe_is_told_by_its_place(kind):
+    written, field, message = WRONG_PROBES[kind]
+    with pytest.raises(InvalidEdits) as caught:
+        Edit(**PLAIN, locality=written)
+    (problem,) = caught.value.problems
+    assert (problem.case_id, problem.field) == (7, field)
+    assert message in problem.message
+
+
+def test_the_count_is_left_out_at_twenty_and_singular_at_twenty_one():
+    problems = [Problem("is wrong")] * 21
+    assert str(InvalidEdits(problems[:20])).count("\n") == 19
+    assert str(InvalidEdits(problems)).endswith("\n... and 1 more error")
+
+
+def test_an_edit_made_by_hand_names_all_that_is_wrong():
+    with pytest.raises(InvalidEdits) as caught:
+        Edit(case_id=3, prompt="The capital is", subject="Pell", target_nwe="x", locality=[("a", 5), "b"])
+    assert str(caught.value).splitlines() == [
+        "case 3, field 'subject': 'Pell' does not occur in the prompt 'The capital is', where it is edited; "
+        "write {} where the subject stands",
+        "case 3, field 'target_new': is missing",
+        "case 3, field 'locality[0].answers': must be a list, got 5",
+        "case 3, field 'locality[1]': must be a (prompt, answer) pair, got 'b'",
+        "case 3, field 'target_nwe': is unknown; did you mean 'target_new'?",
+    ]
+
+
+def test_a_missing_subject_is_told_with_the_reason_for_it():
+    with pytest.raises(InvalidEdits) as caught:
+        Edit(case_id=3, prompt="The capital is", target_new="Orlen")
+    assert str(caught.value) == (
+        "case 3, field 'subject': is missing; methods that locate a fact before they edit it need the subject, "
+        "as it stands in the prompt"
+    )
+
+
+def test_an_edit_set_describes_where_it_comes_from():
+    edits = EditSet((Edit(**PLAIN),) * 3, source="facts.jsonl", form="zsre", lines=(1, 2, 3), target_field="alt")
+    assert edits.describe() == "read 3 edits: form zsre, target = alt"
+    assert EditSet((edits[0],), ignored=("colour", "size")).describe() == "read 1 edit, ignored fields: colour, size"
+
+
+def test_a_slice_tells_of_no_skipped_records():
+    edits = EditSet((Edit(**PLAIN),) * 3, lines=(1, 3, 4), skipped=(Problem("is wrong", line=2),))
+    assert edits[1:] == EditSet(edits.edits[1:], lines=(3, 4))
+
+
+def test_importing_the_module_does_not_import_torch():
+    code = "import sys, fastedit.records.edit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

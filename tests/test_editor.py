@@ -1,0 +1,200 @@
+"""The editor end to end on a model that knows facts: edits take, neighbours stay, trouble changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastedit.methods.closed_form.recipe as base
+from fastedit.config import changed
+from fastedit.editor import BatchRejected, Editor
+from fastedit.evaluation.metrics import evaluate
+from fastedit.methods.closed_form.solver import RidgeSolver
+from fastedit.methods.closed_form.values import Values
+from fastedit.model.adapter import ModelAdapter
+from fastedit.model.load import load_transformers
+from fastedit.records.edit import Edit, EditSet, InvalidEdits
+
+
+def parameters(editor: Editor) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in editor.model.model.state_dict().items()}
+
+
+def same(editor: Editor, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, before[name]) for name, tensor in editor.model.model.state_dict().items())
+
+
+def test_edits_take_and_neighbours_stay(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    editor = tiny_editor()
+    run = editor.edit(tiny_facts[:20], batch_size=10)
+    found = evaluate(editor, run.edits, fluency_prompts=0)
+    assert len(run.edits) == 20
+    assert len(run.batches) == 2
+    assert found.unedited["efficacy_top1"].value <= 0.05
+    assert found.edited["efficacy_top1"].value >= 0.9
+    assert found.edited["generalization_top1"].value >= 0.8
+    assert found.edited["tokens_unchanged"].value >= 0.75
+    assert editor.ask([tiny_facts[0].prompt], n_tokens=6)[0].strip().startswith(tiny_facts[0].target_new)
+
+
+def test_settings_changed_after_the_editor_was_made_are_used(tiny_editor: Callable[..., Editor]) -> None:
+    found = []
+    for seeds in (["The"], ["The", "But"]):
+        editor = tiny_editor()
+        editor.config = changed(editor.config, {"templates": {"seeds": seeds}})
+        found.append(len(editor.state.templates))
+    assert found == [2, 3]
+
+
+def test_undo_is_bit_exact_and_editing_again_gives_the_same_weights(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet
+) -> None:
+    editor = tiny_editor(mass=0.9)
+    prints = [editor.weights.fingerprint()]
+    # The third batch turns the past keys from rows into their dense sum.
+    batches = [tiny_facts[:40], tiny_facts[40:80], tiny_facts[80:130]]
+    fast = {"value": editor.config.value.model_copy(update={"steps": 3})}
+    editor.config = editor.config.model_copy(update=fast)
+    for batch in batches:
+        editor.edit(batch)
+        prints.append(editor.weights.fingerprint())
+    assert len(set(prints)) == 4
+    editor.undo()
+    assert editor.weights.fingerprint() == prints[2]
+    editor.edit(batches[2])
+    assert editor.weights.fingerprint() == prints[3]
+    editor.undo(last=3)
+    assert editor.weights.fingerprint() == prints[0]
+    assert len(editor.edits) == 0
+    assert all(past.n_edits == 0 for past in editor.state.past.values())
+    with pytest.raises(ValueError, match="0 batches are in memory"):
+        editor.undo()
+
+
+def test_two_editors_share_nothing(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    first, second = tiny_editor(), tiny_editor()
+    untouched = parameters(second)
+    first.edit(tiny_facts[:3])
+    assert same(second, untouched)
+    assert all(past.n_edits == 0 for past in second.state.past.values())
+
+
+class TestTrouble:
+    """A batch that cannot be written leaves every parameter as it was, and says which edit is to blame."""
+
+    @pytest.fixture
+    def broken_value(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The value of the edit about "bad" comes out as NaN."""
+        real = base.optimise_values
+
+        def with_nan(model: ModelAdapter, edits: EditSet, *rest: Any) -> Values:
+            found = real(model, edits, *rest)
+            for row, edit in enumerate(edits):
+                if edit.case_id == 13:
+                    found.values[row, 7] = float("nan")
+            return found
+
+        monkeypatch.setattr(base, "optimise_values", with_nan)
+
+    @pytest.mark.usefixtures("broken_value")
+    def test_nan_rolls_the_batch_back_and_names_the_edit(
+        self, tiny_editor: Callable[..., Editor], tiny_facts: EditSet
+    ) -> None:
+        editor = tiny_editor()
+        editor.edit(tiny_facts[:5])
+        before = parameters(editor)
+        with pytest.raises(BatchRejected, match=r"rolled back.*not finite.*case ids 13\b") as caught:
+            editor.edit(tiny_facts[10:16])
+        assert caught.value.case_ids == [13]
+        assert same(editor, before)
+        assert len(editor.edits) == 5
+        assert all(past.n_edits == 5 for past in editor.state.past.values())
+
+    @pytest.mark.usefixtures("broken_value")
+    def test_skip_goes_on_with_the_next_batch(self, tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+        editor = tiny_editor()
+        run = editor.edit(tiny_facts[8:20], batch_size=4, on_error="skip")
+        assert [report.error is None for report in run.batches] == [True, False, True]
+        assert run.batches[1].case_ids == (13,)
+        alone = tiny_editor()
+        alone.edit(tiny_facts[8:12])
+        alone.edit(tiny_facts[16:20])
+        assert editor.weights.fingerprint() == alone.weights.fingerprint()
+
+    def test_fault_after_some_layers_were_written_restores_them(
+        self, tiny_editor: Callable[..., Editor], tiny_facts: EditSet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        editor = tiny_editor()
+        before, real, calls = parameters(editor), RidgeSolver.solve, []
+
+        def fails_later(self: RidgeSolver, *arguments: Any) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(self, *arguments)
+
+        monkeypatch.setattr(RidgeSolver, "solve", fails_later)
+        with pytest.raises(KeyboardInterrupt):
+            editor.edit(tiny_facts[:4])
+        assert len(calls) == 3
+        assert same(editor, before)
+
+    def test_broken_second_moment_is_refused(self, tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+        editor = tiny_editor()
+        editor.state.solvers[3] = RidgeSolver(-torch.eye(editor.model.d_ff), 1e6)
+        before = parameters(editor)
+        with pytest.raises(BatchRejected, match="not positive definite"):
+            editor.edit(tiny_facts[:3])
+        assert same(editor, before)
+
+
+GOOD = {"prompt": "The flag of Zorun is", "subject": "Zorun", "target_new": "red", "case_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ([], "no edits"),
+        ([GOOD, {**GOOD, "case_id": 2, "target_new": "blue"}], "target_new"),
+        ([GOOD, {**GOOD, "prompt": "The song of Zorun is"}], "case"),
+        ([{**GOOD, "prompt": "The flag of Zorun is " + "very " * 300}], "prompt"),
+    ],
+    ids=["none", "two targets for one prompt", "duplicate case id", "longer than the model's positions"],
+)
+def test_bad_edits_touch_no_weight(edits: list[dict[str, Any]], message: str, tiny_editor: Any) -> None:
+    editor = tiny_editor()
+    before = parameters(editor)
+    with pytest.raises(InvalidEdits, match=message):
+        editor.edit([Edit(**fields) for fields in edits])
+    assert same(editor, before)
+    assert editor._state is None
+
+
+def test_wrong_arguments_are_named(tiny_model: ModelAdapter, tiny_editor: Callable[..., Editor]) -> None:
+    with pytest.raises(ValueError, match="method must be one of nse"):
+        Editor(tiny_model, method="mesmerise")
+    with pytest.raises(ValueError, match="no preset was made for a model of"):
+        Editor(tiny_model)
+    with pytest.raises(ValueError, match="below the last layer"):
+        tiny_editor(layers=(2, tiny_model.n_layers - 1))
+    editor = tiny_editor()
+    with pytest.raises(ValueError, match="on_error"):
+        editor.edit([Edit(**GOOD)], on_error="shrug")
+    with pytest.raises(ValueError, match="batch_size"):
+        editor.edit([Edit(**GOOD)], batch_size=0)
+
+
+def test_saved_model_loads_with_the_same_logits(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet, tmp_path: Path
+) -> None:
+    editor = tiny_editor()
+    editor.edit(tiny_facts[:4])
+    editor.save_pretrained(tmp_path / "edited")
+    model, tokenizer = load_transformers(str(tmp_path / "edited"), "float32")
+    ids = torch.tensor([tokenizer(tiny_facts[0].prompt)["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, editor.model.model(ids).logits)
