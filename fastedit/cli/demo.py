@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastedit.config import changed
 from fastedit.editor import Editor
 from fastedit.evaluation.metrics import evaluate
 from fastedit.model.sampling import sample_background
@@ -33,8 +32,7 @@ def run_demo(source: str, n_edits: int, seed: int, console: Console) -> tuple[di
     started = time.perf_counter()
     edits = demo_edits(n_edits)
     console.print(f"loading {source} ...")
-    editor = Editor.from_pretrained(source, seed=seed)
-    editor.config = changed(editor.config, {"moments": {"tokens": MOMENT_TOKENS}})
+    editor = Editor.from_pretrained(source, config={"moments": {"tokens": MOMENT_TOKENS}}, seed=seed)
     console.print(
         f"preparing: {MOMENT_TOKENS:,} tokens of the model's own text give the second moments (once, then stored) ..."
     )
@@ -45,7 +43,7 @@ def run_demo(source: str, n_edits: int, seed: int, console: Console) -> tuple[di
     run = editor.edit(edits, batch_size=min(50, len(edits)))
     after = editor.ask(prompts)
     console.print("measuring ...")
-    text = editor.model.tokenizer.decode(_own_text(editor, seed))
+    text = str(editor.tokenizer.decode(_own_text(editor, seed)))
     found = evaluate(editor, run.edits, text=text, fluency_prompts=10)
     data = {
         "run": run.to_dict(),
@@ -64,8 +62,8 @@ def run_demo(source: str, n_edits: int, seed: int, console: Console) -> tuple[di
 
 def _own_text(editor: Editor, seed: int) -> list[int]:
     """2 000 tokens the unedited model wrote, other than those behind the second moments."""
-    with editor.weights.rewound():
-        return [token for window in sample_background(editor.model, 2000, 256, seed + 1) for token in window]
+    with editor.unedited():
+        return [token for window in sample_background(editor.adapter, 2000, 256, seed + 1) for token in window]
 
 
 def _shown_prompts(edits: Sequence[Edit]) -> list[str]:

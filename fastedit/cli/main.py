@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from fastedit.cli.console import AsJson, counted, emit, errors, open_console, sa
 if TYPE_CHECKING:
     from fastedit.editing.guard import Guard
     from fastedit.editing.watch import Watch
+    from fastedit.editor import Editor
     from fastedit.records.edit import EditSet, Problem
     from fastedit.runs.reports import Run
 
@@ -39,18 +40,29 @@ Limit = Annotated[int | None, typer.Option(min=1, help="number of records")]
 Text = Annotated[Path | None, typer.Option(help="text file for perplexity")]
 MomentText = Annotated[Path | None, typer.Option(help="text for second moments; default: sampled from the model")]
 MomentTokens = Annotated[int | None, typer.Option(min=1, help="tokens for second moments")]
-Dtype = Annotated[str, typer.Option(help="of the weights: float32, bfloat16 or float16")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the weights")]
 Preset = Annotated[str | None, typer.Option(help="settings; default: those made for this model")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="a setting of the method: NAME=VALUE, as rounds=2 or value.steps=10")
 ]
 Form = Annotated[str, typer.Option(help="form of the records, such as zsre; auto: known by their fields")]
 TargetField = Annotated[str | None, typer.Option(help="field to edit towards, where the form has several (zsre: alt)")]
-OnInvalid = Annotated[str, typer.Option(help="a record that cannot be used: refuse the whole file, or skip it")]
+OnInvalid = Annotated[
+    Literal["refuse", "skip"], typer.Option(help="a record that cannot be used: refuse the whole file, or skip it")
+]
+OnError = Annotated[Literal["stop", "skip"], typer.Option(help="a batch that cannot be written: stop or skip it")]
+Method = Annotated[str, typer.Option(help="nse, memit, alphaedit, fine, kne, kn, meg or meg-lookup")]
 Others = Annotated[Path | None, typer.Option(help="meg: records that are not edited, to learn wordings and the gate")]
 WorkDir = Annotated[Path | None, typer.Option(help="meg: folder that keeps each stage, so that a run can go on")]
 MegStore = Annotated[Path | None, typer.Option("--meg", help="file saved by edit --method meg; prints its six numbers")]
 Fluency = Annotated[int, typer.Option(min=0, help="prompts continued to measure fluency")]
+
+MEG_METHODS = ("meg", "meg-lookup")
+UNUSED_BY_WEIGHT_METHODS = {
+    "others": "--others: only meg learns from records that are not edited",
+    "work_dir": "--work-dir: only meg keeps its stages in a folder; --run-dir records the batches of this method",
+}
+TEXT_FLAGS = ("moments", "moment_tokens")
 
 
 def _records(
@@ -78,55 +90,85 @@ def _account(records: EditSet, skipped: Sequence[Problem]) -> dict[str, Any]:
     return {"form": records.form, "target_field": records.target_field, "skipped": told}
 
 
+def _given(context: typer.Context) -> set[str]:
+    """Names of the parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _refuse(given: set[str], unused: Mapping[str, str]) -> None:
+    """Raise ValueError for the flags given that would do nothing. unused: parameter -> why, as a sentence."""
+    wrong = [reason for name, reason in unused.items() if name in given]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
 def _editor(
     model: str,
-    dtype: str,
-    method: str,
+    dtype: Dtype,
+    method_name: str,
     preset: str | None,
-    settings: list[str],
+    settings: Sequence[str],
     seed: int,
-    moments: Path | None,
-    tokens: int | None,
-) -> Any:
-    from fastedit.config import changed, parse_changes
+    text: Path | None,
+    text_tokens: int | None,
+    given: set[str],
+) -> Editor:
+    from fastedit.config import parse_changes
     from fastedit.editor import Editor
-    from fastedit.methods.presets import load_preset, preset_for
+    from fastedit.methods.registry import method_named
     from fastedit.model.background_text import Source
     from fastedit.model.load import load_model
 
-    changes = parse_changes([*settings, *([] if tokens is None else [f"moments.tokens={tokens}"])])
-    adapter = load_model(model, dtype)
-    if preset:
-        config = load_preset(method, preset)
-    else:
-        config = preset_for(method, adapter.n_layers, adapter.d_model, adapter.d_ff)
-    return Editor(adapter, method, changed(config, changes), Source(moments, seed), seed)
+    method = method_named(method_name)
+    if method.text_setting is None:
+        _refuse(given, {name: f"{_flag(name)}: {method.name} reads no background text" for name in TEXT_FLAGS})
+
+    tokens = [] if text_tokens is None else [f"{method.text_setting}.tokens={text_tokens}"]
+    changes = parse_changes([*settings, *tokens])
+    editor = Editor(load_model(model, dtype), method, changes, Source(text, seed), seed, preset=preset)
+
+    if not method.reads_text(editor.config):
+        why = f"{method.name} reads no background text with these settings"
+        _refuse(given, {name: f"{_flag(name)}: {why}" for name in TEXT_FLAGS})
+    return editor
+
+
+def _flag(parameter: str) -> str:
+    return f"--{parameter.replace('_', '-')}"
 
 
 def _edit_meg(
     console: Console,
+    given: set[str],
     model: str,
-    dtype: str,
+    dtype: Dtype,
     method: str,
-    records: EditSet,
+    path: Path,
+    start: int,
+    limit: int | None,
+    form: str,
+    target_field: str | None,
+    on_invalid: OnInvalid,
     others: Path | None,
-    settings: list[str],
+    settings: Sequence[str],
     seed: int,
     work_dir: Path | None,
-    run_dir: Path | None,
-    on_invalid: str,
     evaluation: bool,
     save: Path | None,
-) -> tuple[dict[str, Any], str]:
-    if run_dir is not None:
-        raise ValueError(f"--run-dir records weights, and {method} writes none: its stages are kept with --work-dir")
-    from fastedit.cli import meg as command
+    as_json: bool,
+) -> None:
+    """`edit --method meg`: nothing is written into a weight, so the flags about weights are refused."""
+    from fastedit.cli import meg
     from fastedit.config import parse_changes
     from fastedit.model.load import load_model
 
+    _refuse(given, meg.UNUSED_BY_EDIT)
+    records = _records(console, path, start, limit, form, target_field, on_invalid)
     beside = [] if others is None else _records(console, others, 0, None, "auto", None, on_invalid)
+
     changes, adapter = parse_changes(settings), load_model(model, dtype)
-    return command.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, save)
+    emit(as_json, *meg.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, save))
 
 
 def _tell_run(console: Console, run_dir: Path | None, resume: bool) -> None:
@@ -165,30 +207,18 @@ def _told(records: EditSet, run: Run, watching: Watch | None) -> tuple[dict[str,
     return data, lines
 
 
-def _watching(editor: Any, records: EditSet, every: int | None, text: str | None) -> Watch | None:
+def _watching(editor: Editor, records: EditSet, every: int | None, text: str | None) -> Watch | None:
     from fastedit.editing.watch import Watch
 
     return None if every is None else Watch(editor, records[:50], every, text)
 
 
-def _saved(editor: Any, folder: Path) -> str:
-    editor.save_pretrained(folder)
-    return f"saved to {folder}"
-
-
-def _measure(editor: Any, run: Run, text: str | None, fluency_prompts: int) -> tuple[dict[str, Any], str]:
-    """What the edits did, as data and as text."""
-    from fastedit.evaluation.metrics import evaluate
-
-    found = evaluate(editor, run.edits, text=text, fluency_prompts=fluency_prompts)
-    return found.to_dict(), str(found)
-
-
 @app.command()
 def edit(
+    context: typer.Context,
     model: Model,
     edits: Edits,
-    method: Annotated[str, typer.Option(help="recipe")] = "nse",
+    method: Method = "nse",
     preset: Preset = None,
     settings: Settings = None,
     dtype: Dtype = "float32",
@@ -201,7 +231,7 @@ def edit(
     form: Form = "auto",
     target_field: TargetField = None,
     on_invalid: OnInvalid = "refuse",
-    on_error: Annotated[str, typer.Option(help="a batch that cannot be written: stop or skip")] = "stop",
+    on_error: OnError = "stop",
     evaluation: Annotated[bool, typer.Option("--eval/--no-eval", help="measure before and after")] = True,
     text: Text = None,
     fluency_prompts: Fluency = 50,
@@ -218,28 +248,38 @@ def edit(
     """Write edits into a model, measure it, and save it."""
     console = open_console()
     with errors(console):
+        given = _given(context)
+        if method in MEG_METHODS:
+            return _edit_meg(
+                console, given, model, dtype, method, edits, start, limit, form, target_field, on_invalid,
+                others, settings or [], seed, work_dir, evaluation, save, as_json,
+            )  # fmt: skip
+
+        _refuse(given, UNUSED_BY_WEIGHT_METHODS)
         _tell_run(console, run_dir, resume)
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
-        if method in ("meg", "meg-lookup"):
-            given = (dtype, method, records, others, settings or [], seed, work_dir, run_dir, on_invalid)
-            return emit(as_json, *_edit_meg(console, model, *given, evaluation, save))
-        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
+        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, given)
+
         prose = None if text is None else text.read_text(encoding="utf-8")
         watching = _watching(editor, records, watch, prose)
         guard = _guard(records, canaries, max_growth)
-        run = editor.edit(records, batch_size, on_error, on_invalid, watching, run_dir, resume, guard)
+        run = editor.edit(records, batch_size, on_error, on_invalid, watching or (), run_dir, resume, guard)
+
         _tell_skipped(console, run.skipped)
         data, lines = _told(records, run, watching)
         if evaluation and len(run.edits):
-            data["evaluation"], told = _measure(editor, run, prose, fluency_prompts)
-            lines.append(told)
+            evaluated = editor.evaluate(run.edits, prose, fluency_prompts=fluency_prompts)
+            data["evaluation"] = evaluated.to_dict()
+            lines.append(str(evaluated))
         if save is not None:
-            lines.append(_saved(editor, save))
+            editor.save_pretrained(save)
+            lines.append(f"saved to {save}")
         emit(as_json, data, "\n".join(lines))
 
 
 @app.command("eval")
 def evaluate_command(
+    context: typer.Context,
     model: Model,
     edits: Edits,
     unedited: Annotated[str | None, typer.Option(help="the model before the edits, to compare with")] = None,
@@ -264,12 +304,13 @@ def evaluate_command(
 
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
         prose = None if text is None else text.read_text(encoding="utf-8")
-        after = load_model(model, dtype)
         if meg is not None:
             from fastedit.cli import meg as command
 
-            emit(as_json, *command.evaluate(after, meg, records))
-            return
+            _refuse(_given(context), command.UNUSED_BY_EVAL)
+            return emit(as_json, *command.evaluate(load_model(model, dtype), meg, records))
+
+        after = load_model(model, dtype)
         before = after if unedited is None else load_model(unedited, dtype)
         limits = {"tokenizer": after.tokenizer, "max_positions": after.max_positions}
         batches, skipped = check_edits(records, 1, **limits, on_invalid=on_invalid)
@@ -281,9 +322,10 @@ def evaluate_command(
 
 @app.command()
 def stats(
+    context: typer.Context,
     model: Model,
     layers: Annotated[str | None, typer.Option(help="layers, as 4-8 or 4,6,8; default: the preset's")] = None,
-    method: Annotated[str, typer.Option(help="recipe whose preset names the layers")] = "nse",
+    method: Annotated[str, typer.Option(help="method whose preset names the layers")] = "nse",
     preset: Preset = None,
     settings: Settings = None,
     dtype: Dtype = "float32",
@@ -295,18 +337,23 @@ def stats(
     """Compute and store second moments, or say that they are stored already."""
     console = open_console()
     with errors(console):
-        from fastedit.methods.closed_form.config import ClosedFormConfig
         from fastedit.methods.closed_form.second_moments import second_moments
+        from fastedit.methods.registry import method_named
         from fastedit.model.background_text import Source
 
-        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens)
-        if not isinstance(editor.config, ClosedFormConfig):
+        if not method_named(method).uses_second_moments:
             raise ValueError(f"{method} uses no second moments")
-        wanted = _layers(layers, editor.model.n_layers) if layers else list(editor.config.layers)
+        given = _given(context)
+        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, given)
+        wanted = _layers(layers, editor.adapter.n_layers) if layers else list(editor.weights.layers)
+
         started = time.perf_counter()
-        found = second_moments(editor.model, wanted, Source(moments, seed), editor.config.moments)
+        windows = editor.method.text_config(editor.config)
+        assert windows is not None
+        made = second_moments(editor.adapter, wanted, Source(moments, seed), windows)
         seconds = time.perf_counter() - started
-        traces = {layer: float(moment.trace()) for layer, moment in found.items()}
+
+        traces = {layer: float(moment.trace()) for layer, moment in made.items()}
         lines = [f"layer {layer}: trace {trace:.1f}" for layer, trace in traces.items()]
         emit(as_json, {"seconds": seconds, "trace": traces}, "\n".join([*lines, f"{seconds:.1f} s"]))
 

@@ -13,6 +13,10 @@ from fastedit.methods.meg.metrics import NAMES, SixMetrics
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.edit import Edit, listing
 
+# Replaced when the branches meet.
+UNUSED_BY_EDIT: dict[str, str] = {}
+UNUSED_BY_EVAL: dict[str, str] = {}
+
 
 def edit(
     model: ModelAdapter,

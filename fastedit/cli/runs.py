@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -84,7 +84,7 @@ def diff(run_dir: RunDir, onto: Onto = None, as_json: AsJson = False) -> None:
         editor = _editor(run_dir, onto)
         layers, text = {}, [f"{'layer':>5}  {'|change|':>9}  {'share':>7}  {'neurons':>8}  most changed"]
         for layer in editor.weights.layers:
-            change, size = delta(editor, layer), float(editor.weights.original(layer).double().norm())
+            change, size = delta(editor.weights, layer), float(editor.weights.original(layer).double().norm())
             columns = change.norm(dim=0)
             most = columns.argsort(descending=True)[:5].tolist()
             found = {
@@ -113,10 +113,8 @@ def undo(
         if sum(choice is not None for choice in (last, to, case)) != 1:
             raise ValueError("undo: say one of --last N, --to BATCH, --edit CASE_ID")
         if case is not None:
-            from fastedit.editing.undo_edit import forget
-
             editor = _editor(run_dir, onto)
-            found = forget(editor, _case_id(editor, case))
+            found = editor.forget(_case_id(editor, case))
             emit(as_json, found.to_dict(), str(found))
             return
         from fastedit.runs.recorder import Recorder
@@ -159,17 +157,19 @@ def replay(
 def export(
     run_dir: RunDir,
     folder: Annotated[Path, typer.Argument(help="absent or empty")],
-    form: Annotated[str, typer.Option("--format", help="checkpoint, delta, lora or gguf")] = "checkpoint",
+    form: Annotated[
+        Literal["checkpoint", "delta", "lora", "gguf"], typer.Option("--format", help="who is to read it")
+    ] = "checkpoint",
     rank: Annotated[int | None, typer.Option(min=1, help="of delta and lora; default: exact")] = None,
-    dtype: Annotated[str | None, typer.Option(help="of a checkpoint: float32, bfloat16 or float16")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="of a checkpoint's weights")
+    ] = None,
     onto: Onto = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the edits in force in a form that others read."""
     with errors(open_console()):
-        from fastedit.editing.export import export as write
-
-        found = write(_editor(run_dir, onto), folder, form, rank, dtype)
+        found = _editor(run_dir, onto).export(folder, form, rank, dtype)
         emit(as_json, found.to_dict(), str(found))
 
 

@@ -1,34 +1,45 @@
-"""The batches of an editor that are in force, and what it takes to forget the last ones.
+"""The committed batches of an editor, and what it takes to undo the last ones.
 
-A method's state can be large (the sum H of past keys has d_ff^2 numbers a layer), so it is kept once, as it was before
-the oldest batch that can be undone, and of the batches since then only what the state took in of them.
+A method's state can be large: the sum H of past keys has d_ff^2 numbers per layer. So the state is stored once, as it
+was before the oldest batch that can be undone, and of every batch since then only what the state added.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from fastedit.methods.base import State
 from fastedit.records.edit import EditSet
+from fastedit.weights.trial import Trial
 
 
 @dataclass
 class _Batch:
-    """A batch. kept: of it in the state; before: the state before it, of the oldest that can be undone."""
+    """One committed batch.
+
+    kept: what the state added of it
+    before: the state before it, for the oldest batch that can be undone
+    """
 
     edits: EditSet
     kept: Mapping[str, Tensor] | None = None
     before: Mapping[str, Tensor] | None = None
 
 
-class History:
-    """Batches in order. Those that `append` was not told of cannot be undone here."""
+class CommittedBatches:
+    """The batches in force, in order. The last `undo_depth` of those appended here can be undone, bit for bit.
 
-    def __init__(self, batches: Iterable[EditSet] = ()) -> None:
+    batches: edits of batches that were committed before; they cannot be undone here
+    """
+
+    def __init__(self, undo_depth: int = 3, batches: Iterable[EditSet] = ()) -> None:
         self._batches = [_Batch(edits) for edits in batches]
+        self._trials: deque[Trial] = deque(maxlen=undo_depth)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -36,37 +47,53 @@ class History:
     def __iter__(self) -> Iterator[EditSet]:
         return (batch.edits for batch in self._batches)
 
-    def copy(self) -> History:
-        """One that goes on from here without this one."""
-        found = History()
-        found._batches = [replace(batch) for batch in self._batches]
-        return found
+    @property
+    def undoable(self) -> int:
+        """Number of last batches that can be undone from memory."""
+        return len(self._trials)
 
-    def append(self, edits: EditSet, state: State, kept: Mapping[str, Tensor], depth: int) -> None:
-        """Take in a committed batch, also into the state. depth: batches that can be undone, with this one."""
-        oldest = len(self._batches) + 1 - depth
+    def append(self, edits: EditSet, trial: Trial, state: State[Any], kept: Mapping[str, Tensor]) -> None:
+        """Commit a trial: its batch is in force, and the state advances by it."""
+        trial.commit()
+        self._trials.append(trial)
         self._batches.append(_Batch(edits, kept))
-        if depth == 1:
-            self._batches[oldest].before = {name: each.clone() for name, each in state.tensors().items()}
-        elif depth and (first := self._batches[oldest]).before is None:
-            first.before = _one_on(state, self._batches[oldest - 1])
-        if oldest:
-            self._batches[oldest - 1].kept = self._batches[oldest - 1].before = None
+
+        self._store_state(state)
         state.take_in(kept)
 
-    def undo(self, taken: int, state: State, depth: int) -> None:
-        """Forget the last batches, also in the state, bit for bit. depth: batches that can be undone, at least taken"""
-        oldest, stays = len(self._batches) - depth, len(self._batches) - taken
+    def undo(self, n_batches: int, state: State[Any]) -> None:
+        """Take the last batches back, weights and state, bit for bit.
+
+        Raises ValueError for more batches than can be undone from memory."""
+        if n_batches > self.undoable:
+            raise ValueError(f"undo: {self.undoable} batches are in memory, asked for {n_batches}")
+
+        oldest, remaining = len(self._batches) - self.undoable, len(self._batches) - n_batches
         before = self._batches[oldest].before or {}
-        # Batches that stay can still be undone from it.
-        state.load({name: each.clone() for name, each in before.items()})
-        for batch in self._batches[oldest:stays]:
+        # Cloned: batches that remain can still be undone from it.
+        state.load({name: tensor.clone() for name, tensor in before.items()})
+        for batch in self._batches[oldest:remaining]:
             state.take_in(batch.kept or {})
-        del self._batches[stays:]
+
+        del self._batches[remaining:]
+        for _ in range(n_batches):
+            self._trials.pop().rollback()
+
+    def _store_state(self, state: State[Any]) -> None:
+        """Keep the state as it was before the oldest batch that can be undone. `state` lacks the last batch still."""
+        depth = self.undoable
+        oldest = len(self._batches) - depth
+
+        if depth == 1:
+            self._batches[oldest].before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        elif depth and self._batches[oldest].before is None:
+            self._batches[oldest].before = _advanced(state, self._batches[oldest - 1])
+        if oldest:
+            self._batches[oldest - 1].kept = self._batches[oldest - 1].before = None
 
 
-def _one_on(state: State, batch: _Batch) -> dict[str, Tensor]:
-    """The state after a batch, from that before it, which is used up; `state` itself only lends its hand."""
+def _advanced(state: State[Any], batch: _Batch) -> dict[str, Tensor]:
+    """The state after a batch, made from the state before it, which is used up. `state` itself does not change."""
     present = state.tensors()
     try:
         state.load(batch.before or {})

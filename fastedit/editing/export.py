@@ -9,19 +9,23 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastedit.editing import load_delta
-from fastedit.editor import Editor
 from fastedit.evaluation.answers import answer
+from fastedit.model.adapter import ModelAdapter
+from fastedit.records.edit import Edit
+from fastedit.weights.editable import EditableWeights
 
-FORMATS = ("checkpoint", "delta", "lora", "gguf")
+Format = Literal["checkpoint", "delta", "lora", "gguf"]
+FORMATS: tuple[str, ...] = get_args(Format)
 CONVERTER = "python convert_hf_to_gguf.py {folder} --outfile edited.gguf --outtype f16"
 
 
@@ -53,15 +57,21 @@ class Exported:
 
 
 def export(
-    editor: Editor, folder: str | Path, form: str = "checkpoint", rank: int | None = None, dtype: str | None = None
+    adapter: ModelAdapter,
+    weights: EditableWeights,
+    edits: Sequence[Edit],
+    folder: str | Path,
+    form: Format = "checkpoint",
+    rank: int | None = None,
+    dtype: str | None = None,
 ) -> Exported:
-    """Write the editor's edits to `folder`.
+    """Write the edits of a model to `folder`.
 
     form: "checkpoint", an ordinary one; "delta", delta.safetensors and load_delta.py, which needs torch alone; "lora",
         a PEFT adapter; "gguf", a checkpoint, and the command that converts it
     rank: at most so many directions per weight, for delta and lora; None = all above rounding noise
     dtype: of a checkpoint's weights; None = the model's
-    Raises ValueError for another form, a rank below 1 or without use, a folder that holds something, or no change."""
+    Raises ValueError for another form, a rank below 1 or without use, a folder that is not empty, or no change."""
     if form not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
     if rank is not None and (rank < 1 or form not in ("delta", "lora")):
@@ -69,61 +79,69 @@ def export(
     place = Path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{place}: must be absent or an empty folder")
+
     if form in ("checkpoint", "gguf"):
-        save_checkpoint(editor, place, dtype)
+        save_checkpoint(adapter, place, dtype)
         converts = f"convert it with llama.cpp's: {CONVERTER.format(folder=place)}" if form == "gguf" else None
         return Exported(str(place), form, {}, {}, next=converts)
-    factors = {layer: pair for layer in editor.weights.layers if (pair := _factors(editor, layer, rank)) is not None}
+
+    factors = {layer: pair for layer in weights.layers if (pair := _factors(weights, layer, rank)) is not None}
     if not factors:
         raise ValueError("nothing to export: no weight differs from the unedited model")
+
     place.mkdir(parents=True, exist_ok=True)
-    (_save_delta if form == "delta" else _save_lora)(editor, place, factors)
-    error = {layer: _error(editor, layer, *pair) for layer, pair in factors.items()}
+    (_save_delta if form == "delta" else _save_lora)(adapter, place, factors)
+
+    error = {layer: _error(weights, layer, *pair) for layer, pair in factors.items()}
     ranks = {layer: len(right) for layer, (_, right) in factors.items()}
-    return Exported(str(place), form, ranks, error, _holds(editor, factors))
+    return Exported(str(place), form, ranks, error, _holds(adapter, weights, edits, factors))
 
 
-def save_checkpoint(editor: Editor, folder: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+def save_checkpoint(adapter: ModelAdapter, folder: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
     """Write the edited model and its tokenizer as transformers reads them. dtype: None = as in memory.
 
     Raises ValueError for another dtype than float32, bfloat16 and float16."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    model = editor.model.model
-    if dtype is not None and getattr(torch, dtype) != editor.model.dtype:
+
+    model = adapter.model
+    if dtype is not None and getattr(torch, dtype) != adapter.dtype:
         model = copy.deepcopy(model).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    editor.model.tokenizer.save_pretrained(folder)
+    adapter.tokenizer.save_pretrained(folder)
 
 
-def delta(editor: Editor, layer: int) -> Tensor:
+def delta(weights: EditableWeights, layer: int) -> Tensor:
     """W - W_0, (d_model, d_ff) float64 on the CPU, from the float32 master where there is one."""
-    return (editor.weights.stored(layer).double() - editor.weights.original(layer).double()).cpu()
+    return (weights.stored(layer).double() - weights.original(layer).double()).cpu()
 
 
-def _factors(editor: Editor, layer: int, rank: int | None) -> tuple[Tensor, Tensor] | None:
+def _factors(weights: EditableWeights, layer: int, rank: int | None) -> tuple[Tensor, Tensor] | None:
     """(d_model, r) and (r, d_ff) float32 with the delta as their product, None for a weight that is unchanged."""
-    change = delta(editor, layer)
+    change = delta(weights, layer)
     if not bool(change.any()):
         return None
+
     columns = change.any(0).nonzero().flatten()
     left, sizes, right = torch.linalg.svd(change[:, columns], full_matrices=False)
+
     # The weight is rounded to float32, which moves each number by up to eps / 2 of itself.
-    weight = editor.weights.original(layer).double()
+    weight = weights.original(layer).double()
     typical = float(weight.square().mean().sqrt()) * torch.finfo(torch.float32).eps
     noise = typical * sum(size**0.5 for size in weight.shape)
     kept = max(1, int((sizes > noise).sum()))
     kept = kept if rank is None else min(kept, rank)
+
     roots = sizes[:kept].sqrt()
     wide = torch.zeros(kept, change.shape[1])
     wide[:, columns] = (roots[:, None] * right[:kept]).float()
     return (left[:, :kept] * roots).float().contiguous(), wide
 
 
-def _save_delta(editor: Editor, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
+def _save_delta(adapter: ModelAdapter, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
     tensors = {}
     for layer, (left, right) in factors.items():
-        name, transposed = editor.model.weight_name(layer), _is_transposed(editor, layer)
+        name, transposed = adapter.weight_name(layer), _is_transposed(adapter, layer)
         if left.numel() + right.numel() >= left.shape[0] * right.shape[1]:
             full = left @ right
             tensors[f"{name}/delta"] = (full.T if transposed else full).contiguous()
@@ -134,12 +152,12 @@ def _save_delta(editor: Editor, folder: Path, factors: dict[int, tuple[Tensor, T
     shutil.copy(load_delta.__file__, folder / "load_delta.py")
 
 
-def _save_lora(editor: Editor, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
+def _save_lora(adapter: ModelAdapter, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
     """PEFT adds (alpha / r) B A; with alpha = r that is the product. All weights get the largest rank, rest zeros."""
     rank = max(len(right) for _, right in factors.values())
     tensors, names = {}, []
     for layer, (left, right) in factors.items():
-        name = editor.model.weight_name(layer).removesuffix(".weight")
+        name = adapter.weight_name(layer).removesuffix(".weight")
         names.append(name)
         pad = rank - len(right)
         place = f"base_model.model.{name}"
@@ -148,49 +166,55 @@ def _save_lora(editor: Editor, folder: Path, factors: dict[int, tuple[Tensor, Te
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": editor.model.source,
+        "base_model_name_or_path": adapter.source,
         "target_modules": names,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": _is_transposed(editor, next(iter(factors))),
+        "fan_in_fan_out": _is_transposed(adapter, next(iter(factors))),
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def _is_transposed(editor: Editor, layer: int) -> bool:
+def _is_transposed(adapter: ModelAdapter, layer: int) -> bool:
     """Whether the model stores the weight as (d_ff, d_model)."""
-    return editor.model.oriented(layer, torch.empty(2, 1)).shape[0] == 1
+    return adapter.oriented(layer, torch.empty(2, 1)).shape[0] == 1
 
 
-def _error(editor: Editor, layer: int, left: Tensor, right: Tensor) -> float:
-    change = delta(editor, layer)
+def _error(weights: EditableWeights, layer: int, left: Tensor, right: Tensor) -> float:
+    change = delta(weights, layer)
     return float((left.double() @ right.double() - change).norm() / change.norm())
 
 
-def _holds(editor: Editor, factors: dict[int, tuple[Tensor, Tensor]]) -> tuple[float, float] | None:
+def _holds(
+    adapter: ModelAdapter,
+    weights: EditableWeights,
+    edits: Sequence[Edit],
+    factors: dict[int, tuple[Tensor, Tensor]],
+) -> tuple[float, float] | None:
     """Share of the edits that hold, as the model is and with the factors in place of its deltas."""
-    pairs = [(edit.prompt, edit.target_new) for edit in editor.edits]
+    pairs = [(edit.prompt, edit.target_new) for edit in edits]
     if not pairs:
         return None
-    before = _exact(editor, pairs)
-    changed = {layer: editor.weights.changed(layer) for layer in factors}
-    present = {layer: editor.weights.stored(layer, index) for layer, index in changed.items()}
+
+    before = _exact(adapter, pairs)
+    changed = {layer: weights.changed(layer) for layer in factors}
+    present = {layer: weights.stored(layer, index) for layer, index in changed.items()}
     try:
         for layer, (left, right) in factors.items():
-            original = editor.weights.original(layer)
+            original = weights.original(layer)
             exported = original.float() + (left @ right).to(original.device)
             index = changed[layer]
-            editor.weights.put(layer, index, exported if index is None else exported[:, index])
-        after = _exact(editor, pairs)
+            weights.put(layer, index, exported if index is None else exported[:, index])
+        after = _exact(adapter, pairs)
     finally:
         for layer, values in present.items():
-            editor.weights.put(layer, changed[layer], values)
+            weights.put(layer, changed[layer], values)
     return before, after
 
 
-def _exact(editor: Editor, pairs: list[tuple[str, str]]) -> float:
-    return sum(found.exact for found in answer(editor.model, pairs)) / len(pairs)
+def _exact(adapter: ModelAdapter, pairs: list[tuple[str, str]]) -> float:
+    return sum(scored.exact for scored in answer(adapter, pairs)) / len(pairs)

@@ -1,4 +1,4 @@
-"""Writing a batch when memory runs short, and what was warned of while it was written."""
+"""Writing a batch when memory runs short: once more, with half the rows at a time."""
 
 from __future__ import annotations
 
@@ -8,51 +8,32 @@ from typing import TypeVar
 
 import torch
 
-from fastedit.config import EditConfig
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Rows below which a lack of memory is not mended by regrouping.
+# With fewer rows than this, a smaller budget no longer saves memory.
 SMALLEST_BUDGET = 16
 
 
-def with_less_memory(write: Callable[[EditConfig], T], config: EditConfig) -> tuple[T, EditConfig]:
-    """write(config), and again with half the token budget each time memory runs out, with a warning; the config it was
-    written with.
+def with_less_memory(write: Callable[[int | None], T], budget: int | None) -> tuple[T, int | None]:
+    """`write(budget)`, and again with half the token budget each time memory runs out; the result and its budget.
 
-    write must leave nothing behind when it raises. The last lack of memory is raised when the budget is at its
-    smallest, or there is none."""
+    write: must leave nothing behind when it raises
+    budget: rows optimised together; None = the method optimises nothing
+    The last out-of-memory error is raised when there is no budget, or none smaller."""
     while True:
-        budget = token_budget(config)
         try:
-            return write(config), config
+            return write(budget), budget
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or budget is None or budget <= SMALLEST_BUDGET:
                 raise
-        config = with_budget(config, max(SMALLEST_BUDGET, budget // 2))
-        log.warning("out of memory: trying again with a token budget of %d, was %d", token_budget(config), budget)
 
-
-def token_budget(config: EditConfig) -> int | None:
-    """Rows that are optimised together: values, or columns. None for a method that optimises nothing."""
-    part = _optimised(config)
-    return None if part is None else getattr(config, part).token_budget
-
-
-def with_budget(config: EditConfig, budget: int | None) -> EditConfig:
-    """The config with another token budget; None = as it is."""
-    part = _optimised(config)
-    if part is None or budget is None:
-        return config
-    return config.model_copy(update={part: getattr(config, part).model_copy(update={"token_budget": budget})})
-
-
-def _optimised(config: EditConfig) -> str | None:
-    return next((part for part in ("value", "train") if hasattr(config, part)), None)
+        smaller = max(SMALLEST_BUDGET, budget // 2)
+        log.warning("out of memory: trying again with a token budget of %d, was %d", smaller, budget)
+        budget = smaller
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is a lack of memory, on a GPU or (where torch has no type of its own for it) on the CPU."""
+    """Whether this is a lack of memory: on a GPU, or on the CPU, for which torch has no error type of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -1,4 +1,4 @@
-"""Undo of single edits: the batches from theirs on are solved again without them, from the recorded values."""
+"""Undo of one edit: the batches from its own on are solved again without it, from the recorded values."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import Any
 from torch import Tensor
 
 from fastedit.editing.guard import Guard
-from fastedit.editing.retry import with_budget
-from fastedit.editor import Editor
+from fastedit.editing.stream import Rewrite, Stream
 from fastedit.evaluation.answers import answer
 from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.log import Record, RunError
-from fastedit.runtime.warnings_log import Notes
+from fastedit.runs.recorder import Recorder
+from fastedit.weights.editable import EditableWeights
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """One edit taken back. batches: how many were solved again; log_prob: mean over the target's tokens after the
-    prompt, of the model unedited, with the edit, and without it; moved: layer -> ||W - W_before|| / ||W_before - W_0||;
-    others: share of the remaining edits with every target token ranked first, before and after."""
+    """One edit taken back.
+
+    batches: how many were solved again
+    log_prob: of its target after its prompt, mean over the tokens: unedited model, with the edit, without it
+    moved: layer -> ||W - W_before|| / ||W_before - W_0||
+    others: share of the remaining edits with every target token ranked first, before and after
+    """
 
     case_id: Any
     batches: int
@@ -33,8 +37,8 @@ class Forgotten:
 
     @property
     def residual(self) -> float:
-        """Its target's log-probability minus that of the unedited model: what the other edits do to it, and what is
-        left of this one."""
+        """The target's log-probability minus the unedited model's: the effect of the other edits and what is left of
+        this one."""
         return self.log_prob[2] - self.log_prob[0]
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,72 +57,93 @@ class Forgotten:
         )
 
 
-def forget(editor: Editor, case_id: Any) -> Forgotten:
-    """Take back one recorded edit. The batches of its run from its own on are written again without it, and come to
-    life together, in one record: a crash before that leaves the run as it was.
+def forget(stream: Stream, case_id: Any) -> Forgotten:
+    """Take back one recorded edit. The batches of its run from its own on are written again without it.
 
-    Raises RunError when nothing is recorded, ValueError for an unknown case_id; what stops a batch goes on to the
-    caller, with the model as it was."""
-    recorder = editor.recorder
+    One record brings the new batches into force together: a crash before it leaves the run as it was.
+    Raises RunError when nothing is recorded, ValueError for an unknown case_id. Whatever stops a batch is raised with
+    the model as it was."""
+    recorder = stream.recorder
     if recorder is None:
         raise RunError("forget: wanted an editor with a run directory, got one without")
+
+    started = time.perf_counter()
     live = recorder.live
-    holding = [at for at, record in enumerate(live) for each in record.body["edits"] if each["case_id"] == case_id]
-    if not holding:
-        raise ValueError(f"{recorder.log.folder} holds no edit with case_id {case_id!r} in force")
-    started, first = time.perf_counter(), holding[-1]
+    first = _batch_of(recorder, case_id)
     (taken,) = [edit for edit in recorder.edits(live[first]) if edit.case_id == case_id]
-    others = [edit for edit in editor.edits if edit.case_id != case_id]
-    with editor.weights.rewound():
-        unedited = answer(editor.model, [(taken.prompt, taken.target_new)])[0].log_prob
-    edited, kept = _measure(editor, taken, others)
-    changed = {layer: editor.weights.changed(layer) for layer in editor.weights.layers}
-    before = {layer: editor.weights.stored(layer, index) for layer, index in changed.items()}
+    others = [edit for edit in stream.edits if edit.case_id != case_id]
+
+    weights = stream.weights
+    with weights.rewound():
+        unedited = answer(stream.adapter, [(taken.prompt, taken.target_new)])[0].log_prob
+    edited, others_before = _measure(stream, taken, others)
+    changed = {layer: weights.changed(layer) for layer in weights.layers}
+    before = {layer: weights.stored(layer, index) for layer, index in changed.items()}
+
     with recorder.log.writing():
         try:
-            editor.restore(first)
-            pending = _solve_again(editor, live[first:], case_id)
+            stream.restore(first)
+            pending = _write_without(stream, recorder, live[first:], case_id)
             recorder.rewind(first, pending)
         except BaseException:
-            editor.restore(len(live))
+            stream.restore(len(live))
             raise
-    editor.restore(first + len(pending))
-    now, still = _measure(editor, taken, others)
-    moved = {layer: _share(editor, layer, index, before[layer]) for layer, index in changed.items()}
-    seconds = time.perf_counter() - started
-    return Forgotten(case_id, len(pending), seconds, (unedited, edited, now), moved, (kept, still))
+    stream.restore(first + len(pending))
+
+    now, others_now = _measure(stream, taken, others)
+    moved = {layer: _share_moved(weights, layer, index, before[layer]) for layer, index in changed.items()}
+    return Forgotten(
+        case_id=case_id,
+        batches=len(pending),
+        seconds=time.perf_counter() - started,
+        log_prob=(unedited, edited, now),
+        moved=moved,
+        others=(others_before, others_now),
+    )
 
 
-def _solve_again(editor: Editor, records: Sequence[Record], case_id: Any) -> list[Record]:
-    recorder = editor.recorder
-    assert recorder is not None
-    guard, written = Guard(), []
-    guard.begin(editor.model, editor.weights)
+def _batch_of(recorder: Recorder, case_id: Any) -> int:
+    """Position of the last live batch that holds the edit. Raises ValueError when none does."""
+    for position in reversed(range(len(recorder.live))):
+        if any(edit["case_id"] == case_id for edit in recorder.live[position].body["edits"]):
+            return position
+    raise ValueError(f"{recorder.log.folder} holds no edit with case_id {case_id!r} in force")
+
+
+def _write_without(stream: Stream, recorder: Recorder, records: Sequence[Record], case_id: Any) -> list[Record]:
+    """Write the recorded batches again without one edit; their new records, which are pending."""
+    guard = Guard()
+    guard.begin(stream.adapter, stream.weights)
+
+    written = []
     for record in records:
         edits = recorder.edits(record)
         rows = [row for row, edit in enumerate(edits) if edit.case_id != case_id]
         if not rows:
             continue
-        known = {name: each[rows] for name, each in recorder.values(record).items()}
-        left = EditSet(tuple(edits[row] for row in rows))
-        config = with_budget(editor.config, record.body["report"]["token_budget"])
-        with Notes() as notes:
-            editor.write(record.body["batch"], left, config, guard, None, notes, known=known or None, replaced=record)
+
+        known = {name: tensor[rows] for name, tensor in recorder.values(record).items()}
+        remaining = EditSet(tuple(edits[row] for row in rows))
+        budget = record.body["report"]["token_budget"]
+        rewrite = Rewrite(record, known or None)
+        stream.write_batch(record.body["batch"], remaining, guard, token_budget=budget, rewrite=rewrite)
         written.append(recorder.log.records[-1])
     return written
 
 
-def _measure(editor: Editor, taken: Edit, others: Sequence[Edit]) -> tuple[float, float]:
-    found = answer(editor.model, [(edit.prompt, edit.target_new) for edit in (taken, *others)])
-    exact = [each.exact for each in found[1:]]
-    return found[0].log_prob, sum(exact) / len(exact) if exact else 1.0
+def _measure(stream: Stream, taken: Edit, others: Sequence[Edit]) -> tuple[float, float]:
+    """Log-probability of the target taken back, and the share of the others with every target token ranked first."""
+    answers = answer(stream.adapter, [(edit.prompt, edit.target_new) for edit in (taken, *others)])
+    exact = [scored.exact for scored in answers[1:]]
+    return answers[0].log_prob, sum(exact) / len(exact) if exact else 1.0
 
 
-def _share(editor: Editor, layer: int, index: Tensor | None, columns: Tensor) -> float:
+def _share_moved(weights: EditableWeights, layer: int, index: Tensor | None, columns: Tensor) -> float:
     """||W - W_before|| / ||W_before - W_0||, where W_before had these columns at `index` (None = all)."""
-    original = editor.weights.original(layer).to(columns.dtype)
+    original = weights.original(layer).to(columns.dtype)
     before = original.clone() if index is not None else columns
     if index is not None:
         before[:, index] = columns
+
     edited = float((before - original).norm())
-    return float((editor.weights.stored(layer) - before).norm()) / edited if edited else 0.0
+    return float((weights.stored(layer) - before).norm()) / edited if edited else 0.0

@@ -12,14 +12,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastedit.editor import Editor
 from fastedit.evaluation.metrics import METRICS, Measurement, Metric
-from fastedit.records.edit import Edit
+from fastedit.model.adapter import ModelAdapter
+from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.reports import BatchReport
+from fastedit.weights.editable import EditableWeights
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,30 @@ class WatchPoint:
         }
 
 
+class Watched(Protocol):
+    """What a Watch measures; an `Editor` is one."""
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The model."""
+        ...
+
+    @property
+    def weights(self) -> EditableWeights:
+        """Its weights, now and before any edit."""
+        ...
+
+    @property
+    def edits(self) -> EditSet:
+        """All edits in force."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of sampled text."""
+        ...
+
+
 class Watch:
     """Measures `editor` along a stream; pass it to `Editor.edit`.
 
@@ -62,7 +87,7 @@ class Watch:
 
     def __init__(
         self,
-        editor: Editor,
+        editor: Watched,
         sample: Sequence[Edit],
         every: int = 1,
         text: str | None = None,
@@ -111,7 +136,7 @@ class Watch:
 
     def _measure(self) -> Measurement:
         options = (self.text, self.text_tokens, 0, self.editor.seed, False)
-        return Measurement.take(self.editor.model, self.sample, *options)
+        return Measurement.take(self.editor.adapter, self.sample, *options)
 
     def _add_point(self) -> None:
         assert self._unedited is not None

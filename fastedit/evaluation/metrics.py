@@ -34,10 +34,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from fastedit.editor import Editor
 from fastedit.evaluation.answers import Answer, agreement, answer, perplexity
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.sampling import sample_tokens
@@ -105,8 +105,31 @@ class Evaluation:
         return "\n".join(lines)
 
 
+class Edited(Protocol):
+    """A model whose edits can be taken away for a moment; an `Editor` is one."""
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The model."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of sampled text."""
+        ...
+
+    @property
+    def progress(self) -> bool | None:
+        """Whether progress bars are shown; None = on a terminal."""
+        ...
+
+    def unedited(self) -> AbstractContextManager[None]:
+        """Inside the block the model has its original weights."""
+        ...
+
+
 def evaluate(
-    editor: Editor,
+    editor: Edited,
     edits: Sequence[Edit],
     text: str | None = None,
     text_tokens: int = 20_000,
@@ -121,9 +144,10 @@ def evaluate(
     """
     show = editor.progress if show is None else show
     options = (text, text_tokens, fluency_prompts, editor.seed, show)
-    with editor.weights.rewound():
-        before = Measurement.take(editor.model, edits, *options)
-    after = Measurement.take(editor.model, edits, *options)
+    with editor.unedited():
+        before = Measurement.take(editor.adapter, edits, *options)
+
+    after = Measurement.take(editor.adapter, edits, *options)
     return Evaluation(len(edits), before.metrics(before), after.metrics(before))
 
 

@@ -1,13 +1,20 @@
-"""What the editor asks of a method: which weights it may write, what it prepares, how it writes one batch."""
+"""What the editor asks of a method: its settings, the weights it may write, what it prepares, how it writes one batch.
+
+A method of your own is an object of a shipped kind with another recipe (`ClosedFormMethod`, `ColumnMethod`), or of a
+subclass of `Method`; `Editor(method=...)` takes it as it takes a name.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from fastedit.config import EditConfig, MomentConfig, changed
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.records.edit import Edit
@@ -16,21 +23,34 @@ from fastedit.weights.trial import Trial
 if TYPE_CHECKING:
     from fastedit.weights.editable import EditableWeights
 
+C = TypeVar("C", bound=EditConfig)
+S = TypeVar("S", bound="State[Any]")
+R_contra = TypeVar("R_contra", contravariant=True)
+
+Progress = Callable[[float], None]
+
 
 @dataclass(frozen=True)
-class Start:
+class Start(Generic[C]):
     """What an editor was made with.
 
-    config: the method's config; moments, seed: as given to the editor, where a method needs them
-    progress: True or False shows or hides progress bars, None as the terminal can
+    config: the method's settings
+    moments: second moments by layer, (d_ff, d_ff) each, or the text to compute them from; None = the model's own text
+    seed: of context templates and sampled text
+    progress: True or False shows or hides progress bars; None shows them on a terminal
     """
 
     model: ModelAdapter
     weights: EditableWeights
-    config: Any
+    config: C
     moments: Mapping[int, Tensor] | Source | None = None
     seed: int = 0
     progress: bool | None = None
+
+    @property
+    def text(self) -> Source:
+        """The background text: the editor's own, else text sampled from the model."""
+        return self.moments if isinstance(self.moments, Source) else Source(seed=self.seed)
 
 
 class Result(Protocol):
@@ -38,7 +58,7 @@ class Result(Protocol):
 
     @property
     def losses(self) -> Tensor:
-        """(n_edits,) at the last forward."""
+        """(n_edits,) loss at the last forward; NaN where the method computes none."""
         ...
 
     @property
@@ -48,114 +68,155 @@ class Result(Protocol):
 
     @property
     def written(self) -> list[int]:
-        """Edits written in each round."""
+        """Number of edits written in each round."""
         ...
 
     @property
     def neurons(self) -> dict[int, int]:
-        """layer -> neurons written last."""
+        """layer -> number of neurons written last."""
         ...
 
     @property
     def norms(self) -> dict[int, float]:
-        """layer -> summed norms of the updates."""
+        """layer -> summed Frobenius norms of the updates."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What writing some of these edits anew can start from, by name, a row per edit: `known` of `Method.run`."""
+        """What writing some of these edits again can start from, by name, one row per edit.
+
+        `Method.write_batch` takes rows of it as `known`."""
         ...
 
 
-class State(Protocol):
+class State(Protocol[R_contra]):
     """What a method carries from batch to batch."""
 
-    def kept(self, result: Any) -> dict[str, Tensor]:
-        """What of a batch stays, by name, such as its keys; `take_in` takes it when the batch is committed."""
+    def kept(self, result: R_contra) -> dict[str, Tensor]:
+        """What the state adds of a batch, by name, such as its keys. `take_in` adds it once the batch is committed."""
         ...
 
     def take_in(self, kept: Mapping[str, Tensor]) -> None:
-        """Go on by one committed batch, of which this was kept."""
+        """Advance by one committed batch, whose `kept` this is."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that changes from batch to batch, by name; `take_in` may write into what is handed out."""
+        """Everything that changes from batch to batch, by name. `take_in` may write into these tensors."""
         ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become what `tensors` returned, bit for bit; nothing = as before the first batch."""
+        """Return to what `tensors` returned, bit for bit; an empty mapping is the state before the first batch."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What was prepared, as plain data: itself where it is small, else its SHA-256."""
+        """What was prepared, as plain data; large tensors by their SHA-256."""
         ...
 
     def adopt(self, described: Mapping[str, Any]) -> None:
-        """Go on where the state stood that `describe` told of. Raises ValueError where another was prepared here."""
+        """Take over what `describe` returned in an earlier process. Raises ValueError where the two do not agree."""
         ...
 
 
-class Method(Protocol):
-    """A recipe, as the editor drives it."""
-
-    @property
-    def by_column(self) -> bool:
-        """Whether it writes few columns of its layers, whose originals are then kept one by one."""
-        ...
-
-    @property
-    def batch_size(self) -> int:
-        """Edits that are written together where nobody says otherwise."""
-        ...
-
-    def layers(self, model: ModelAdapter, config: Any) -> tuple[int, ...]:
-        """The layers that the method may write. Raises ValueError where config and model do not fit together."""
-        ...
-
-    def template_tokens(self, config: Any) -> int:
-        """Tokens that stand around prompt and target in what the method runs."""
-        ...
-
-    def prepare(self, start: Start) -> Any:
-        """Makes the method's State; can take a while."""
-        ...
-
-    def run(
-        self,
-        start: Start,
-        state: Any,
-        edits: Sequence[Edit],
-        trial: Trial,
-        progress: Callable[[float], None] | None = None,
-        known: Mapping[str, Tensor] | None = None,
-    ) -> Result:
-        """Write one batch inside its trial. Raises RejectedUpdate or NotPositiveDefinite; the trial then rolls back.
-
-        progress: called with the number of edits finished since the last call, also 0 where the batch may be abandoned
-        known: rows of these edits in `Result.tensors` of an earlier write, or None"""
-        ...
-
-
-@dataclass
 class NoState:
-    """The state of a method in which a batch leaves nothing for the next."""
+    """The state of a method in which a batch leaves nothing for the next one."""
 
     def kept(self, result: Any) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
     def take_in(self, kept: Mapping[str, Tensor]) -> None:
-        """There is nothing to take in."""
+        """Nothing to add."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """There is nothing to go back to."""
+        """Nothing to return to."""
 
     def describe(self) -> dict[str, Any]:
         """Nothing is prepared."""
         return {}
 
     def adopt(self, described: Mapping[str, Any]) -> None:
-        """There is nothing to take over."""
+        """Nothing to take over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC, Generic[C, S]):
+    """An editing method: one object that owns its settings, its presets and its recipe.
+
+    name: on the command line, in reports and in run directories
+    config_class: type of its settings
+    presets: folder of `<name>.yaml` files; None = no preset ships, the caller passes a config
+    by_column: it writes few columns of its layers, so originals are kept column by column
+    batch_size: edits written together by default
+    token_budget_setting: dotted name of the setting that bounds the rows optimised together, which is halved when
+        memory runs out; None = nothing is optimised
+    text_setting: name of the `MomentConfig` that says how much background text is read; None = none is
+    uses_second_moments: whether that text is read for second moments
+    """
+
+    name: str
+    config_class: type[C]
+    presets: Path | None = None
+    by_column: bool = False
+    batch_size: int = 100
+    token_budget_setting: str | None = None
+    text_setting: str | None = None
+    uses_second_moments: bool = False
+
+    @abstractmethod
+    def layers(self, model: ModelAdapter, config: C) -> tuple[int, ...]:
+        """The layers it may write. Raises ValueError when config and model do not fit together."""
+
+    @abstractmethod
+    def prepare(self, start: Start[C]) -> S:
+        """Make the state; can take minutes."""
+
+    @abstractmethod
+    def write_batch(
+        self,
+        start: Start[C],
+        state: S,
+        edits: Sequence[Edit],
+        trial: Trial,
+        progress: Progress | None = None,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> Result:
+        """Write one batch inside its trial.
+
+        progress: called with the number of edits finished since the last call; with 0 where the batch may be abandoned
+        known: the rows of these edits in `Result.tensors` of an earlier write
+        Raises RejectedUpdate or NotPositiveDefinite; the trial is then rolled back."""
+
+    def template_tokens(self, config: C) -> int:
+        """Tokens that the method puts around a prompt and its target."""
+        return 0
+
+    def reads_text(self, config: C) -> bool:
+        """Whether `prepare` reads background text with these settings."""
+        return self.text_setting is not None
+
+    def text_config(self, config: C) -> MomentConfig | None:
+        """How much background text is read; None = none is."""
+        return None if self.text_setting is None else getattr(config, self.text_setting)
+
+    def token_budget(self, config: C) -> int | None:
+        """The value of the setting that `token_budget_setting` names."""
+        if self.token_budget_setting is None:
+            return None
+
+        value: Any = config
+        for part in self.token_budget_setting.split("."):
+            value = getattr(value, part)
+        return int(value)
+
+    def with_token_budget(self, config: C, budget: int | None) -> C:
+        """The settings with another token budget; None leaves them as they are."""
+        if self.token_budget_setting is None or budget is None:
+            return config
+
+        changes: Any = budget
+        for part in reversed(self.token_budget_setting.split(".")):
+            changes = {part: changes}
+        return changed(config, changes)

@@ -1,4 +1,4 @@
-"""The presets that ship as data, beside their methods.
+"""Presets, which ship as data beside their methods, and the settings that an editor starts from.
 
 A preset is a YAML file `<package>/presets/<method>/<name>.yaml`: `origin` says where its numbers come from, `model` is
 the shape it was made for, `config` the fields of the method's config; an unknown field is an error naming it.
@@ -6,59 +6,96 @@ the shape it was made for, `config` the fields of the method's config; an unknow
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from fastedit.config import EditConfig, changed
-from fastedit.methods.closed_form.config import AlphaEditConfig, MEMITConfig, NSEConfig
-from fastedit.methods.columns.config import FiNEConfig, KNConfig, KNEConfig
-
-# Presets lie beside the package of their method.
-PACKAGES = Path(__file__).parent
-
-CONFIGS: dict[str, type[EditConfig]] = {
-    "nse": NSEConfig,
-    "memit": MEMITConfig,
-    "alphaedit": AlphaEditConfig,
-    "fine": FiNEConfig,
-    "kne": KNEConfig,
-    "kn": KNConfig,
-}
+from fastedit.methods.base import Method
+from fastedit.methods.registry import method_named
+from fastedit.model.adapter import ModelAdapter
 
 
-def presets(method: str) -> list[str]:
-    """Names of the presets that ship for `method`. Raises ValueError for an unknown method."""
-    if method not in CONFIGS:
-        raise ValueError(f"method must be one of {', '.join(sorted(CONFIGS))}, got {method!r}")
-    return sorted(entry.name.removesuffix(".yaml") for entry in _folder(method).iterdir())
+def presets(method: str | Method[Any, Any]) -> list[str]:
+    """Names of the presets that ship for a method. Raises ValueError for an unknown method."""
+    folder = method_named(method).presets
+    return [] if folder is None else sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load_preset(method: str, name: str, **changes: Any) -> EditConfig:
-    """The preset `name` of `method` with `changes` applied, see `changed`.
+def load_preset(method: str | Method[Any, Any], name: str, **changes: Any) -> EditConfig:
+    """The preset `name` of a method with `changes` applied, see `fastedit.config.changed`.
 
-    Raises ValueError for an unknown method or preset (listing those that exist) or a value that does not fit."""
+    Raises ValueError for an unknown method, an unknown preset (listing those that ship) or a value that does not fit.
+    """
+    method = method_named(method)
     if name not in presets(method):
-        raise ValueError(f"{method}: no preset {name!r}; there are {', '.join(presets(method))}")
-    return changed(CONFIGS[method].model_validate(_read(method, name)["config"]), changes)
+        names = ", ".join(presets(method)) or "none"
+        raise ValueError(f"{method.name}: no preset {name!r}; there are {names}")
+
+    return changed(method.config_class.model_validate(_read(method, name)["config"]), changes)
 
 
-def preset_for(method: str, n_layers: int, d_model: int, d_ff: int) -> EditConfig:
-    """The preset of `method` made for a model of this shape. Raises ValueError, listing the presets, when none is."""
+def preset_for(method: str | Method[Any, Any], n_layers: int, d_model: int, d_ff: int) -> EditConfig:
+    """The preset that was made for a model of this shape. Raises ValueError, listing the presets, when none was."""
+    method = method_named(method)
     shape = {"n_layers": n_layers, "d_model": d_model, "d_ff": d_ff}
     for name in presets(method):
         if _read(method, name)["model"] == shape:
             return load_preset(method, name)
-    raise ValueError(
-        f"{method}: no preset was made for a model of {shape}; pass config= or preset= one of"
-        f" {', '.join(presets(method))}"
-    )
+
+    advice = "pass config="
+    if presets(method):
+        advice += f" or preset= one of {', '.join(presets(method))}"
+    raise ValueError(f"{method.name}: no preset was made for a model of {shape}; {advice}")
 
 
-def _read(method: str, name: str) -> dict[str, Any]:
-    return yaml.safe_load((_folder(method) / f"{name}.yaml").read_text(encoding="utf-8"))
+def settings_for(
+    method: Method[Any, Any],
+    model: ModelAdapter,
+    preset: str | None = None,
+    config: EditConfig | Mapping[str, Any] | None = None,
+) -> EditConfig:
+    """The settings of an editor.
+
+    preset: name of the preset to start from; default: the one made for a model of this shape
+    config: whole settings, taken as they are, or a mapping of changes to the preset, such as {"rounds": 2}
+    Raises ValueError when no preset fits and `config` is not whole, or when a value does not fit; TypeError for the
+    settings of another method."""
+    if isinstance(config, EditConfig):
+        if preset is not None:
+            raise ValueError(f"pass preset= or whole settings as config=, got both (preset {preset!r})")
+        if not isinstance(config, method.config_class):
+            raise TypeError(f"{method.name} needs a {method.config_class.__name__}, got {type(config).__name__}")
+        return config
+
+    changes = {} if config is None else config
+    try:
+        if preset is not None:
+            return load_preset(method, preset, **changes)
+        base = preset_for(method, model.n_layers, model.d_model, model.d_ff)
+    except ValueError:
+        # Without a preset the changes, or the defaults, may be whole settings.
+        if preset is not None or (whole := _whole(method, changes)) is None:
+            raise
+        return whole
+    return changed(base, changes)
 
 
-def _folder(method: str) -> Path:
-    return PACKAGES / ("columns" if method in ("fine", "kne", "kn") else "closed_form") / "presets" / method
+def _whole(method: Method[Any, Any], fields: Mapping[str, Any]) -> EditConfig | None:
+    """The settings with these fields and defaults for the others; None when a field without default is missing."""
+    try:
+        config: EditConfig = method.config_class.model_validate(dict(fields))
+    except ValidationError as error:
+        if all(problem["type"] == "missing" for problem in error.errors()):
+            return None
+        raise
+    return config
+
+
+def _read(method: Method[Any, Any], name: str) -> dict[str, Any]:
+    assert method.presets is not None
+    path: Path = method.presets / f"{name}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
-"""The methods, by name. A recipe writes one batch of edits inside a trial; the editor commits it."""
+"""The methods that ship, by name."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from fastedit.methods.base import Method
 from fastedit.methods.closed_form.alphaedit import ALPHAEDIT
@@ -10,6 +12,15 @@ from fastedit.methods.columns.fine import FINE
 from fastedit.methods.columns.kn import KN
 from fastedit.methods.columns.kne import KNE
 
-RECIPES: dict[str, Method] = {"nse": NSE, "memit": MEMIT, "alphaedit": ALPHAEDIT, "fine": FINE, "kne": KNE, "kn": KN}
+METHODS: dict[str, Method[Any, Any]] = {method.name: method for method in (NSE, MEMIT, ALPHAEDIT, FINE, KNE, KN)}
 
-__all__ = ["RECIPES"]
+
+def method_named(method: str | Method[Any, Any]) -> Method[Any, Any]:
+    """The method of that name; a method is returned as it is. Raises ValueError, listing the names."""
+    if isinstance(method, Method):
+        return method
+
+    if method not in METHODS:
+        hint = "; meg writes no weight and has an object of its own, fastedit.MeG" if method == "meg" else ""
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}{hint}")
+    return METHODS[method]

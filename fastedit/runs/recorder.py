@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fastedit.config import EditConfig
 from fastedit.methods.base import State
-from fastedit.methods.presets import CONFIGS
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.load import load_model
@@ -80,11 +79,24 @@ class Recorder:
         return self.log.records[0].body
 
     @property
-    def settings(self) -> tuple[str, EditConfig, int, Path | None]:
-        """Method, its config, the seed, and the text of the second moments, None = sampled from the model."""
-        held, text = self.header["settings"], self.header["moments_text"]
-        config = CONFIGS[held["method"]].model_validate(held["config"])
-        return held["method"], config, held["seed"], None if text is None else Path(text)
+    def method_name(self) -> str:
+        """Name of the method."""
+        return str(self.header["settings"]["method"])
+
+    def config(self, config_class: type[EditConfig]) -> EditConfig:
+        """The method's settings."""
+        return config_class.model_validate(self.header["settings"]["config"])
+
+    @property
+    def seed(self) -> int:
+        """The editor's seed."""
+        return int(self.header["settings"]["seed"])
+
+    @property
+    def text(self) -> Path | None:
+        """The text of the second moments; None = sampled from the model."""
+        text = self.header["moments_text"]
+        return None if text is None else Path(text)
 
     def load_model(self) -> ModelAdapter:
         """The unedited model, from where it was loaded when the run began. Raises RunError when that is not known."""
@@ -191,7 +203,7 @@ class Recorder:
         """Take back all but the first `keep` live batches, and bring pending ones to life."""
         self.log.append("rewind", {"keep": keep, "then": [record.number for record in then]})
 
-    def snapshot_if_due(self, weights: EditableWeights, state: State) -> None:
+    def snapshot_if_due(self, weights: EditableWeights, state: State[Any]) -> None:
         """Write a snapshot when enough was written since the last one. A failure is a warning: nothing needs it."""
         held = state.tensors()
         changed = {layer: weights.changed(layer) for layer in weights.layers}
@@ -241,7 +253,7 @@ class Recorder:
                 other,
             )
 
-    def replay_state(self, state: State, upto: int | None = None) -> None:
+    def replay_state(self, state: State[Any], upto: int | None = None) -> None:
         """Bring a method's state to what it was after the first `upto` live batches (None = all)."""
         live = self.live[:upto]
         start = self._snapshot(live)

@@ -1,8 +1,7 @@
-"""Trials: changes of weights that are rolled back bit for bit unless they are committed, and undo of committed ones."""
+"""Trials: changes of weights that are rolled back bit for bit unless they are committed, and their replay from disk."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -115,33 +114,3 @@ def rewrite(weights: EditableWeights, tensors: Mapping[str, Tensor]) -> None:
         if kind == "update" and rest[-1] == "residual":
             place = name.removesuffix("residual")
             weights.add(int(layer), tensors.get(f"{place}index"), tensors[name], tensors[f"{place}solution"])
-
-
-class Journal:
-    """Committed trials of one editor, the last `depth` of which can be undone. Kept in memory."""
-
-    def __init__(self, weights: EditableWeights, depth: int = 3) -> None:
-        self._weights = weights
-        self._committed: deque[Trial] = deque(maxlen=depth)
-
-    def __len__(self) -> int:
-        return len(self._committed)
-
-    def trial(self) -> Trial:
-        """A new trial on the editor's weights."""
-        return Trial(self._weights)
-
-    def commit(self, trial: Trial) -> None:
-        """Commit a trial and remember it for undo; the oldest one beyond the depth is forgotten."""
-        trial.commit()
-        self._committed.append(trial)
-
-    def forget(self) -> None:
-        """Keep no trial: what the weights are now did not come from the last one."""
-        self._committed.clear()
-
-    def undo(self) -> None:
-        """Roll the last committed trial back, bit for bit. Raises ValueError when none is left in memory."""
-        if not self._committed:
-            raise ValueError("nothing to undo: no committed batch is left in memory")
-        self._committed.pop().rollback()

@@ -8,17 +8,25 @@ never formed: the system is solved in its range (see `solver.NullSpaceSolver`). 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
 from fastedit.methods.closed_form.config import AlphaEditConfig
 from fastedit.methods.closed_form.null_space import null_space
-from fastedit.methods.closed_form.recipe import Recipe, one_round
+from fastedit.methods.closed_form.recipe import ClosedFormMethod, one_round
 from fastedit.methods.closed_form.solver import NullSpaceSolver
 
 
 def projected(moment: Tensor, config: AlphaEditConfig) -> NullSpaceSolver:
-    """The ridge system inside the null space of C."""
+    """The ridge system inside the null space of C. moment: (d_ff, d_ff)"""
     return NullSpaceSolver(null_space(moment, config.null_threshold), config.ridge)
 
 
-ALPHAEDIT = Recipe(one_round, projected)
+ALPHAEDIT = ClosedFormMethod(
+    name="alphaedit",
+    config_class=AlphaEditConfig,
+    presets=Path(__file__).parent / "presets" / "alphaedit",
+    recipe=one_round,
+    solver=projected,
+)

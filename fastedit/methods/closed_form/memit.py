@@ -8,15 +8,25 @@ nowhere; here H enters the solve.
 
 from __future__ import annotations
 
-from fastedit.methods.closed_form.recipe import Batch, BatchResult, Recipe, one_round, ridge
+from pathlib import Path
+
+from fastedit.methods.closed_form.config import MEMITConfig
+from fastedit.methods.closed_form.recipe import Batch, BatchResult, ClosedFormMethod, one_round, ridge
 
 
-def memit(batch: Batch) -> BatchResult:
+def memit(batch: Batch[MEMITConfig]) -> BatchResult:
     """Write one batch inside its trial."""
     result = one_round(batch)
+
     if not batch.config.memory:
         result.keys.clear()
     return result
 
 
-MEMIT = Recipe(memit, ridge)
+MEMIT = ClosedFormMethod(
+    name="memit",
+    config_class=MEMITConfig,
+    presets=Path(__file__).parent / "presets" / "memit",
+    recipe=memit,
+    solver=ridge,
+)

@@ -10,18 +10,20 @@ takes the largest within it). An edit already near its value is skipped in a rou
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from fastedit.methods.closed_form.config import NSEConfig
-from fastedit.methods.closed_form.recipe import Batch, BatchResult, Recipe, ridge, write_sweep
+from fastedit.methods.closed_form.recipe import Batch, BatchResult, ClosedFormMethod, ridge, write_sweep
 from fastedit.methods.closed_form.selection import active_edits, mass_rule
 
 
-def nse(batch: Batch) -> BatchResult:
+def nse(batch: Batch[NSEConfig]) -> BatchResult:
     """Write one batch inside its trial."""
-    config: NSEConfig = batch.config
+    config = batch.config
     near = partial(active_edits, smallest=config.residual_min, largest=config.residual_max)
     heavy = mass_rule(config.mass, config.as_released)
     result = BatchResult(batch.values())
+
     with batch.model.packed():
         sweep = batch.sweep()
         for _ in range(config.rounds):
@@ -30,4 +32,10 @@ def nse(batch: Batch) -> BatchResult:
     return result
 
 
-NSE = Recipe(nse, ridge)
+NSE = ClosedFormMethod(
+    name="nse",
+    config_class=NSEConfig,
+    presets=Path(__file__).parent / "presets" / "nse",
+    recipe=nse,
+    solver=ridge,
+)

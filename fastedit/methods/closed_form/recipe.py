@@ -1,16 +1,16 @@
-"""What closed-form recipes share: the state of a run, a batch with what is done to it, the write of one sweep."""
+"""What the closed-form methods share: state, batch and result, the method object, the write of one sweep."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastedit.methods.base import Start
+from fastedit.methods.base import Method, Progress, Start
 from fastedit.methods.closed_form.config import ClosedFormConfig, MEMITConfig, NSEConfig
 from fastedit.methods.closed_form.keys import KeySweep, LayerCapture
 from fastedit.methods.closed_form.second_moments import second_moments
@@ -19,15 +19,18 @@ from fastedit.methods.closed_form.templates import sample_templates
 from fastedit.methods.closed_form.values import Values, optimise_values, upper_layers
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
+from fastedit.ops.select_neurons import select_neurons
 from fastedit.records.edit import Edit
 from fastedit.runtime.hashing import tensors_hash
 from fastedit.runtime.progress import track
 from fastedit.weights.apply import apply_update
 from fastedit.weights.trial import Trial
 
+F = TypeVar("F", bound=ClosedFormConfig)
+
 
 @dataclass
-class EditState:
+class ClosedFormState:
     """What lives as long as an editor: context templates, what runs the layers above the value layer, and per layer the
     second moment, the solver and past keys."""
 
@@ -101,22 +104,26 @@ class BatchResult:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One batch of edits on its way into the model. progress: called with the number of values finished since, also
-    where a batch may be abandoned; known: values of the edits that were optimised before."""
+class Batch(Generic[F]):
+    """One batch of edits on its way into the model.
+
+    progress: called with the number of values finished since the last call; with 0 where the batch may be abandoned
+    known: values of the edits that were optimised before
+    """
 
     model: ModelAdapter
     edits: Sequence[Edit]
-    config: Any
-    state: EditState
+    config: F
+    state: ClosedFormState
     trial: Trial
-    progress: Callable[[int], None] | None = None
+    progress: Progress | None = None
     known: Values | None = None
 
     def values(self) -> Values:
-        """Values at the last edited layer, on the original or the present weights as the config says."""
+        """Values at the last edited layer, on the original or the current weights as the config says."""
         if self.known is not None:
             return self.known
+
         config, state = self.config, self.state
         with self.trial.weights.rewound() if config.rewind_values else contextlib.nullcontext():
             return optimise_values(
@@ -128,64 +135,79 @@ class Batch:
         return KeySweep(self.model, self.edits, self.state.templates, self.config.layers)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A method: how it writes a batch, and the solver it makes of a layer's second moment (d_ff, d_ff).
+@dataclass(frozen=True, kw_only=True)
+class ClosedFormMethod(Method[F, ClosedFormState]):
+    """A method that solves one linear system per layer.
 
-    write raises RejectedUpdate or NotPositiveDefinite; the batch's trial then rolls back."""
+    recipe: writes a batch; raises RejectedUpdate or NotPositiveDefinite, and the batch's trial is then rolled back
+    solver: makes a layer's solver from its second moment (d_ff, d_ff)
+    """
 
-    write: Callable[[Batch], BatchResult]
-    solver: Callable[[Tensor, Any], Solver]
-    by_column: bool = False
-    batch_size: int = 100
+    recipe: Callable[[Batch[F]], BatchResult]
+    solver: Callable[[Tensor, F], Solver]
+    token_budget_setting: str | None = "value.token_budget"
+    text_setting: str | None = "moments"
+    uses_second_moments: bool = True
 
-    def layers(self, model: ModelAdapter, config: ClosedFormConfig) -> tuple[int, ...]:
+    def layers(self, model: ModelAdapter, config: F) -> tuple[int, ...]:
         """The edited layers. Raises ValueError for layers that cannot be written towards one value."""
         if config.layers[-1] >= model.n_layers - 1:
             raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {config.layers}")
+
         model.check_layers(config.layers)
         return config.layers
 
-    def template_tokens(self, config: ClosedFormConfig) -> int:
-        """Tokens that stand before a prompt: a template is at most its configured length, and its full stop."""
+    def template_tokens(self, config: F) -> int:
+        """Tokens before a prompt: a template has at most its configured length, and its full stop."""
         return config.templates.length + 1
 
-    def prepare(self, start: Start) -> EditState:
-        """Templates, second moments, solvers. Raises ValueError for layers without a second moment."""
-        model, config, moments = start.model, start.config, start.moments
+    def prepare(self, start: Start[F]) -> ClosedFormState:
+        """Sample templates, load or compute second moments, make the solvers.
+
+        Raises ValueError for layers without a second moment."""
+        model, config = start.model, start.config
+
         with start.weights.rewound():
             templates = sample_templates(model, config.templates, start.seed)
-            if moments is None or isinstance(moments, Source):
-                source = moments or Source(seed=start.seed)
-                moments = second_moments(model, config.layers, source, config.moments, show=start.progress)
-        missing = [layer for layer in config.layers if layer not in moments]
-        if missing:
-            raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
-        moved = {layer: moments[layer].to(model.device) for layer in config.layers}
+            moments = self._second_moments(start)
+
         solvers: dict[int, Solver] = {}
-        with track(len(moved), "preparing the solvers", "layers", start.progress) as advance:
-            for layer, moment in moved.items():
+        with track(len(moments), "preparing the solvers", "layers", start.progress) as advance:
+            for layer, moment in moments.items():
                 solvers[layer] = self.solver(moment, config)
                 advance(1)
-        past = {layer: PastKeys(model.d_ff, model.device) for layer in config.layers}
-        return EditState(templates, upper_layers(model, config.layers[-1], config.value), moved, solvers, past)
 
-    def run(
+        past = {layer: PastKeys(model.d_ff, model.device) for layer in config.layers}
+        upper = upper_layers(model, config.layers[-1], config.value)
+        return ClosedFormState(templates, upper, moments, solvers, past)
+
+    def write_batch(
         self,
-        start: Start,
-        state: EditState,
+        start: Start[F],
+        state: ClosedFormState,
         edits: Sequence[Edit],
         trial: Trial,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
         known: Mapping[str, Tensor] | None = None,
     ) -> BatchResult:
         """Write one batch inside its trial. known: its values, where they were optimised before."""
         values = None if known is None else Values(**known)
-        return self.write(Batch(start.model, edits, start.config, state, trial, progress, values))
+        return self.recipe(Batch(start.model, edits, start.config, state, trial, progress, values))
+
+    def _second_moments(self, start: Start[F]) -> dict[int, Tensor]:
+        """layer -> C (d_ff, d_ff), on the device where systems are solved."""
+        model, config, moments = start.model, start.config, start.moments
+        if moments is None or isinstance(moments, Source):
+            moments = second_moments(model, config.layers, start.text, config.moments, show=start.progress)
+
+        missing = [layer for layer in config.layers if layer not in moments]
+        if missing:
+            raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
+        return {layer: moments[layer].to(model.device) for layer in config.layers}
 
 
 def write_sweep(
-    batch: Batch,
+    batch: Batch[F],
     sweep: KeySweep,
     result: BatchResult,
     choose_edits: Callable[[Tensor], Tensor] | None = None,
@@ -215,7 +237,7 @@ def write_sweep(
         if not len(rows):
             result.keys[layer] = sweep.keys(captured, active).keys
             continue
-        result.keys[layer], chosen, solution = _solved(batch, sweep, captured, active, rows, rule)
+        result.keys[layer], chosen, solution = _solve_selected(batch, sweep, captured, active, rows, rule)
         share = residual[rows] / (len(sweep.layers) - position)
         norm = apply_update(batch.trial, layer, chosen, share, solution, rows)
         result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
@@ -228,8 +250,8 @@ def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
     return RidgeSolver(moment, config.covariance_weight)
 
 
-def _solved(
-    batch: Batch,
+def _solve_selected(
+    batch: Batch[F],
     sweep: KeySweep,
     captured: LayerCapture,
     active: Tensor,
@@ -241,14 +263,19 @@ def _solved(
     if rule is None:
         keys = sweep.keys(captured, active).keys
         return keys, None, solver.solve(keys[rows], past)
-    if not isinstance(solver, RidgeSolver):
-        raise TypeError(f"neurons are selected for a RidgeSolver, got {type(solver).__name__}")
-    chain = sweep.chain(captured, active, solver.moment, solver.weight, past.dense, past.rows, rule)
-    chosen, system = chain.read()
-    return chain.keys, chosen, solver.solve_system(system, chain.keys[rows][:, chosen])
+
+    if isinstance(solver, RidgeSolver):
+        # Its system is the one that the fused chain builds on the device.
+        chain = sweep.chain(captured, active, solver.moment, solver.weight, past.dense, past.rows, rule)
+        chosen, system = chain.read()
+        return chain.keys, chosen, solver.solve_system(system, chain.keys[rows][:, chosen])
+
+    keys, mass = sweep.keys(captured, active)
+    chosen = select_neurons(mass, reaching=rule.get("reaching"), within=rule.get("within"))
+    return keys, chosen, solver.solve(keys[rows], past, chosen)
 
 
-def one_round(batch: Batch) -> BatchResult:
+def one_round(batch: Batch[F]) -> BatchResult:
     """Values, then one sweep that writes every edit on every neuron."""
     result = BatchResult(batch.values())
     with batch.model.packed():

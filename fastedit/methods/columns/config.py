@@ -30,7 +30,16 @@ class TrainConfig(Config):
     token_budget: int = Field(1024, ge=1)
 
 
-class FiNEConfig(EditConfig):
+class ColumnConfig(EditConfig):
+    """What every method that writes single columns needs.
+
+    frozen_layers: the last layers, in which no neuron is chosen
+    """
+
+    frozen_layers: int = Field(0, ge=0)
+
+
+class FiNEConfig(ColumnConfig):
     """FiNE, fine-grained neuron-level editing (ICLR 2025, arXiv 2503.01090, and its released code).
 
     neurons: k, neurons chosen for each target token
@@ -72,7 +81,7 @@ class AttributionConfig(Config):
     answer: Literal["old", "greedy", "new"] = "old"
 
 
-class KNEConfig(EditConfig):
+class KNEConfig(ColumnConfig):
     """KNE, knowledge neuronal ensemble (arXiv 2412.20637). Published: integrated gradients summed over the answer's
     tokens, one quantile of the scores of all layers, W + alpha / sqrt(n) dW, training of the ensemble alone. All else
     is our reading, the source being silent.
@@ -83,7 +92,6 @@ class KNEConfig(EditConfig):
     ensemble: "shared": one for a batch, by its summed scores, trained on the mean loss; "union": of the edits' own,
         trained likewise; "own": each edit trains its own alone, and the changes are summed
     fixed: keep the first batch's ensemble for the stream; "own" cannot
-    frozen_layers: last layers without members
     train: the loss is the mean over the target's tokens; `kl_factor` adds FiNE's drift
     """
 
@@ -93,7 +101,6 @@ class KNEConfig(EditConfig):
     alpha_per: Literal["layer", "all"] = "layer"
     ensemble: Literal["shared", "union", "own"] = "shared"
     fixed: bool = False
-    frozen_layers: int = Field(0, ge=0)
     attribution: AttributionConfig = AttributionConfig()
     train: TrainConfig = TrainConfig(steps=25, lr=1e-3, reduce="mean", kl_factor=0, repetition_factor=0, norm_factor=0)
 
@@ -104,12 +111,11 @@ class KNEConfig(EditConfig):
         return self
 
 
-class KNConfig(EditConfig):
+class KNConfig(ColumnConfig):
     """KN, knowledge neurons (Dai et al. 2022), the baseline without training.
 
     threshold: share of an edit's largest score that a neuron must exceed
     """
 
     threshold: float = Field(0.2, gt=0, lt=1)
-    frozen_layers: int = Field(0, ge=0)
     attribution: AttributionConfig = AttributionConfig(tokens="apart")

@@ -11,17 +11,19 @@ and drift are float32; an edit with a loss that is no number is refused, not wri
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastedit.methods.columns.config import FiNEConfig
 from fastedit.methods.columns.contributions import contributions, old_tokens
-from fastedit.methods.columns.recipe import ColumnBatch, ColumnRecipe, ColumnResult, write_columns
+from fastedit.methods.columns.recipe import ColumnBatch, ColumnMethod, ColumnResult, write_columns
 from fastedit.methods.columns.state import LeftOut
 from fastedit.methods.columns.training import train_columns
 from fastedit.model.tokens import whole_sequences
 
 
-def fine(batch: ColumnBatch) -> ColumnResult:
+def fine(batch: ColumnBatch[FiNEConfig, LeftOut]) -> ColumnResult:
     """Write one batch inside its trial."""
-    config: FiNEConfig = batch.config
+    config = batch.config
     model, gate_only = batch.model, config.score_activation == "gate_only"
     sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
     layers = range(model.n_layers - config.frozen_layers)
@@ -33,4 +35,12 @@ def fine(batch: ColumnBatch) -> ColumnResult:
     return write_columns(batch, slots, trained)
 
 
-FINE = ColumnRecipe(fine, LeftOut)
+FINE = ColumnMethod(
+    name="fine",
+    config_class=FiNEConfig,
+    presets=Path(__file__).parent / "presets" / "fine",
+    recipe=fine,
+    make_state=LeftOut,
+    text_setting="background",
+    needs_text=lambda config: config.common_share is not None,
+)

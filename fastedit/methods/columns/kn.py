@@ -9,19 +9,22 @@ inputs, as in the paper, with 20 nodes for every model, and the answer's own tok
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from fastedit.methods.base import NoState
 from fastedit.methods.columns.attribution import attribute
 from fastedit.methods.columns.config import KNConfig
 from fastedit.methods.columns.contributions import Slots, look
-from fastedit.methods.columns.recipe import ColumnBatch, ColumnRecipe, ColumnResult, write_columns
+from fastedit.methods.columns.recipe import ColumnBatch, ColumnMethod, ColumnResult, write_columns
 from fastedit.methods.columns.training import Trained
 from fastedit.model.tokens import target_sequences
 
 
-def kn(batch: ColumnBatch) -> ColumnResult:
+def kn(batch: ColumnBatch[KNConfig, NoState]) -> ColumnResult:
     """Write one batch inside its trial."""
-    config: KNConfig = batch.config
+    config = batch.config
     model = batch.model
     sequences = target_sequences(model.tokenizer, batch.prompts, batch.targets)
     with model.packed():
@@ -43,4 +46,11 @@ def kn(batch: ColumnBatch) -> ColumnResult:
     return write_columns(batch, slots, trained.with_delta(moved[edits]))
 
 
-KN = ColumnRecipe(kn)
+KN = ColumnMethod(
+    name="kn",
+    config_class=KNConfig,
+    presets=Path(__file__).parent / "presets" / "kn",
+    recipe=kn,
+    make_state=lambda start: NoState(),
+    token_budget_setting=None,
+)

@@ -9,7 +9,7 @@ No code of it is public and its paper leaves much open: `KNEConfig` says what is
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,15 +18,15 @@ from fastedit.methods.columns.attribution import attribute
 from fastedit.methods.columns.config import KNEConfig
 from fastedit.methods.columns.contributions import Slots
 from fastedit.methods.columns.ensemble import ensemble
-from fastedit.methods.columns.recipe import ColumnBatch, ColumnRecipe, ColumnResult, write_columns
+from fastedit.methods.columns.recipe import ColumnBatch, ColumnMethod, ColumnResult, write_columns
 from fastedit.methods.columns.state import FirstSlots
 from fastedit.methods.columns.training import train_columns, train_shared
 from fastedit.model.tokens import whole_sequences
 
 
-def kne(batch: ColumnBatch) -> ColumnResult:
+def kne(batch: ColumnBatch[KNEConfig, FirstSlots]) -> ColumnResult:
     """Write one batch inside its trial."""
-    config: KNEConfig = batch.config
+    config = batch.config
     model = batch.model
     sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
     with model.packed():
@@ -35,7 +35,7 @@ def kne(batch: ColumnBatch) -> ColumnResult:
         if slots is None:
             scores = attribute(model, batch.edits, config.attribution, batch.stage(locating, model.n_layers))
             slots = chosen(scores, config)
-        train: Any = train_columns if config.ensemble == "own" else train_shared
+        train = train_columns if config.ensemble == "own" else train_shared
         trained = train(model, sequences, slots, config.train, batch.stage(1 - locating, len(sequences)))
     return write_columns(batch, slots, trained)
 
@@ -57,4 +57,10 @@ def chosen(scores: Tensor, config: KNEConfig) -> Slots:
     return Slots.joined(parts)
 
 
-KNE = ColumnRecipe(kne, lambda start: FirstSlots())
+KNE = ColumnMethod(
+    name="kne",
+    config_class=KNEConfig,
+    presets=Path(__file__).parent / "presets" / "kne",
+    recipe=kne,
+    make_state=lambda start: FirstSlots(),
+)

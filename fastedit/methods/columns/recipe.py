@@ -1,16 +1,17 @@
-"""What recipes that train chosen columns share: a batch, what was done to it, and how it is written."""
+"""What the methods that write columns share: a batch and its result, the method object, the write of a batch."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastedit.methods.base import NoState, Start
+from fastedit.methods.base import Method, Progress, Start, State
+from fastedit.methods.columns.config import ColumnConfig
 from fastedit.methods.columns.contributions import Slots
 from fastedit.methods.columns.training import Trained
 from fastedit.model.adapter import ModelAdapter
@@ -21,28 +22,39 @@ from fastedit.weights.trial import Trial
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ColumnBatch:
-    """One batch of edits on its way into the model. progress: called with what was finished since, in edits."""
+G = TypeVar("G", bound=ColumnConfig)
+S = TypeVar("S", bound=State[Any])
 
-    start: Start
-    state: Any
+
+@dataclass(frozen=True)
+class ColumnBatch(Generic[G, S]):
+    """One batch of edits on its way into the model.
+
+    progress: called with the share of work finished since the last call, in edits
+    """
+
+    start: Start[G]
+    state: S
     edits: Sequence[Edit]
     trial: Trial
-    progress: Callable[[float], None] | None = None
+    progress: Progress | None = None
 
-    def stage(self, share: float, units: int) -> Callable[[float], None] | None:
-        """The callback of a stage that is `share` of the batch's work and is counted in so many units of its own."""
-        report, worth = self.progress, share * len(self.edits) / units
-        return None if report is None else lambda n: report(n * worth)
+    def stage(self, share: float, units: int) -> Progress | None:
+        """The callback of a stage that is `share` of the batch's work and counts `units` units of its own."""
+        report = self.progress
+        if report is None:
+            return None
+
+        worth = share * len(self.edits) / units
+        return lambda n: report(n * worth)
 
     @property
     def model(self) -> ModelAdapter:
-        """The model edited."""
+        """The edited model."""
         return self.start.model
 
     @property
-    def config(self) -> Any:
+    def config(self) -> G:
         """The method's settings."""
         return self.start.config
 
@@ -82,46 +94,55 @@ class ColumnResult:
         return {}
 
 
-@dataclass(frozen=True)
-class ColumnRecipe:
-    """A method that writes columns anywhere below its frozen layers: how it writes a batch, and what it prepares.
+@dataclass(frozen=True, kw_only=True)
+class ColumnMethod(Method[G, S]):
+    """A method that writes single columns of any layer below its frozen ones.
 
-    write raises RejectedUpdate; the batch's trial then rolls back."""
+    recipe: writes a batch; raises RejectedUpdate, and the batch's trial is then rolled back
+    make_state: makes the state of an editor
+    needs_text: whether the state reads background text
+    """
 
-    write: Callable[[ColumnBatch], ColumnResult]
-    state: Callable[[Start], Any] = lambda start: NoState()
+    recipe: Callable[[ColumnBatch[G, S]], ColumnResult]
+    make_state: Callable[[Start[G]], S]
+    needs_text: Callable[[G], bool] = lambda config: False
     by_column: bool = True
     # Edits that are trained apart and summed disturb each other.
     batch_size: int = 1
+    token_budget_setting: str | None = "train.token_budget"
 
-    def layers(self, model: ModelAdapter, config: Any) -> tuple[int, ...]:
+    def layers(self, model: ModelAdapter, config: G) -> tuple[int, ...]:
         """All layers but the frozen ones. Raises ValueError when none is left."""
         if config.frozen_layers >= model.n_layers:
             raise ValueError(f"frozen_layers must be below {model.n_layers}, got {config.frozen_layers}")
         return tuple(range(model.n_layers - config.frozen_layers))
 
-    def template_tokens(self, config: Any) -> int:
-        """The target's last token is run too."""
+    def template_tokens(self, config: G) -> int:
+        """The target's last token, which is run too."""
         return 1
 
-    def prepare(self, start: Start) -> Any:
-        """The method's state."""
-        return self.state(start)
+    def reads_text(self, config: G) -> bool:
+        """As `needs_text` says."""
+        return self.needs_text(config)
 
-    def run(
+    def prepare(self, start: Start[G]) -> S:
+        """Make the method's state."""
+        return self.make_state(start)
+
+    def write_batch(
         self,
-        start: Start,
-        state: Any,
+        start: Start[G],
+        state: S,
         edits: Sequence[Edit],
         trial: Trial,
-        progress: Callable[[float], None] | None = None,
+        progress: Progress | None = None,
         known: Mapping[str, Tensor] | None = None,
     ) -> ColumnResult:
-        """Write one batch inside its trial."""
-        return self.write(ColumnBatch(start, state, edits, trial, progress))
+        """Write one batch inside its trial. `known` is not used: training starts from the weights before the batch."""
+        return self.recipe(ColumnBatch(start, state, edits, trial, progress))
 
 
-def _tell_sums(slots: Slots) -> None:
+def _warn_of_shared_columns(slots: Slots) -> None:
     """Warn of columns that several edits write: each was trained as if it were alone."""
     writers = torch.unique(torch.stack([slots.layers, slots.neurons, slots.edits], 1), dim=0)
     columns, counts = torch.unique(writers[:, :2], dim=0, return_counts=True)
@@ -138,20 +159,24 @@ def _tell_sums(slots: Slots) -> None:
         )
 
 
-def write_columns(batch: ColumnBatch, slots: Slots, trained: Trained) -> ColumnResult:
+def write_columns(batch: ColumnBatch[G, S], slots: Slots, trained: Trained) -> ColumnResult:
     """W_l[:, i] += s_r delta_r for every slot; what several slots add to one column is summed.
 
-    Raises RejectedUpdate naming the edits whose vectors or losses are no numbers."""
+    Raises RejectedUpdate naming the edits whose vectors or losses are not finite."""
     broken = ~torch.isfinite(trained.worst)
     if bool(broken.any()):
         raise RejectedUpdate(int(slots.layers.min()), broken.nonzero().flatten().tolist(), "the loss is not finite")
-    _tell_sums(slots)
+
+    _warn_of_shared_columns(slots)
     result = ColumnResult(slots, trained, [len(batch.edits)])
+
     for layer in sorted(set(slots.layers.tolist())):
         here = slots.layers == layer
         delta = trained.delta[here]
         if slots.scales is not None:
             delta = delta * slots.scales[here, None].to(delta.dtype)
+
         result.norms[layer] = add_columns(batch.trial, layer, slots.neurons[here], delta, slots.edits[here])
         result.neurons[layer] = len(set(slots.neurons[here].tolist()))
+
     return result

@@ -1,0 +1,346 @@
+"""A stream of batches: each is written inside a trial, judged by the guard, recorded, and committed, or rolled back.
+
+`Stream` alone attaches run directories, resumes and restores from them, and commits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastedit.config import EditConfig
+from fastedit.editing.committed import CommittedBatches
+from fastedit.editing.guard import Guard, GuardTripped
+from fastedit.editing.retry import with_less_memory
+from fastedit.methods.base import Method, Progress, Result, Start, State
+from fastedit.methods.closed_form.solver import NotPositiveDefinite
+from fastedit.model.adapter import ModelAdapter
+from fastedit.model.background_text import Source
+from fastedit.records.edit import Edit, EditSet
+from fastedit.runs.log import Record, RunError, check_new, is_run
+from fastedit.runs.recorder import Recorder, describe_run
+from fastedit.runs.reports import BatchRejected, BatchReport, Watcher
+from fastedit.runtime.free_memory import give_back_freed
+from fastedit.runtime.interrupts import Interrupts
+from fastedit.runtime.progress import track
+from fastedit.runtime.warnings_log import Notes
+from fastedit.weights.apply import RejectedUpdate
+from fastedit.weights.editable import ColumnWeights, EditableWeights
+from fastedit.weights.trial import Trial
+
+log = logging.getLogger(__name__)
+
+OnError = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """How a recorded batch is written again without some of its edits.
+
+    record: of the batch that is replaced
+    known: rows of its values, by name, for the edits that remain; None where the method starts anew
+    """
+
+    record: Record
+    known: Mapping[str, Tensor] | None
+
+
+class Stream:
+    """Everything that changes while an editor edits: weights, state, committed batches, run directory.
+
+    config may be replaced between streams; the other arguments are those of `Editor`.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        method: Method[Any, Any],
+        config: EditConfig,
+        moments: Mapping[int, Tensor] | Source | None,
+        seed: int,
+        undo_depth: int,
+        progress: bool | None,
+    ) -> None:
+        self.adapter = adapter
+        self.method = method
+        self.config = config
+        self.moments = moments
+        self.seed = seed
+        self.undo_depth = undo_depth
+        self.progress = progress
+
+        layers = method.layers(adapter, config)
+        self.weights = ColumnWeights(adapter, layers) if method.by_column else EditableWeights(adapter, layers)
+        self.committed = CommittedBatches(undo_depth)
+        self.recorder: Recorder | None = None
+        self._state: State[Any] | None = None
+        # Stays halved for the rest of the stream once memory ran out: other groups would round differently.
+        self._token_budget: int | None = None
+
+    @property
+    def start(self) -> Start[Any]:
+        """What the method is given, with the current settings."""
+        return Start(self.adapter, self.weights, self.config, self.moments, self.seed, self.progress)
+
+    @property
+    def state(self) -> State[Any]:
+        """The method's state, prepared at first use, which can take minutes."""
+        if self._state is None:
+            state = self.method.prepare(self.start)
+            if self.recorder is not None:
+                state.adopt(self.recorder.header["prepared"])
+                self.recorder.replay_state(state, len(self.committed))
+            self._state = state
+        return self._state
+
+    @property
+    def edits(self) -> EditSet:
+        """All edits in force, in the order in which they were written."""
+        return EditSet(tuple(edit for batch in self.committed for edit in batch))
+
+    def write(
+        self,
+        batches: Sequence[EditSet],
+        batch_size: int,
+        on_error: OnError,
+        watchers: Sequence[Watcher],
+        guard: Guard,
+        run_dir: str | Path | None,
+        resume: bool,
+    ) -> tuple[list[BatchReport], list[Edit]]:
+        """Write batches, or with `resume` those of them that the run directory lacks: reports, edits committed.
+
+        Raises BatchRejected, RunError, and KeyboardInterrupt after a Ctrl-C."""
+        with self._recording(run_dir, resume) as recorder:
+            reports: list[BatchReport] = []
+            committed: list[Edit] = []
+            if recorder is not None:
+                settings = {"batch_size": batch_size, "on_error": on_error}
+                reports, committed = recorder.begin(batches, settings, resume)
+
+            for report in self._write_from(len(reports), batches, on_error, watchers, guard):
+                reports.append(report)
+                if report.error is None:
+                    committed.extend(batches[report.batch])
+
+        return reports, committed
+
+    def write_batch(
+        self,
+        number: int,
+        batch: EditSet,
+        guard: Guard,
+        progress: Progress | None = None,
+        token_budget: int | None = None,
+        rewrite: Rewrite | None = None,
+    ) -> BatchReport:
+        """Write one batch inside a trial, judge it, record it and commit it; its report.
+
+        token_budget: in place of the config's
+        rewrite: the batch was recorded before; its new record stays pending until a rewind names it
+        Raises RejectedUpdate, NotPositiveDefinite or GuardTripped, with everything rolled back."""
+        started = time.perf_counter()
+        state, trial = self.state, Trial(self.weights)
+
+        def attempt(budget: int | None) -> tuple[Result, dict[str, float]]:
+            trial.rollback()
+            start = replace(self.start, config=self.method.with_token_budget(self.config, budget))
+            known = None if rewrite is None else rewrite.known
+            result = self.method.write_batch(start, state, batch, trial, progress, known)
+            return result, guard.check(self.adapter, self.weights, trial.touched)
+
+        with Notes() as notes, trial, torch.no_grad():
+            budget = self.method.token_budget(self.config) if token_budget is None else token_budget
+            (result, measured), budget = with_less_memory(attempt, budget)
+
+            report = BatchReport(
+                batch=number,
+                case_ids=tuple(edit.case_id for edit in batch),
+                seconds=time.perf_counter() - started,
+                loss=None if bool(result.losses.isnan().all()) else float(result.losses.mean()),
+                steps=float(result.steps.float().mean()),
+                written=tuple(result.written),
+                neurons=dict(result.neurons),
+                norms=dict(result.norms),
+                token_budget=budget,
+                notes=tuple(notes.lines),
+                measured=measured,
+            )
+            kept = state.kept(result)
+            if self.recorder is not None:
+                replaced = None if rewrite is None else rewrite.record
+                self.recorder.commit(number, batch, trial, kept, result.tensors(), asdict(report), replaced)
+            self.committed.append(batch, trial, state, kept)
+
+        return report
+
+    def undo(self, n_batches: int) -> None:
+        """Take the last batches back, weights and state, bit for bit.
+
+        Those in memory are rolled back, older ones rebuilt from the run directory. Raises ValueError for more."""
+        count = len(self.committed)
+        available = self.committed.undoable if self.recorder is None else count
+        if not 1 <= n_batches <= count or n_batches > available:
+            raise ValueError(f"undo: {available} batches are in memory or recorded, asked for {n_batches}")
+
+        if self.recorder is not None:
+            with self.recorder.log.writing():
+                self.recorder.rewind(count - n_batches)
+
+        if n_batches > self.committed.undoable:
+            self.restore(count - n_batches)
+        else:
+            self.committed.undo(n_batches, self.state)
+
+    def attach(self, recorder: Recorder, prepare: bool = False) -> None:
+        """Take over a recorded run: its batches are written into the model, which must be unedited.
+
+        prepare: make the state first, so that a run with another one is refused with nothing written
+        Raises RunError, WrongModel or DamagedRun."""
+        if self.committed:
+            raise RunError(f"resume: wanted an editor without edits, got one with {len(self.committed)} batches")
+
+        recorder.check(self.adapter, self.weights, self._settings())
+        if prepare or self._state is not None:
+            self.state.adopt(recorder.header["prepared"])
+
+        self.recorder = recorder
+        self._token_budget = recorder.token_budget
+        self.restore(len(recorder.live))
+
+    def restore(self, keep: int) -> None:
+        """Rebuild weights, state and committed batches as after the first `keep` live batches of the run directory."""
+        recorder = self.recorder
+        if recorder is None:
+            raise RunError("restore: wanted an editor with a run directory, got one without")
+
+        recorder.replay_weights(self.weights, keep)
+        if self._state is not None:
+            recorder.replay_state(self._state, keep)
+        self.committed = self._committed_before(recorder.edits(record) for record in recorder.live[:keep])
+
+    @contextlib.contextmanager
+    def temporarily(self) -> Iterator[None]:
+        """Inside the block nothing is recorded; after it weights, state and batches are bit for bit as before it."""
+        state = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
+        changed = {layer: self.weights.changed(layer) for layer in self.weights.layers}
+        columns = {layer: self.weights.stored(layer, index) for layer, index in changed.items()}
+        outside = self.committed, self.recorder, self._token_budget
+
+        self.committed, self.recorder = self._committed_before(self.committed), None
+        try:
+            yield
+        finally:
+            self.weights.reset()
+            for layer, index in changed.items():
+                self.weights.put(layer, index, columns[layer])
+            self.state.load(state)
+            self.committed, self.recorder, self._token_budget = outside
+
+    def _committed_before(self, batches: Iterable[EditSet]) -> CommittedBatches:
+        """Batches in force that were not written here, so that memory cannot undo them."""
+        return CommittedBatches(self.undo_depth, batches)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"method": self.method.name, "config": self.config.model_dump(), "seed": self.seed}
+
+    @contextlib.contextmanager
+    def _recording(self, run_dir: str | Path | None, resume: bool) -> Iterator[Recorder | None]:
+        """The recorder of the run directory, locked for writing; None when nothing is recorded."""
+        if resume and run_dir is None and self.recorder is None:
+            raise ValueError("resume: wanted run_dir, the folder of the run to go on with")
+
+        if run_dir is not None:
+            self._open(Path(run_dir), resume)
+
+        with contextlib.nullcontext() if self.recorder is None else self.recorder.log.writing():
+            yield self.recorder
+
+    def _open(self, run_dir: Path, resume: bool) -> None:
+        """Create the run directory or attach the run in it; nothing to do when it is the one attached already."""
+        if self.recorder is not None:
+            folder = self.recorder.log.folder
+            if run_dir.resolve() != folder.resolve():
+                raise RunError(f"run_dir: this editor is recorded in {folder}, got {run_dir}")
+            return
+
+        if not resume:
+            check_new(run_dir)
+        if is_run(run_dir):
+            self.attach(Recorder.open(run_dir), prepare=True)
+            return
+
+        if self.committed:
+            raise RunError(f"run_dir: {len(self.committed)} batches were written before anything was recorded")
+        header = describe_run(self.adapter, self.weights, self._settings(), self.state.describe(), self.moments)
+        self.recorder = Recorder.create(run_dir, header)
+
+    def _write_from(
+        self,
+        first: int,
+        batches: Sequence[EditSet],
+        on_error: OnError,
+        watchers: Sequence[Watcher],
+        guard: Guard,
+    ) -> Iterator[BatchReport]:
+        """Write the batches from number `first` on; a report of each."""
+        state = self.state
+        guard.begin(self.adapter, self.weights)
+        for watcher in watchers:
+            watcher.begin()
+
+        n_edits = sum(map(len, batches[first:]))
+        label = f"editing ({self.method.name})"
+        with track(n_edits, label, "edits", self.progress) as advance, Interrupts() as interrupts:
+
+            def progress(n: float) -> None:
+                interrupts.check()
+                advance(n)
+
+            for number, batch in enumerate(batches[first:], first):
+                report = self._try_batch(number, batch, guard, progress)
+                if report.error is not None:
+                    self._reject(report, on_error)
+                elif self.recorder is not None:
+                    self.recorder.snapshot_if_due(self.weights, state)
+
+                yield report
+                for watcher in watchers:
+                    watcher.after_batch(report, last=number + 1 == len(batches))
+                if interrupts.wanted:
+                    raise KeyboardInterrupt
+
+    def _try_batch(self, number: int, batch: EditSet, guard: Guard, progress: Progress) -> BatchReport:
+        """Write one batch; a batch that cannot be written gives a report with an error."""
+        started = time.perf_counter()
+        case_ids = tuple(edit.case_id for edit in batch)
+
+        with Notes() as notes:
+            try:
+                report = self.write_batch(number, batch, guard, progress, self._token_budget)
+                self._token_budget = report.token_budget
+            except RejectedUpdate as error:
+                blamed = tuple(case_ids[row] for row in error.rows)
+                report = BatchReport(number, blamed, 0.0, error=str(error))
+            except (NotPositiveDefinite, GuardTripped) as error:
+                report = BatchReport(number, case_ids, 0.0, error=str(error))
+
+        give_back_freed()
+        return replace(report, seconds=time.perf_counter() - started, notes=tuple(notes.lines))
+
+    def _reject(self, report: BatchReport, on_error: OnError) -> None:
+        """Record a batch that was rolled back. Raises BatchRejected where the stream is to stop."""
+        if self.recorder is not None:
+            self.recorder.reject(report.batch, asdict(report), skipped=on_error == "skip")
+        if on_error == "stop":
+            raise BatchRejected(report.batch, list(report.case_ids), str(report.error))
+
+        log.warning("batch %d skipped: %s", report.batch, report.error)
