@@ -35,7 +35,7 @@ from timing import commit, machine_line
 from fastedit import Editor, EditSet, Source, load_edits
 from fastedit.config import changed, parse_changes
 from fastedit.evaluation.metrics import Measurement
-from fastedit.methods.closed_form.recipe import Batch, Recipe
+from fastedit.methods.closed_form.recipe import Batch, ClosedFormMethod
 from fastedit.methods.closed_form.values import Values
 from fastedit.methods.columns.attribution import attribute
 from fastedit.methods.columns.kne import chosen
@@ -44,6 +44,7 @@ from fastedit.methods.columns.training import Trained, train_columns
 from fastedit.methods.presets import preset_for
 from fastedit.model.load import load_model
 from fastedit.model.tokens import whole_sequences
+from fastedit.weights.trial import Trial
 
 CHUNK = 50
 
@@ -120,29 +121,29 @@ class Bench:
 
     def alone(self, editor: Editor, edits: EditSet, cost: Cost) -> Iterator[int]:
         """Leads through the edits with one of them in the model at a time."""
-        make = self.closed if isinstance(editor.recipe, Recipe) else self.columns
+        make = self.closed if isinstance(editor.method, ClosedFormMethod) else self.columns
         for first in range(0, len(edits), CHUNK):
             yield from make(editor, edits[first : first + CHUNK], cost)
 
     def closed(self, editor: Editor, edits: EditSet, cost: Cost) -> Iterator[int]:
-        recipe: Any = editor.recipe
-        with editor.journal.trial() as trial, torch.no_grad(), cost.clock():
+        recipe: Any = editor.method.recipe
+        with Trial(editor.weights) as trial, torch.no_grad(), cost.clock():
             values = Batch(self.model, edits, editor.config, editor.state, trial).values()
         for number in range(len(edits)):
             own = Values(*(getattr(values, f.name)[number : number + 1] for f in dataclasses.fields(values)))
-            with editor.journal.trial() as trial, torch.no_grad():
+            with Trial(editor.weights) as trial, torch.no_grad():
                 with cost.clock():
                     batch = Given(self.model, edits[number : number + 1], editor.config, editor.state, trial, known=own)
-                    result = recipe.write(batch)
+                    result = recipe(batch)
                 cost.take(sum(result.neurons.values()), int(own.steps[0]))
                 yield number
 
     def columns(self, editor: Editor, edits: EditSet, cost: Cost) -> Iterator[int]:
-        with editor.journal.trial() as trial, torch.no_grad(), cost.clock():
-            if editor.method == "kne":
+        with Trial(editor.weights) as trial, torch.no_grad(), cost.clock():
+            if editor.method.name == "kne":
                 found = self.ensembles(editor, edits)
             else:
-                result: Any = editor.recipe.run(editor.start, editor.state, edits, trial)
+                result: Any = editor.method.write_batch(editor.stream.start, editor.state, edits, trial)
                 found = result.slots, result.trained
         slots, trained = found
         for number, edit in enumerate(edits):
@@ -150,9 +151,9 @@ class Bench:
             own = dataclasses.replace(slots.pick(here), edits=torch.zeros(int(here.sum()), dtype=torch.int64))
             part = Trained(trained.delta[here], *(trained_of(trained, name, number) for name in ("losses", "worst")),
                            trained_of(trained, "steps", number), trained.curve[:, number : number + 1])  # fmt: skip
-            with editor.journal.trial() as trial, torch.no_grad():
+            with Trial(editor.weights) as trial, torch.no_grad():
                 with cost.clock():
-                    written = write_columns(ColumnBatch(editor.start, editor.state, [edit], trial), own, part)
+                    written = write_columns(ColumnBatch(editor.stream.start, editor.state, [edit], trial), own, part)
                 cost.take(sum(written.neurons.values()), int(trained.steps[number]))
                 yield number
 
@@ -217,7 +218,7 @@ class _Clock:
 def restore(editor: Editor) -> None:
     """Write the original weights back."""
     for layer in editor.weights.layers:
-        editor.model.down_weight(layer).copy_(editor.weights.original(layer))
+        editor.adapter.down_weight(layer).copy_(editor.weights.original(layer))
 
 
 def plain(metrics: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from fastedit.methods.closed_form.recipe import Batch
 from fastedit.methods.closed_form.values import optimise_values
 from fastedit.methods.presets import load_preset
 from fastedit.model.load import load_model
+from fastedit.weights.trial import Trial
 
 
 @dataclass
@@ -98,7 +99,7 @@ def make_editor(options: argparse.Namespace) -> Editor:
 
 def wait(editor: Editor) -> None:
     """Until the device has done what it was told."""
-    if editor.model.device.type == "cuda":
+    if editor.adapter.device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -157,7 +158,7 @@ def baseline_values(found: Baseline, editor: Editor, twin: Any, requests: list[A
     for request in requests:
         started = time.perf_counter()
         result = published.optimise_value(
-            twin, editor.model.tokenizer, request, editor.state.templates, settings_of(editor.config)
+            twin, editor.tokenizer, request, editor.state.templates, settings_of(editor.config)
         )
         found.value_seconds.append(time.perf_counter() - started)
         found.values.append(result.value)
@@ -167,9 +168,9 @@ def baseline_values(found: Baseline, editor: Editor, twin: Any, requests: list[A
 
 def baseline_update(editor: Editor, twin: Any, requests: list[Any], values: Tensor) -> tuple[dict[int, Tensor], float]:
     """What the published closed form adds to each layer of `twin`, and its seconds per edit."""
-    config, state, width = editor.config, editor.state, editor.model.d_ff
-    common = (twin, editor.model.tokenizer, requests, values, state.templates)
-    history = {layer: torch.zeros(width, width, device=editor.model.device) for layer in config.layers}
+    config, state, width = editor.config, editor.state, editor.adapter.d_ff
+    common = (twin, editor.tokenizer, requests, values, state.templates)
+    history = {layer: torch.zeros(width, width, device=editor.adapter.device) for layer in config.layers}
     if editor.method == "alphaedit":
         # Offline in the released code too, so outside the time.
         projectors = {n: siblings.projector(moment, config.null_threshold) for n, moment in state.moments.items()}
@@ -188,16 +189,16 @@ def baseline_update(editor: Editor, twin: Any, requests: list[Any], values: Tens
 
 def like_values(found: Baseline, editor: Editor, twin: Any, requests: list[Any]) -> Tensor:
     """Values for all requests (n, d_model): their hidden states, moved as the timed edits' were, in turn."""
-    hidden = published.compute_hidden(twin, editor.model.tokenizer, requests, editor.config.layers[-1])
+    hidden = published.compute_hidden(twin, editor.tokenizer, requests, editor.config.layers[-1])
     change = torch.stack(found.values) - torch.stack(found.hidden)
     return hidden + change[torch.arange(len(requests), device=change.device) % len(change)]
 
 
 def disagreement(editor: Editor, found: Baseline, edits: EditSet) -> list[str]:
     """Why no ratio may be printed; empty when the engine's values and updates are the published ones."""
-    if editor.config.value.dtype != "model" or editor.model.dtype != torch.float32:
+    if editor.config.value.dtype != "model" or editor.adapter.dtype != torch.float32:
         return half_disagreement(editor, found, edits)
-    ours = optimise_values(editor.model, edits, editor.state.templates, editor.config.layers[-1], editor.config.value)
+    ours = optimise_values(editor.adapter, edits, editor.state.templates, editor.config.layers[-1], editor.config.value)
     problems = []
     for i, edit in enumerate(edits):
         change = torch.cosine_similarity(ours.values[i] - ours.hidden[i], found.values[i] - found.hidden[i], dim=0)
@@ -224,7 +225,7 @@ def last_loss(losses: list[float], steps: int) -> float:
 
 def half_disagreement(editor: Editor, found: Baseline, edits: EditSet) -> list[str]:
     """The gate for values in half precision, on the mean loss alone."""
-    batch = Batch(editor.model, edits, editor.config, editor.state, editor.journal.trial())
+    batch = Batch(editor.adapter, edits, editor.config, editor.state, Trial(editor.weights))
     ours = float(batch.values().losses.mean())
     theirs = statistics.mean(last_loss(losses, editor.config.value.steps) for losses in found.losses)
     print(f"  mean loss {ours:.4f}, published {theirs:.4f}")
@@ -246,9 +247,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     few = edits[: options.baseline_edits]
     requests = [request_of(edit) for edit in few]
-    twin = copy.deepcopy(editor.model.model)
+    twin = copy.deepcopy(editor.model)
     _ = editor.state
-    found, engine, peaks, meter = Baseline(), [], [], Meter(editor.model.device)
+    found, engine, peaks, meter = Baseline(), [], [], Meter(editor.adapter.device)
     if options.random:
         baseline_values(Baseline(), editor, twin, requests[:1])
         editor.edit(few, batch_size=len(few))

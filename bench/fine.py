@@ -23,6 +23,7 @@ from fastedit import Editor, EditSet, load_edits
 from fastedit.config import changed, parse_changes
 from fastedit.methods.columns.recipe import ColumnResult
 from fastedit.model.tokens import whole_sequences
+from fastedit.weights.trial import Trial
 
 
 def settings_of(config: Any) -> published_fine.FineSettings:
@@ -36,7 +37,7 @@ def settings_of(config: Any) -> published_fine.FineSettings:
 
 def run_baseline(editor: Editor, edits: EditSet) -> tuple[float, list[published_fine.FineResult]]:
     """Seconds per edit, and what came out."""
-    model = editor.model
+    model = editor.adapter
     sequences = whole_sequences(model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
     downs = [model.model.model.layers[layer].mlp.down_proj for layer in range(model.n_layers)]
     started, found = time.perf_counter(), []
@@ -52,8 +53,8 @@ def train(editor: Editor, edits: Sequence[Any]) -> tuple[float, ColumnResult]:
     """Seconds per edit, and the result of one batch that is rolled back."""
     state = editor.state
     started = time.perf_counter()
-    with editor.journal.trial() as trial, torch.no_grad():
-        result: Any = editor.recipe.run(editor.start, state, edits, trial)
+    with Trial(editor.weights) as trial, torch.no_grad():
+        result: Any = editor.method.write_batch(editor.stream.start, state, edits, trial)
         seconds = (time.perf_counter() - started) / len(edits)
     return seconds, result
 
@@ -86,7 +87,7 @@ def main() -> None:
     print(machine_line())
     editor = Editor.from_pretrained(options.model, options.method, progress=False)
     config = changed(editor.config, parse_changes(options.settings))
-    editor = Editor(editor.model, options.method, config, progress=False)
+    editor = Editor(editor.adapter, options.method, config, progress=False)
     edits = load_edits(options.data, start=options.start, limit=options.limit)
     n_baseline = min(options.baseline, len(edits)) if options.method == "fine" else 0
     picked = [i * len(edits) // n_baseline for i in range(n_baseline)]

@@ -20,10 +20,10 @@ from timing import commit, machine_line, peak_mb, reset_peak
 
 from fastedit import Editor, Source, Watch, load_edits
 from fastedit.config import changed, parse_changes
-from fastedit.editor import BatchReport
 from fastedit.evaluation.metrics import Measurement
 from fastedit.methods.presets import preset_for
 from fastedit.model.load import load_model
+from fastedit.runs.reports import BatchReport
 
 COLUMNS = {
     "efficacy": "ES",
@@ -97,7 +97,7 @@ class Stream:
 
     def measure(self, editor: Editor) -> Measurement:
         options = (self.text, 20_000, self.options.fluency_prompts, self.options.seed, None)
-        return Measurement.take(editor.model, self.edits, *options)
+        return Measurement.take(editor.adapter, self.edits, *options)
 
     def run(self, name: str) -> dict[str, Any]:
         """Everything there is to say about one method."""

@@ -162,8 +162,21 @@ class Editor:
 
     @property
     def config(self) -> EditConfig:
-        """The settings of the method."""
+        """The settings of the method. New ones apply from the next call on; the edited layers stay the same.
+
+        Setting raises TypeError for the settings of another method, ValueError for other layers or while the editor is
+        recorded in a run directory."""
         return self.stream.config
+
+    @config.setter
+    def config(self, config: EditConfig) -> None:
+        settings = settings_for(self.method, self.adapter, config=config)
+        if self.method.layers(self.adapter, settings) != self.weights.layers:
+            raise ValueError(f"config: the edited layers are {self.weights.layers}; make another editor for others")
+        if self.recorder is not None:
+            raise ValueError(f"config: the settings of a recorded run cannot change ({self.recorder.log.folder})")
+
+        self.stream.config = settings
 
     @property
     def weights(self) -> EditableWeights:

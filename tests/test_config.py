@@ -5,17 +5,17 @@ import yaml
 
 from fastedit.config import changed, parse_changes
 from fastedit.methods.closed_form.config import ClosedFormConfig, NSEConfig, TemplateConfig, ValueConfig
-from fastedit.methods.presets import CONFIGS, PACKAGES, load_preset, preset_for, presets
+from fastedit.methods.presets import load_preset, preset_for, presets
+from fastedit.methods.registry import METHODS
 
-PRESETS = [(method, name) for method in CONFIGS for name in presets(method)]
+PRESETS = [(method, name) for method in METHODS for name in presets(method)]
 
 
 @pytest.mark.parametrize(("method", "name"), PRESETS)
 def test_a_preset_loads_and_is_found_by_the_shape_it_was_made_for(method, name):
     config = load_preset(method, name)
-    assert isinstance(config, CONFIGS[method])
-    (path,) = PACKAGES.glob(f"*/presets/{method}/{name}.yaml")
-    text = path.read_text(encoding="utf-8")
+    assert isinstance(config, METHODS[method].config_class)
+    text = (METHODS[method].presets / f"{name}.yaml").read_text(encoding="utf-8")
     data = yaml.safe_load(text)
     assert set(data) == {"origin", "model", "config"}
     assert data["origin"]
@@ -29,7 +29,8 @@ def test_a_preset_loads_and_is_found_by_the_shape_it_was_made_for(method, name):
 
 
 def test_every_file_among_the_presets_is_a_preset_of_a_method():
-    found = sorted((file.parent.name, file.name.removesuffix(".yaml")) for file in PACKAGES.glob("*/presets/*/*"))
+    packages = {method.presets.parent for method in METHODS.values()}
+    found = sorted((file.parent.name, file.stem) for package in packages for file in package.glob("*/*"))
     assert found == sorted(PRESETS)
     assert ("nse", "smollm2-135m") in found
 

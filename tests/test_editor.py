@@ -11,21 +11,22 @@ import torch
 
 import fastedit.methods.closed_form.recipe as base
 from fastedit.config import changed
-from fastedit.editor import BatchRejected, Editor
+from fastedit.editor import Editor
 from fastedit.evaluation.metrics import evaluate
 from fastedit.methods.closed_form.solver import RidgeSolver
 from fastedit.methods.closed_form.values import Values
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.load import load_transformers
 from fastedit.records.edit import Edit, EditSet, InvalidEdits
+from fastedit.runs.reports import BatchRejected
 
 
 def parameters(editor: Editor) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in editor.model.model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
 
 
 def same(editor: Editor, before: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(tensor, before[name]) for name, tensor in editor.model.model.state_dict().items())
+    return all(torch.equal(tensor, before[name]) for name, tensor in editor.model.state_dict().items())
 
 
 def test_edits_take_and_neighbours_stay(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
@@ -145,7 +146,7 @@ class TestTrouble:
 
     def test_broken_second_moment_is_refused(self, tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
         editor = tiny_editor()
-        editor.state.solvers[3] = RidgeSolver(-torch.eye(editor.model.d_ff), 1e6)
+        editor.state.solvers[3] = RidgeSolver(-torch.eye(editor.adapter.d_ff), 1e6)
         before = parameters(editor)
         with pytest.raises(BatchRejected, match="not positive definite"):
             editor.edit(tiny_facts[:3])
@@ -171,7 +172,7 @@ def test_bad_edits_touch_no_weight(edits: list[dict[str, Any]], message: str, ti
     with pytest.raises(InvalidEdits, match=message):
         editor.edit([Edit(**fields) for fields in edits])
     assert same(editor, before)
-    assert editor._state is None
+    assert editor.stream._state is None
 
 
 def test_wrong_arguments_are_named(tiny_model: ModelAdapter, tiny_editor: Callable[..., Editor]) -> None:
@@ -197,4 +198,4 @@ def test_saved_model_loads_with_the_same_logits(
     model, tokenizer = load_transformers(str(tmp_path / "edited"), "float32")
     ids = torch.tensor([tokenizer(tiny_facts[0].prompt)["input_ids"]])
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, editor.model.model(ids).logits)
+        assert torch.equal(model(ids).logits, editor.model(ids).logits)

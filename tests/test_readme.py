@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+
+from fastedit.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny"
@@ -26,7 +29,7 @@ def test_every_placeholder_was_filled() -> None:
 def test_example_runs_on_the_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache, presets = tmp_path / "cache", tmp_path / "package" / "closed_form" / "presets" / "nse"
+    cache, presets = tmp_path / "cache", tmp_path / "presets"
     shutil.copytree(TINY / "model", cache / "models" / "smollm2-135m")
     config = json.loads((TINY / "model" / "config.json").read_text(encoding="utf-8"))
     names = {"n_layers": "num_hidden_layers", "d_model": "hidden_size", "d_ff": "intermediate_size"}
@@ -42,7 +45,7 @@ def test_example_runs_on_the_tiny_model(
     presets.mkdir(parents=True)
     (presets / "tiny.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
     monkeypatch.setenv("FASTEDIT_CACHE", str(cache))
-    monkeypatch.setattr("fastedit.methods.presets.PACKAGES", tmp_path / "package")
+    monkeypatch.setitem(METHODS, "nse", replace(METHODS["nse"], presets=tmp_path / "presets"))
     monkeypatch.chdir(tmp_path)
     exec(compile(example(), "README.md", "exec"), {})
     printed = capsys.readouterr().out

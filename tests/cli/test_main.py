@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from fastedit.cli.main import app
+from fastedit.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "tiny"
@@ -40,10 +42,10 @@ def tiny_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "d_model": config["hidden_size"],
         "d_ff": config["intermediate_size"],
     }
-    folder = tmp_path / "package" / "closed_form" / "presets" / "nse"
+    folder = tmp_path / "presets"
     folder.mkdir(parents=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
-    monkeypatch.setattr("fastedit.methods.presets.PACKAGES", tmp_path / "package")
+    monkeypatch.setitem(METHODS, "nse", replace(METHODS["nse"], presets=tmp_path / "presets"))
 
 
 @pytest.mark.usefixtures("tiny_preset")

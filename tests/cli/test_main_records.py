@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from fastedit.cli.main import app
+from fastedit.methods.registry import METHODS
 from fastedit.records.edit import EditSet
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
@@ -40,10 +42,10 @@ def tiny_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "model": {ours: config[theirs] for ours, theirs in names.items()},
         "config": {"layers": [2, 3, 4], "covariance_weight": 100, "value": {"steps": 15, "lr": 0.1}},
     }
-    folder = tmp_path / "package" / "closed_form" / "presets" / "nse"
+    folder = tmp_path / "presets"
     folder.mkdir(parents=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
-    monkeypatch.setattr("fastedit.methods.presets.PACKAGES", tmp_path / "package")
+    monkeypatch.setitem(METHODS, "nse", replace(METHODS["nse"], presets=tmp_path / "presets"))
 
 
 @pytest.fixture

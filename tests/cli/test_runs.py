@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from fastedit.cli.main import app
+from fastedit.methods.registry import METHODS
 from fastedit.model.load import load_transformers
 from fastedit.runs.log import RunLog
 
@@ -47,10 +49,10 @@ def tiny_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "moments": {"tokens": 4096, "window": 64},
         },
     }
-    folder = tmp_path / "package" / "closed_form" / "presets" / "nse"
+    folder = tmp_path / "presets"
     folder.mkdir(parents=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
-    monkeypatch.setattr("fastedit.methods.presets.PACKAGES", tmp_path / "package")
+    monkeypatch.setitem(METHODS, "nse", replace(METHODS["nse"], presets=tmp_path / "presets"))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastedit.editing.undo_edit import forget
 from fastedit.editor import Editor
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.edit import EditSet
@@ -24,7 +23,7 @@ Make = Callable[..., Editor]
 
 
 def bits(editor: Editor) -> list[bytes]:
-    weights = [editor.model.down_parameter(layer) for layer in range(editor.model.n_layers)]
+    weights = [editor.adapter.down_parameter(layer) for layer in range(editor.adapter.n_layers)]
     return [weight.view(torch.uint8).numpy().tobytes() for weight in weights]
 
 
@@ -51,7 +50,7 @@ def test_undo_in_memory_from_disk_and_in_a_later_process(
         wanted.append(prints(editor))
     assert len({str(each) for each in wanted}) == len(wanted)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    later = Editor.resume(tmp_path / "copy", fast_editor().model, progress=False)
+    later = Editor.resume(tmp_path / "copy", fast_editor().adapter, progress=False)
     assert prints(later) == wanted[5]
     for undone in (editor, later):
         undone.undo(last=2)
@@ -77,7 +76,7 @@ def test_half_precision_comes_back_with_its_masters(
     second = Editor.resume(tmp_path / "run", half(), progress=False)
     assert prints(second) == prints(first)
     second.edit(stream[6:9], BATCH)
-    first.recorder = None
+    first.stream.recorder = None
     first.edit(stream[6:9], BATCH)
     assert prints(second) == prints(first)
 
@@ -93,7 +92,7 @@ def test_snapshots_hold_the_columns_touched(
     snapshots = [record for record in records if record.kind == "snapshot"]
     assert snapshots
     assert all(record.size < whole / 2 for record in snapshots)
-    again = Editor.resume(tmp_path / "run", fast_editor().model, progress=False)
+    again = Editor.resume(tmp_path / "run", fast_editor().adapter, progress=False)
     assert prints(again) == prints(editor)
 
 
@@ -101,7 +100,7 @@ def test_snapshots_hold_the_columns_touched(
 def test_an_edit_taken_back(method: str, tiny_editor: Make, tiny_facts: EditSet, tmp_path: Path) -> None:
     editor, plain = tiny_editor(method), tiny_editor(method)
     editor.edit(tiny_facts[:4], 2, run_dir=tmp_path / "run")
-    found = forget(editor, tiny_facts[1].case_id)
+    found = editor.forget(tiny_facts[1].case_id)
     unedited, edited, now = found.log_prob
     assert found.batches == 2
     assert edited > unedited + 1
@@ -111,7 +110,7 @@ def test_an_edit_taken_back(method: str, tiny_editor: Make, tiny_facts: EditSet,
     # Nothing of its batch is known before it is trained again, so these are the bits of the run that never had it.
     assert prints(editor) == prints(plain)
     assert 0 < max(found.moved.values()) < 2
-    later = Editor.resume(tmp_path / "run", tiny_editor().model, progress=False)
+    later = Editor.resume(tmp_path / "run", tiny_editor().adapter, progress=False)
     assert prints(later) == prints(editor)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastedit.editing.export import delta, export, save_checkpoint
+from fastedit.editing.export import delta, save_checkpoint
 from fastedit.editor import Editor
 from fastedit.evaluation.metrics import compare
 from fastedit.model.load import load_model, load_transformers
@@ -39,39 +39,39 @@ def logits(model: Any, tokenizer: Any, facts: EditSet) -> torch.Tensor:
 def test_checkpoint_of_shards_gives_the_same_logits_and_metrics(
     edited: Editor, tiny_facts: EditSet, tmp_path: Path
 ) -> None:
-    wanted = logits(edited.model.model, edited.model.tokenizer, tiny_facts)
+    wanted = logits(edited.model, edited.tokenizer, tiny_facts)
     save_checkpoint(edited, tmp_path / "shards", max_shard_size="500KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     model, tokenizer = load_transformers(str(tmp_path / "shards"), "float32")
     assert torch.equal(logits(model, tokenizer, tiny_facts), wanted)
     again = load_model(str(tmp_path / "shards"))
-    found = compare(edited.model, again, tiny_facts[:6], fluency_prompts=0)
+    found = compare(edited.adapter, again, tiny_facts[:6], fluency_prompts=0)
     assert found.edited == found.unedited
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_checkpoint_in_half_precision(dtype: str, edited: Editor, tmp_path: Path) -> None:
     before = edited.weights.fingerprint()
-    export(edited, tmp_path / "half", dtype=dtype)
+    edited.export(tmp_path / "half", dtype=dtype)
     assert edited.weights.fingerprint() == before
     model, _ = load_transformers(str(tmp_path / "half"), dtype)
-    found, wanted = dict(model.named_parameters()), dict(edited.model.model.named_parameters())
+    found, wanted = dict(model.named_parameters()), dict(edited.model.named_parameters())
     assert found.keys() == wanted.keys()
     for name, parameter in found.items():
         assert torch.equal(parameter, wanted[name].to(getattr(torch, dtype))), name
 
 
 def test_delta_in_plain_torch(edited: Editor, tiny_parts: tuple[Any, Any], tiny_facts: EditSet, tmp_path: Path) -> None:
-    found = export(edited, tmp_path / "delta", "delta")
+    found = edited.export(tmp_path / "delta", "delta")
     assert set(found.rank) == {2, 3, 4}
     assert max(found.rank.values()) <= 12
     assert max(found.error.values()) < 1e-5
     assert found.holds == (1.0, 1.0)
     assert len((tmp_path / "delta" / "load_delta.py").read_text().splitlines()) <= 32
     model = copy.deepcopy(tiny_parts[0])
-    name = edited.model.weight_name(3)
+    name = edited.adapter.weight_name(3)
     torch.save(dict(model.named_parameters())[name].detach(), tmp_path / "before.pt")
-    names = [edited.model.weight_name(layer) for layer in (2, 4)]
+    names = [edited.adapter.weight_name(layer) for layer in (2, 4)]
     script = f"""
         import sys
         sys.path[:0] = [{str(tmp_path / "delta")!r}]
@@ -96,8 +96,8 @@ def test_delta_in_plain_torch(edited: Editor, tiny_parts: tuple[Any, Any], tiny_
     from fastedit.editing.load_delta import load_delta
 
     load_delta(model, str(tmp_path / "delta" / "delta.safetensors"))
-    wanted = logits(edited.model.model, edited.model.tokenizer, tiny_facts)
-    error = (logits(model, edited.model.tokenizer, tiny_facts) - wanted).abs().max()
+    wanted = logits(edited.model, edited.tokenizer, tiny_facts)
+    error = (logits(model, edited.tokenizer, tiny_facts) - wanted).abs().max()
     assert error < 1e-4 * wanted.abs().max()
 
 
@@ -128,13 +128,13 @@ def test_lora_in_peft(
         for layer in (1, 2):
             change = torch.randn(32, 3) @ torch.randn(3, 128) / 30
             editor.weights.put(layer, None, editor.weights.original(layer) + change)
-    base = copy.deepcopy(editor.model.model)
+    base = copy.deepcopy(editor.model)
     for layer in editor.weights.layers:
-        parameter = dict(base.named_parameters())[editor.model.weight_name(layer)]
-        parameter.data = editor.model.oriented(layer, editor.weights.original(layer)).clone()
-    tokenizer = editor.model.tokenizer
-    wanted, unedited = (logits(model, tokenizer, tiny_facts) for model in (editor.model.model, base))
-    export(editor, tmp_path / "lora", "lora")
+        parameter = dict(base.named_parameters())[editor.adapter.weight_name(layer)]
+        parameter.data = editor.adapter.oriented(layer, editor.weights.original(layer)).clone()
+    tokenizer = editor.tokenizer
+    wanted, unedited = (logits(model, tokenizer, tiny_facts) for model in (editor.model, base))
+    editor.export(tmp_path / "lora", "lora")
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()
     error = (logits(loaded, tokenizer, tiny_facts) - wanted).abs().max()
     assert error < 1e-4 * wanted.abs().max()
@@ -143,10 +143,10 @@ def test_lora_in_peft(
 
 def test_truncated_lora_measures_what_it_loses(edited: Editor, tmp_path: Path) -> None:
     before = edited.weights.fingerprint()
-    exact, short = (export(edited, tmp_path / str(rank), "lora", rank) for rank in (None, 2))
+    exact, short = (edited.export(tmp_path / str(rank), "lora", rank) for rank in (None, 2))
     assert set(short.rank.values()) == {2}
     for layer, error in short.error.items():
-        sizes = torch.linalg.svdvals(delta(edited, layer))
+        sizes = torch.linalg.svdvals(delta(edited.weights, layer))
         assert error == pytest.approx(float(sizes[2:].norm() / sizes.norm()), rel=1e-3)
         assert error > 100 * exact.error[layer]
     assert short.holds is not None
@@ -158,18 +158,18 @@ def test_truncated_lora_measures_what_it_loses(edited: Editor, tmp_path: Path) -
 
 def test_what_cannot_be_exported_is_named(edited: Editor, tiny_editor: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format must be one of"):
-        export(edited, tmp_path / "a", "zip")
+        edited.export(tmp_path / "a", "zip")
     with pytest.raises(ValueError, match="rank must be at least 1"):
-        export(edited, tmp_path / "a", "checkpoint", 3)
+        edited.export(tmp_path / "a", "checkpoint", 3)
     with pytest.raises(ValueError, match="dtype must be float32"):
-        export(edited, tmp_path / "a", dtype="int4")
+        edited.export(tmp_path / "a", dtype="int4")
     with pytest.raises(ValueError, match="nothing to export"):
-        export(tiny_editor(), tmp_path / "a", "lora")
+        tiny_editor().export(tmp_path / "a", "lora")
     assert not (tmp_path / "a").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.safetensors").write_text("mine")
     with pytest.raises(ValueError, match="absent or an empty folder"):
-        export(edited, tmp_path / "full", "delta")
-    found = export(edited, tmp_path / "gguf", "gguf")
+        edited.export(tmp_path / "full", "delta")
+    found = edited.export(tmp_path / "gguf", "gguf")
     assert "convert_hf_to_gguf.py" in str(found)
     assert (tmp_path / "gguf" / "model.safetensors").is_file()

@@ -11,10 +11,11 @@ import torch
 
 import fastedit.methods.closed_form.recipe as base
 from fastedit.editing.guard import Guard, GuardTripped
-from fastedit.editor import BatchRejected, Editor
+from fastedit.editor import Editor
 from fastedit.model.load import load_model
 from fastedit.records.edit import EditSet
 from fastedit.runs.log import RunLog
+from fastedit.runs.reports import BatchRejected
 
 TEXT = (Path(__file__).resolve().parents[1] / "tiny" / "text.txt").read_text(encoding="utf-8")[:4000]
 BATCH = 3
@@ -22,7 +23,7 @@ Make = Callable[..., Editor]
 
 
 def bits(editor: Editor) -> dict[str, bytes]:
-    return {name: each.numpy().tobytes() for name, each in editor.model.model.state_dict().items()}
+    return {name: each.numpy().tobytes() for name, each in editor.model.state_dict().items()}
 
 
 def test_growth_past_its_bound_is_rolled_back(fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
@@ -51,22 +52,22 @@ def test_warning_instead_of_rolling_back(fast_editor: Make, stream: EditSet) -> 
 def test_canaries_and_perplexity(fast_editor: Make, stream: EditSet) -> None:
     editor = fast_editor()
     guard = Guard(canaries=stream[10:], min_unchanged=0.9, text=TEXT, max_perplexity=1.5)
-    guard.begin(editor.model, editor.weights)
-    measured = guard.check(editor.model, editor.weights, [2])
+    guard.begin(editor.adapter, editor.weights)
+    measured = guard.check(editor.adapter, editor.weights, [2])
     assert measured == {"growth": 1.0, "unchanged": 1.0, "perplexity": 1.0}
     editor.weights.put(2, None, -editor.weights.original(2))
     with pytest.raises(GuardTripped, match=r"of the canaries' tokens stayed \(bound 0.9\).*perplexity is .* times"):
-        guard.check(editor.model, editor.weights, [2])
+        guard.check(editor.adapter, editor.weights, [2])
     editor.weights.put(2, None, 1e30 * editor.weights.original(2))
     with pytest.raises(GuardTripped, match="layer 2 has inf times its norm"):
-        guard.check(editor.model, editor.weights, [2])
+        guard.check(editor.adapter, editor.weights, [2])
     editor.weights.put(2, None, float("nan") * editor.weights.original(2))
     with pytest.raises(GuardTripped, match="layer 2 has nan times its norm"):
-        guard.check(editor.model, editor.weights, [2])
+        guard.check(editor.adapter, editor.weights, [2])
     # Begun on an edited model, it still compares with the unedited one.
-    guard.begin(editor.model, editor.weights)
+    guard.begin(editor.adapter, editor.weights)
     editor.weights.reset()
-    assert guard.check(editor.model, editor.weights, [2]) == measured
+    assert guard.check(editor.adapter, editor.weights, [2]) == measured
 
 
 def test_wrong_bounds_are_named(stream: EditSet) -> None:
@@ -81,7 +82,7 @@ def test_broken_activations(number: float, fast_editor: Make, stream: EditSet) -
     editor = fast_editor()
     assert editor.state.templates
     # Above the edited layers: keys are sound, the values that come back through it are not.
-    dict(editor.model.model.named_parameters())[editor.model.weight_name(5)].data[0, 0] = number
+    dict(editor.model.named_parameters())[editor.adapter.weight_name(5)].data[0, 0] = number
     before = bits(editor)
     with pytest.raises(BatchRejected, match="not finite"):
         editor.edit(stream[:3])
@@ -113,12 +114,12 @@ class TestSecondMoments:
 
     def editor(self, made: Editor, moment: torch.Tensor) -> Editor:
         moments = dict.fromkeys(made.config.layers, moment)
-        return Editor(made.model, "nse", made.config, moments=moments, progress=False)
+        return Editor(made.adapter, "nse", made.config, moments=moments, progress=False)
 
     def test_of_low_rank_needs_jitter_and_says_so(self, fast_editor: Make, stream: EditSet) -> None:
         made = fast_editor()
         # Small integers: their products are exact, so the rank is.
-        keys = torch.randint(-3, 4, (7, made.model.d_ff), generator=torch.Generator().manual_seed(3)).float()
+        keys = torch.randint(-3, 4, (7, made.adapter.d_ff), generator=torch.Generator().manual_seed(3)).float()
         run = self.editor(made, keys.T @ keys).edit(stream[:3])
         assert any("needed jitter" in note for note in run.batches[0].notes)
 
@@ -127,7 +128,7 @@ class TestSecondMoments:
         made = fast_editor()
         before = bits(made)
         with pytest.raises(BatchRejected, match="not positive definite"):
-            self.editor(made, torch.full((made.model.d_ff, made.model.d_ff), number)).edit(stream[:3])
+            self.editor(made, torch.full((made.adapter.d_ff, made.adapter.d_ff), number)).edit(stream[:3])
         assert bits(made) == before
 
 

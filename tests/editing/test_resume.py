@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastedit.editor import BatchRejected, Editor
+from fastedit.editor import Editor
 from fastedit.records.edit import EditSet
 from fastedit.runs.log import LOG, DamagedRun, LockedRun, RunError, RunLog, RunWriteError
+from fastedit.runs.reports import BatchRejected
 
 Make = Callable[..., Editor]
 
@@ -92,7 +93,7 @@ def test_snapshots_and_the_dense_history_are_replayed(
     kinds = [record.kind for record in RunLog(tmp_path / "run").records]
     assert kinds.count("snapshot") >= 2
     assert kinds.index("snapshot") < len(kinds) - 2
-    again = Editor.resume(tmp_path / "run", fast_editor().model, moments=editor.state.moments, progress=False)
+    again = Editor.resume(tmp_path / "run", fast_editor().adapter, moments=editor.state.moments, progress=False)
     assert prints(again) == prints(editor)
 
 
@@ -104,7 +105,7 @@ def test_undo_beyond_memory_and_in_a_later_process(
     for start in range(0, 15, BATCH):
         editor.edit(stream[start : start + BATCH], run_dir=tmp_path / "run")
         wanted.append(prints(editor))
-    later = Editor.resume(tmp_path / "run", fast_editor().model, moments=editor.state.moments, progress=False)
+    later = Editor.resume(tmp_path / "run", fast_editor().adapter, moments=editor.state.moments, progress=False)
     assert prints(later) == wanted[5]
     later.undo()
     assert prints(later) == wanted[4]
@@ -113,7 +114,7 @@ def test_undo_beyond_memory_and_in_a_later_process(
     assert [edit.case_id for edit in later.edits] == [edit.case_id for edit in stream[:3]]
     with pytest.raises(RunError, match="open it again"):
         editor.undo()
-    last = Editor.resume(tmp_path / "run", fast_editor().model, moments=editor.state.moments, progress=False)
+    last = Editor.resume(tmp_path / "run", fast_editor().adapter, moments=editor.state.moments, progress=False)
     last.edit(stream[3:6], run_dir=tmp_path / "run")
     assert prints(last) == wanted[2]
     last.undo(last=2)
@@ -127,7 +128,7 @@ def test_undo_in_memory_is_recorded(fast_editor: Make, stream: EditSet, tmp_path
     editor = fast_editor()
     editor.edit(stream, BATCH, run_dir=tmp_path / "run")
     editor.undo(last=2)
-    again = Editor.resume(tmp_path / "run", fast_editor().model, moments=editor.state.moments, progress=False)
+    again = Editor.resume(tmp_path / "run", fast_editor().adapter, moments=editor.state.moments, progress=False)
     assert prints(again) == prints(editor)
     # What was taken back stays so: the stream itself is at its end.
     assert len(again.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True).edits) == 9
@@ -176,7 +177,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("place", ["edited", "other"])
     def test_another_model(self, place: str, finished: Path, fast_editor: Make, stream: EditSet) -> None:
-        other = fast_editor().model
+        other = fast_editor().adapter
         parameter = other.down_parameter(3) if place == "edited" else other.head.weight
         parameter.data[0, 0] += 1e-3
         editor = Editor(other, "nse", fast_editor().config, moments=fast_editor().state.moments, progress=False)
@@ -194,7 +195,7 @@ class TestRefused:
     def test_other_second_moments(self, finished: Path, fast_editor: Make, stream: EditSet) -> None:
         made = fast_editor()
         moments = {layer: 2 * moment for layer, moment in made.state.moments.items()}
-        editor = Editor(made.model, "nse", made.config, moments=moments, progress=False)
+        editor = Editor(made.adapter, "nse", made.config, moments=moments, progress=False)
         with pytest.raises(ValueError, match="second moments of layers 2, 3, 4"):
             editor.edit(stream, BATCH, run_dir=finished, resume=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastedit.editing.undo_edit import forget
+from fastedit.editing.stream import Stream
 from fastedit.editor import Editor
 from fastedit.evaluation.answers import answer
 from fastedit.records.edit import EditSet
@@ -30,7 +30,7 @@ def test_edit_is_gone_and_the_others_stay(
     edited: Editor, tiny_editor: Make, tiny_facts: EditSet, tmp_path: Path
 ) -> None:
     taken = tiny_facts[5]
-    found = forget(edited, taken.case_id)
+    found = edited.forget(taken.case_id)
     assert found.batches == 2
     unedited, before, now = found.log_prob
     assert before > unedited + 2
@@ -50,8 +50,8 @@ def test_edit_is_gone_and_the_others_stay(
         change = (never.weights.current(layer) - never.weights.original(layer)).norm()
         assert (edited.weights.current(layer) - never.weights.current(layer)).norm() < 1e-3 * change
     # What the target gains beside the unedited model is what the other edits do to it.
-    assert answer(never.model, [(taken.prompt, taken.target_new)])[0].log_prob == pytest.approx(now, abs=0.02)
-    later = Editor.resume(tmp_path / "run", tiny_editor().model, moments=never.state.moments, progress=False)
+    assert answer(never.adapter, [(taken.prompt, taken.target_new)])[0].log_prob == pytest.approx(now, abs=0.02)
+    later = Editor.resume(tmp_path / "run", tiny_editor().adapter, moments=never.state.moments, progress=False)
     assert later.weights.fingerprint() == edited.weights.fingerprint()
     assert len(later.edits) == 11
 
@@ -60,30 +60,30 @@ def test_failure_on_the_way_changes_nothing(
     edited: Editor, tiny_editor: Make, tiny_facts: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = edited.weights.fingerprint()
-    real, calls = Editor.write, []
+    real, calls = Stream.write_batch, []
 
-    def fails(self: Editor, *rest: Any, **again: Any) -> object:
+    def fails(self: Stream, *rest: Any, **again: Any) -> object:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(self, *rest, **again)
 
-    monkeypatch.setattr(Editor, "write", fails)
+    monkeypatch.setattr(Stream, "write_batch", fails)
     with pytest.raises(KeyboardInterrupt):
-        forget(edited, tiny_facts[5].case_id)
+        edited.forget(tiny_facts[5].case_id)
     monkeypatch.undo()
     assert edited.weights.fingerprint() == before
     assert len(edited.edits) == 12
-    later = Editor.resume(tmp_path / "run", tiny_editor().model, moments=edited.state.moments, progress=False)
+    later = Editor.resume(tmp_path / "run", tiny_editor().adapter, moments=edited.state.moments, progress=False)
     assert later.weights.fingerprint() == before
-    assert forget(edited, tiny_facts[5].case_id).batches == 2
+    assert edited.forget(tiny_facts[5].case_id).batches == 2
 
 
 def test_last_edit_of_a_batch_takes_the_batch_with_it(edited: Editor, tiny_facts: EditSet) -> None:
     edited.edit(tiny_facts[20:21])
     before = [edited.weights.current(layer).clone() for layer in edited.weights.layers]
     edited.edit(tiny_facts[21:22])
-    found = forget(edited, tiny_facts[21].case_id)
+    found = edited.forget(tiny_facts[21].case_id)
     assert found.batches == 0
     assert all(
         torch.equal(edited.weights.current(n), old) for n, old in zip(edited.weights.layers, before, strict=True)
@@ -92,6 +92,6 @@ def test_last_edit_of_a_batch_takes_the_batch_with_it(edited: Editor, tiny_facts
 
 def test_unknown_edits_and_editors_without_a_run_are_named(edited: Editor, tiny_editor: Make) -> None:
     with pytest.raises(ValueError, match="no edit with case_id 'nobody' in force"):
-        forget(edited, "nobody")
+        edited.forget("nobody")
     with pytest.raises(RunError, match="wanted an editor with a run directory"):
-        forget(tiny_editor(), 1)
+        tiny_editor().forget(1)

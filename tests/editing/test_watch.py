@@ -51,9 +51,9 @@ def test_growth_past_a_bound_warns(
     watch = Watch(editor, tiny_facts[:3], text=TEXT, text_tokens=500, max_perplexity=1.5, max_drift=1e-4)
     with torch.no_grad():
         # Real damage: another layer's head is turned around, which no drift of an edited layer shows.
-        editor.model.model.lm_head.weight[:50] *= -1
+        editor.model.lm_head.weight[:50] *= -1
         watch.begin()
-        editor.model.model.lm_head.weight[:50] *= -3
+        editor.model.lm_head.weight[:50] *= -3
     with caplog.at_level(logging.WARNING):
         editor.edit(tiny_facts[:3], watch=watch)
     assert any("perplexity" in warning and "bound 1.5" in warning for warning in watch.points[-1].warnings)

@@ -61,14 +61,14 @@ def test_folder_that_cannot_be_written(
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, flags, *rest)
 
-    later = Editor.resume(finished, fast_editor().model, moments=editor.state.moments, progress=False)
+    later = Editor.resume(finished, fast_editor().adapter, moments=editor.state.moments, progress=False)
     monkeypatch.setattr(os, "open", read_only)
     before = later.weights.fingerprint()
     with pytest.raises(OSError, match="Permission denied"):
         later.edit(stream[:1])
     assert later.weights.fingerprint() == before
     # Reading needs no permission to write.
-    again = Editor.resume(finished, fast_editor().model, moments=editor.state.moments, progress=False)
+    again = Editor.resume(finished, fast_editor().adapter, moments=editor.state.moments, progress=False)
     assert again.weights.fingerprint() == before
 
 

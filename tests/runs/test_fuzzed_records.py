@@ -95,7 +95,7 @@ def judged(path: Path, editor: Editor) -> InvalidEdits | EditSet:
     """What becomes of a file, as `Editor.edit` would judge it."""
     try:
         found = load_edits(path)
-        limits = {"tokenizer": editor.model.tokenizer, "max_positions": editor.model.max_positions}
+        limits = {"tokenizer": editor.tokenizer, "max_positions": editor.adapter.max_positions}
         check_edits(found, 10, **limits, template_tokens=editor.config.templates.length + 1)
     except InvalidEdits as error:
         return error

@@ -59,6 +59,6 @@ def test_every_batch_gives_back_what_it_freed(
 ) -> None:
     given: list[int] = []
     editor = tiny_editor(value={"steps": 2})
-    monkeypatch.setattr("fastedit.editor.give_back_freed", lambda: given.append(len(editor.edits)))
+    monkeypatch.setattr("fastedit.editing.stream.give_back_freed", lambda: given.append(len(editor.edits)))
     editor.edit(tiny_facts[:3], batch_size=1)
     assert given == [1, 2, 3]

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from fastedit.editing.committed import CommittedBatches
+from fastedit.methods.base import NoState
 from fastedit.model.adapter import ModelAdapter
+from fastedit.records.edit import EditSet
 from fastedit.weights.editable import ColumnWeights, EditableWeights
-from fastedit.weights.trial import Journal
+from fastedit.weights.trial import Trial
 
 LAYERS = (1, 2)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -159,7 +162,7 @@ def fill(trial, weights, seed=0):
 
 def test_a_trial_that_is_not_committed_leaves_no_bit_changed(weights):
     before = bits(weights)
-    with Journal(weights).trial() as trial:
+    with Trial(weights) as trial:
         fill(trial, weights)
         assert not same(bits(weights), before)
     assert same(bits(weights), before)
@@ -169,7 +172,7 @@ def test_an_exception_rolls_back_and_goes_on(weights):
     before = bits(weights)
 
     def interrupted():
-        with Journal(weights).trial() as trial:
+        with Trial(weights) as trial:
             fill(trial, weights)
             raise KeyboardInterrupt
 
@@ -179,54 +182,54 @@ def test_an_exception_rolls_back_and_goes_on(weights):
 
 
 def test_a_committed_trial_stays_and_undo_takes_it_back(weights):
-    journal = Journal(weights)
+    committed = CommittedBatches()
     before = bits(weights)
-    with journal.trial() as trial:
+    with Trial(weights) as trial:
         fill(trial, weights)
         during = bits(weights)
-        journal.commit(trial)
+        committed.append(EditSet(()), trial, NoState(), {})
     assert same(bits(weights), during)
-    assert len(journal) == 1
-    journal.undo()
+    assert committed.undoable == 1
+    committed.undo(1, NoState())
     assert same(bits(weights), before)
-    assert len(journal) == 0
+    assert committed.undoable == 0
 
 
 def test_undo_goes_back_batch_by_batch_as_far_as_the_depth(weights):
-    journal = Journal(weights, depth=2)
+    committed = CommittedBatches(undo_depth=2)
     states = [bits(weights)]
     for batch in range(3):
-        with journal.trial() as trial:
+        with Trial(weights) as trial:
             fill(trial, weights, seed=10 * batch)
-            journal.commit(trial)
+            committed.append(EditSet(()), trial, NoState(), {})
         states.append(bits(weights))
-    assert len(journal) == 2
+    assert committed.undoable == 2
     for wanted in (states[2], states[1]):
-        journal.undo()
+        committed.undo(1, NoState())
         assert same(bits(weights), wanted)
-    with pytest.raises(ValueError, match="nothing to undo"):
-        journal.undo()
+    with pytest.raises(ValueError, match="0 batches are in memory"):
+        committed.undo(1, NoState())
     assert same(bits(weights), states[1])
 
 
 def test_a_failed_trial_after_a_committed_one_takes_back_only_itself(weights):
-    journal = Journal(weights)
+    committed = CommittedBatches()
     before = bits(weights)
-    with journal.trial() as first:
+    with Trial(weights) as first:
         fill(first, weights)
-        journal.commit(first)
-    committed = bits(weights)
-    with journal.trial() as second:
+        committed.append(EditSet(()), first, NoState(), {})
+    stayed = bits(weights)
+    with Trial(weights) as second:
         fill(second, weights, seed=50)
-    assert same(bits(weights), committed)
-    assert len(journal) == 1
-    journal.undo()
+    assert same(bits(weights), stayed)
+    assert committed.undoable == 1
+    committed.undo(1, NoState())
     assert same(bits(weights), before)
 
 
 def test_nothing_to_undo_at_the_start(weights):
-    with pytest.raises(ValueError, match="nothing to undo"):
-        Journal(weights).undo()
+    with pytest.raises(ValueError, match="0 batches are in memory"):
+        CommittedBatches().undo(1, NoState())
 
 
 def test_only_columns_that_were_written_are_kept(random_llama, random_tokenizer):

@@ -39,18 +39,18 @@ def test_updates_equal_the_transcription(
 ) -> None:
     editor = tiny_editor(**changes)
     config, state = editor.config, editor.state
-    twin = copy.deepcopy(editor.model.model)
-    history = {layer: torch.zeros(editor.model.d_ff, editor.model.d_ff) for layer in config.layers}
+    twin = copy.deepcopy(editor.model)
+    history = {layer: torch.zeros(editor.adapter.d_ff, editor.adapter.d_ff) for layer in config.layers}
     moments = {layer: state.moments[layer] for layer in config.layers}
     for start in (0, 6, 12):
         batch = tiny_facts[start : start + 6]
         with editor.weights.rewound():
-            values = optimise_values(editor.model, batch, state.templates, config.layers[-1], config.value).values
+            values = optimise_values(editor.adapter, batch, state.templates, config.layers[-1], config.value).values
         before = {layer: editor.weights.current(layer).clone() for layer in config.layers}
         editor.edit(batch)
         requests = [published.Request(e.prompt, e.subject_span[1], e.subject, e.target_new) for e in batch]
         totals = published.nse_batch(
-            twin, editor.model.tokenizer, requests, values, state.templates, moments, history,
+            twin, editor.tokenizer, requests, values, state.templates, moments, history,
             settings_of(published, editor),
         )  # fmt: skip
         for layer in config.layers:
@@ -64,15 +64,15 @@ def test_updates_equal_the_transcription(
 
 def test_only_selected_columns_of_edited_layers_change(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     editor = tiny_editor(mass=0.6, rounds=1)
-    before = {name: tensor.clone() for name, tensor in editor.model.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
     run = editor.edit(tiny_facts[:10])
-    edited = {editor.model.weight_name(layer): layer for layer in editor.config.layers}
-    for name, tensor in editor.model.model.state_dict().items():
+    edited = {editor.adapter.weight_name(layer): layer for layer in editor.config.layers}
+    for name, tensor in editor.model.state_dict().items():
         if name not in edited:
             assert torch.equal(tensor, before[name]), name
             continue
         moved = (tensor != before[name]).any(dim=0)
-        assert 0 < int(moved.sum()) <= run.batches[0].neurons[edited[name]] < editor.model.d_ff
+        assert 0 < int(moved.sum()) <= run.batches[0].neurons[edited[name]] < editor.adapter.d_ff
 
 
 def test_released_choice_takes_one_neuron_less(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
@@ -99,10 +99,10 @@ def test_values_in_the_middle_of_a_stream_are_those_of_the_original_weights(
 ) -> None:
     editor = tiny_editor()
     layer, batch = editor.config.layers[-1], tiny_facts[10:14]
-    fresh = optimise_values(editor.model, batch, editor.state.templates, layer, editor.config.value)
+    fresh = optimise_values(editor.adapter, batch, editor.state.templates, layer, editor.config.value)
     editor.edit(tiny_facts[:10])
-    edited = optimise_values(editor.model, batch, editor.state.templates, layer, editor.config.value)
+    edited = optimise_values(editor.adapter, batch, editor.state.templates, layer, editor.config.value)
     with editor.weights.rewound():
-        rewound = optimise_values(editor.model, batch, editor.state.templates, layer, editor.config.value)
+        rewound = optimise_values(editor.adapter, batch, editor.state.templates, layer, editor.config.value)
     assert torch.equal(rewound.values, fresh.values)
     assert not torch.equal(edited.values, fresh.values)

@@ -22,15 +22,15 @@ def test_values_in_bf16_pass_the_parity_gate(tiny_editor: Callable[..., Editor],
     """Loss and steps, not coordinates: Adam's first step is a sign step."""
     editor, batch = tiny_editor(), tiny_facts[:20]
     config, templates = editor.config, editor.state.templates
-    exact = optimise_values(editor.model, batch, templates, config.layers[-1], config.value)
+    exact = optimise_values(editor.adapter, batch, templates, config.layers[-1], config.value)
     half = config.value.model_copy(update={"dtype": "bfloat16"})
-    rough = optimise_values(editor.model, batch, templates, config.layers[-1], half)
+    rough = optimise_values(editor.adapter, batch, templates, config.layers[-1], half)
     assert rough.values.dtype == torch.float32
     assert not torch.equal(rough.values, exact.values)
     assert float((rough.losses - exact.losses).abs().mean()) < 0.05
     change = torch.cosine_similarity(rough.values - rough.hidden, exact.values - exact.hidden, dim=1)
     assert float(change.mean()) > 0.9
-    worse = optimise_values(editor.model, batch, templates, config.layers[-1], half.model_copy(update={"steps": 3}))
+    worse = optimise_values(editor.adapter, batch, templates, config.layers[-1], half.model_copy(update={"steps": 3}))
     assert float((worse.losses - exact.losses).abs().mean()) > 0.05, "unfinished values must fail the gate"
 
 
@@ -38,12 +38,12 @@ def test_hidden_states_below_are_exact_with_a_bf16_copy_above(
     tiny_editor: Callable[..., Editor], tiny_facts: EditSet
 ) -> None:
     editor, batch = tiny_editor(), tiny_facts[:5]
-    before = {name: tensor.clone() for name, tensor in editor.model.model.state_dict().items()}
-    args = (editor.model, batch, editor.state.templates, editor.config.layers[-1])
+    before = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
+    args = (editor.adapter, batch, editor.state.templates, editor.config.layers[-1])
     exact = optimise_values(*args, editor.config.value)
     rough = optimise_values(*args, editor.config.value.model_copy(update={"dtype": "bfloat16"}))
     assert torch.equal(rough.hidden, exact.hidden)
-    for name, tensor in editor.model.model.state_dict().items():
+    for name, tensor in editor.model.state_dict().items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor, before[name]), name
 

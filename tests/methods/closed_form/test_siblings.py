@@ -12,7 +12,8 @@ import torch
 
 from fastedit.editor import Editor
 from fastedit.methods.closed_form.values import Values, optimise_values
-from fastedit.methods.registry import RECIPES
+from fastedit.methods.presets import presets
+from fastedit.methods.registry import METHODS
 from fastedit.records.edit import EditSet
 
 
@@ -22,7 +23,7 @@ def requests_of(published: ModuleType, batch: EditSet) -> list[Any]:
 
 def present_values(editor: Editor, batch: EditSet) -> torch.Tensor:
     config = editor.config
-    return optimise_values(editor.model, batch, editor.state.templates, config.layers[-1], config.value).values
+    return optimise_values(editor.adapter, batch, editor.state.templates, config.layers[-1], config.value).values
 
 
 def assert_same_stream(
@@ -50,8 +51,8 @@ def test_memit_equals_the_transcription(
     published_siblings: ModuleType,
 ) -> None:
     editor = tiny_editor("memit", memory=memory)
-    config, state, width = editor.config, editor.state, editor.model.d_ff
-    twin, tokenizer = copy.deepcopy(editor.model.model), editor.model.tokenizer
+    config, state, width = editor.config, editor.state, editor.adapter.d_ff
+    twin, tokenizer = copy.deepcopy(editor.model), editor.tokenizer
     history = {layer: torch.zeros(width, width) for layer in config.layers} if memory else None
     settings = published.PublishedSettings(
         config.layers, config.value.steps, config.value.lr, config.covariance_weight, 1.0, 0.0, float("inf"), 1
@@ -75,8 +76,8 @@ def test_alphaedit_equals_the_transcription(
     published_siblings: ModuleType,
 ) -> None:
     editor = tiny_editor("alphaedit", null_threshold=threshold)
-    config, state, width = editor.config, editor.state, editor.model.d_ff
-    twin, tokenizer = copy.deepcopy(editor.model.model), editor.model.tokenizer
+    config, state, width = editor.config, editor.state, editor.adapter.d_ff
+    twin, tokenizer = copy.deepcopy(editor.model), editor.tokenizer
     history = {layer: torch.zeros(width, width) for layer in config.layers}
     projectors = {layer: published_siblings.projector(state.moments[layer], threshold) for layer in config.layers}
 
@@ -108,8 +109,8 @@ def test_edits_take_and_are_undone_bit_for_bit(
     method: str, changes: dict[str, Any], tiny_editor: Callable[..., Editor], tiny_facts: EditSet
 ) -> None:
     editor = tiny_editor(method, **changes)
-    state = {name: tensor.clone() for name, tensor in editor.model.model.state_dict().items()}
-    edited = {editor.model.weight_name(layer) for layer in editor.config.layers}
+    state = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
+    edited = {editor.adapter.weight_name(layer) for layer in editor.config.layers}
     batch = tiny_facts[:8]
     prompts = [edit.prompt for edit in batch]
     before = editor.ask(prompts, n_tokens=1)
@@ -118,10 +119,10 @@ def test_edits_take_and_are_undone_bit_for_bit(
     taken = [a.strip() and e.target_new.startswith(a.strip()) for a, e in zip(after, batch, strict=True)]
     assert sum(map(bool, taken)) >= 7
     assert before != after
-    for name, tensor in editor.model.model.state_dict().items():
+    for name, tensor in editor.model.state_dict().items():
         assert torch.equal(tensor, state[name]) == (name not in edited), name
     editor.undo(last=2)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in editor.model.model.state_dict().items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in editor.model.state_dict().items())
 
 
 def test_values_are_optimised_on_the_present_weights(
@@ -141,8 +142,6 @@ def test_values_are_optimised_on_the_present_weights(
     assert torch.equal(seen[0].values, wanted)
 
 
-def test_every_recipe_has_a_config_and_a_preset_for_the_default_model() -> None:
-    from fastedit.methods.presets import CONFIGS, presets
-
-    assert set(RECIPES) == set(CONFIGS)
-    assert all("smollm2-135m" in presets(method) for method in RECIPES)
+def test_every_method_has_its_name_and_a_preset_for_the_default_model() -> None:
+    assert all(method.name == name for name, method in METHODS.items())
+    assert all("smollm2-135m" in presets(method) for method in METHODS)

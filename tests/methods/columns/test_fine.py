@@ -9,26 +9,28 @@ import pytest
 import torch
 
 from fastedit import Edit, EditSet, evaluate
-from fastedit.editor import BatchRejected, Editor
+from fastedit.editor import Editor
 from fastedit.methods.columns.fine import FINE
 from fastedit.methods.presets import load_preset, presets
 from fastedit.model.tokens import whole_sequences
+from fastedit.runs.reports import BatchRejected
+from fastedit.weights.trial import Trial
 
 
 def worst_token(editor: Editor, edit: Edit) -> float:
     """max_j -log p(y_j) by the model's own forward."""
-    (sequence,) = whole_sequences(editor.model.tokenizer, [edit.prompt], [edit.target_new])
+    (sequence,) = whole_sequences(editor.tokenizer, [edit.prompt], [edit.target_new])
     with torch.no_grad():
-        logits = editor.model.model.eval()(input_ids=torch.tensor([sequence.ids])).logits[0]
+        logits = editor.model.eval()(input_ids=torch.tensor([sequence.ids])).logits[0]
     log_p = logits.log_softmax(-1)
     return max(-float(log_p[p, token]) for p, token in zip(sequence.scored, sequence.targets, strict=True))
 
 
 def changed_columns(editor: Editor, before: dict[str, torch.Tensor]) -> dict[int, list[int]]:
     """layer -> columns of its down-projection that differ; nothing else may."""
-    names = {editor.model.weight_name(layer): layer for layer in range(editor.model.n_layers)}
+    names = {editor.adapter.weight_name(layer): layer for layer in range(editor.adapter.n_layers)}
     found = {}
-    for name, tensor in editor.model.model.state_dict().items():
+    for name, tensor in editor.model.state_dict().items():
         if torch.equal(tensor, before[name]):
             continue
         assert name in names, name
@@ -37,7 +39,7 @@ def changed_columns(editor: Editor, before: dict[str, torch.Tensor]) -> dict[int
 
 
 def weights_of(editor: Editor) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in editor.model.model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
 
 
 @pytest.mark.parametrize(("method", "size"), [("fine", 1), ("kn", 1), ("kne", 1), ("nse", 100), ("alphaedit", 100)])
@@ -45,7 +47,7 @@ def test_edits_of_columns_are_written_one_by_one_unless_said_otherwise(
     method: str, size: int, tiny_editor: Callable[..., Editor], tiny_facts: EditSet
 ) -> None:
     editor = tiny_editor(method)
-    assert editor.recipe.batch_size == size
+    assert editor.method.batch_size == size
     run = editor.edit(tiny_facts[:2])
     assert [len(report.case_ids) for report in run.batches] == [min(size, 2)] * (2 // min(size, 2))
 
@@ -77,8 +79,8 @@ def test_single_edits_take_and_come_back_bit_for_bit(tiny_editor: Callable[..., 
 def test_the_committed_model_is_the_trained_one(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     editor = tiny_editor("fine")
     for edit in tiny_facts[5:9]:
-        with editor.journal.trial() as trial, torch.no_grad():
-            result = FINE.run(editor.start, editor.state, [edit], trial)
+        with Trial(editor.weights) as trial, torch.no_grad():
+            result = FINE.write_batch(editor.stream.start, editor.state, [edit], trial)
             assert result.trained.steps[0] < editor.config.train.steps, "not stopped: the last step was not looked at"
             assert worst_token(editor, edit) == pytest.approx(float(result.trained.worst[0]), rel=1e-3)
 
@@ -89,28 +91,28 @@ def test_only_the_chosen_columns_change_and_none_of_a_frozen_layer(
     for frozen in (1, 4):
         editor = tiny_editor("fine", frozen_layers=frozen)
         before = weights_of(editor)
-        with editor.journal.trial() as trial, torch.no_grad():
-            slots = FINE.run(editor.start, editor.state, tiny_facts[:6], trial).slots
+        with Trial(editor.weights) as trial, torch.no_grad():
+            slots = FINE.write_batch(editor.stream.start, editor.state, tiny_facts[:6], trial).slots
             wanted: dict[int, set[int]] = {}
             for layer, neuron in zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True):
                 wanted.setdefault(layer, set()).add(neuron)
             assert changed_columns(editor, before) == {layer: sorted(found) for layer, found in wanted.items()}
-        assert max(wanted) < editor.model.n_layers - frozen
+        assert max(wanted) < editor.adapter.n_layers - frozen
         assert changed_columns(editor, before) == {}
 
 
 def test_a_batch_adds_up_what_its_edits_give_alone(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     editor = tiny_editor("fine")
-    before = {layer: editor.model.down_weight(layer).clone() for layer in editor.weights.layers}
+    before = {layer: editor.adapter.down_weight(layer).clone() for layer in editor.weights.layers}
     total = {layer: torch.zeros_like(weight) for layer, weight in before.items()}
     for edit in tiny_facts[:4]:
         editor.edit([edit], batch_size=1)
         for layer, weight in before.items():
-            total[layer] += editor.model.down_weight(layer) - weight
+            total[layer] += editor.adapter.down_weight(layer) - weight
         editor.undo()
     editor.edit(tiny_facts[:4], batch_size=4)
     for layer, weight in before.items():
-        torch.testing.assert_close(editor.model.down_weight(layer) - weight, total[layer], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(editor.adapter.down_weight(layer) - weight, total[layer], rtol=1e-3, atol=1e-4)
 
 
 def test_an_edit_that_is_true_already_changes_nothing(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
@@ -140,7 +142,7 @@ def test_later_edits_are_located_on_the_edited_model(tiny_editor: Callable[..., 
 
 def test_a_loss_that_is_no_number_is_refused(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     editor = tiny_editor("fine")
-    next(iter(editor.model.layers[-1].parameters())).data.fill_(torch.nan)
+    next(iter(editor.adapter.layers[-1].parameters())).data.fill_(torch.nan)
     before = editor.weights.fingerprint()
     with pytest.raises(BatchRejected, match="the loss is not finite"):
         editor.edit(tiny_facts[:2])
@@ -150,7 +152,7 @@ def test_a_loss_that_is_no_number_is_refused(tiny_editor: Callable[..., Editor],
 def test_half_precision_keeps_float32_masters(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     editor = tiny_editor("fine")
     half = Editor(
-        type(editor.model)(editor.model.model.bfloat16(), editor.model.tokenizer), "fine", editor.config, progress=False
+        type(editor.adapter)(editor.model.bfloat16(), editor.tokenizer), "fine", editor.config, progress=False
     )
     before = half.weights.fingerprint()
     half.edit(tiny_facts[:2], batch_size=1)
@@ -162,8 +164,8 @@ def test_half_precision_keeps_float32_masters(tiny_editor: Callable[..., Editor]
 def test_common_neurons_are_left_out_when_asked(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     def chosen(**changes: Any) -> tuple[Editor, list[tuple[int, int]]]:
         editor = tiny_editor("fine", background={"tokens": 300, "window": 30}, **changes)
-        with editor.journal.trial() as trial, torch.no_grad():
-            slots = FINE.run(editor.start, editor.state, tiny_facts[:6], trial).slots
+        with Trial(editor.weights) as trial, torch.no_grad():
+            slots = FINE.write_batch(editor.stream.start, editor.state, tiny_facts[:6], trial).slots
         return editor, list(zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True))
 
     published, plain = chosen()

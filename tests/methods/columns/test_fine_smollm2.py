@@ -12,6 +12,7 @@ from fastedit.editor import Editor
 from fastedit.methods.columns.fine import FINE
 from fastedit.model.load import ModelNotFound
 from fastedit.model.tokens import whole_sequences
+from fastedit.weights.trial import Trial
 
 # Neurons whose scores lie closer than this, relatively, may change places in float32.
 TIE = 1e-4
@@ -24,10 +25,10 @@ def test_neurons_losses_and_stop_are_those_of_the_published_procedure(published_
     except ModelNotFound as error:
         pytest.skip(str(error))
     edits, train = demo_edits(4), editor.config.train
-    model = editor.model
+    model = editor.adapter
     sequences = whole_sequences(model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
-    with editor.journal.trial() as trial, torch.no_grad():
-        result = FINE.run(editor.start, editor.state, edits, trial)
+    with Trial(editor.weights) as trial, torch.no_grad():
+        result = FINE.write_batch(editor.stream.start, editor.state, edits, trial)
     settings = published_fine.FineSettings(k=editor.config.neurons, lr=train.lr, steps=train.steps)
     downs = [layer.mlp.down_proj for layer in model.layers]
     for edit, sequence in enumerate(sequences):

@@ -14,11 +14,12 @@ from fastedit.editor import Editor
 from fastedit.methods.columns.attribution import attribute
 from fastedit.methods.columns.ensemble import ensemble
 from fastedit.model.tokens import whole_sequences
+from fastedit.weights.trial import Trial
 
 
 def changed_parameters(editor: Editor, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """name -> columns that differ."""
-    state = editor.model.model.state_dict()
+    state = editor.model.state_dict()
     return {
         name: (tensor != before[name]).any(0).nonzero().flatten()
         for name, tensor in state.items()
@@ -27,19 +28,19 @@ def changed_parameters(editor: Editor, before: dict[str, torch.Tensor]) -> dict[
 
 
 def weights_of(editor: Editor) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in editor.model.model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
 
 
 def test_the_ensemble_alone_is_trained_and_comes_back(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
     editor = tiny_editor("kne")
     before, batch = weights_of(editor), tiny_facts[:4]
-    with torch.no_grad(), editor.model.packed():
-        scores = attribute(editor.model, batch, editor.config.attribution).sum(0)
+    with torch.no_grad(), editor.adapter.packed():
+        scores = attribute(editor.adapter, batch, editor.config.attribution).sum(0)
     members = ensemble(scores, editor.config.share)
-    assert len(members) == round(editor.config.share * editor.model.n_layers * editor.model.d_ff)
+    assert len(members) == round(editor.config.share * editor.adapter.n_layers * editor.adapter.d_ff)
     run = editor.edit(batch, batch_size=4)
     written = changed_parameters(editor, before)
-    wanted = {editor.model.weight_name(layer): members[members[:, 0] == layer, 1] for layer in members[:, 0].tolist()}
+    wanted = {editor.adapter.weight_name(layer): members[members[:, 0] == layer, 1] for layer in members[:, 0].tolist()}
     assert {name: index.tolist() for name, index in written.items()} == {n: i.tolist() for n, i in wanted.items()}
     assert evaluate(editor, run.edits, fluency_prompts=0).edited["efficacy_tokens"].value > 0.9
     editor.undo()
@@ -66,7 +67,7 @@ def test_every_choice_edits(changes: dict[str, Any], tiny_editor: Callable[..., 
     assert all(report.loss is not None and report.steps for report in run.batches)
     efficacy = evaluate(editor, run.edits, fluency_prompts=0)
     assert efficacy.edited["efficacy_tokens"].value > efficacy.unedited["efficacy_tokens"].value
-    layers = [editor.model.weight_name(layer) for layer in editor.weights.layers]
+    layers = [editor.adapter.weight_name(layer) for layer in editor.weights.layers]
     assert set(changed_parameters(editor, before)) <= set(layers)
     if changes.get("fixed"):
         assert run.batches[0].neurons == run.batches[1].neurons
@@ -93,22 +94,22 @@ def test_kn_adds_the_embeddings_to_the_neurons_above_its_threshold(
 ) -> None:
     editor = tiny_editor("kn")
     edit, before = tiny_facts[0], weights_of(editor)
-    with torch.no_grad(), editor.model.packed():
-        (scores,) = attribute(editor.model, [edit], editor.config.attribution)
+    with torch.no_grad(), editor.adapter.packed():
+        (scores,) = attribute(editor.adapter, [edit], editor.config.attribution)
     wanted = (scores > editor.config.threshold * scores.max()).nonzero().tolist()
     assert editor.edit([edit]).batches[0].loss is None
-    (sequence,) = whole_sequences(editor.model.tokenizer, [edit.prompt], [edit.target_new])
+    (sequence,) = whole_sequences(editor.tokenizer, [edit.prompt], [edit.target_new])
     written = changed_parameters(editor, before)
     assert sorted(
         [layer, int(column)]
-        for layer in range(editor.model.n_layers)
-        for column in written.get(editor.model.weight_name(layer), torch.empty(0))
+        for layer in range(editor.adapter.n_layers)
+        for column in written.get(editor.adapter.weight_name(layer), torch.empty(0))
     ) == sorted(wanted)
     layer, neuron = wanted[0]
-    moved = editor.model.down_weight(layer)[:, neuron] - before[editor.model.weight_name(layer)][:, neuron]
+    moved = editor.adapter.down_weight(layer)[:, neuron] - before[editor.adapter.weight_name(layer)][:, neuron]
     embedding = before[next(name for name in before if "embed_tokens" in name)]
     with torch.no_grad():
-        logits = tiny_editor("kn").model.model(input_ids=torch.tensor([sequence.ids])).logits[0]
+        logits = tiny_editor("kn").model(input_ids=torch.tensor([sequence.ids])).logits[0]
     said = logits[list(sequence.scored)].argmax(-1)
     factor = 2 if len(said) == 1 else 1
     expected = factor * (embedding[list(sequence.targets)].sum(0) - embedding[said].sum(0))
@@ -123,8 +124,8 @@ def test_progress_moves_while_neurons_are_located_and_ends_at_the_number_of_edit
 ) -> None:
     editor = tiny_editor(method, **settings)
     told: list[float] = []
-    with editor.journal.trial() as trial:
-        editor.recipe.run(editor.start, editor.state, tiny_facts[:3], trial, told.append)
+    with Trial(editor.weights) as trial:
+        editor.method.write_batch(editor.stream.start, editor.state, tiny_facts[:3], trial, told.append)
     assert sum(told) == pytest.approx(3)
-    assert len(told) >= editor.model.n_layers
+    assert len(told) >= editor.adapter.n_layers
     assert max(told) <= 1.5
