@@ -171,14 +171,14 @@ def baseline_update(editor: Editor, twin: Any, requests: list[Any], values: Tens
     config, state, width = editor.config, editor.state, editor.adapter.d_ff
     common = (twin, editor.tokenizer, requests, values, state.templates)
     history = {layer: torch.zeros(width, width, device=editor.adapter.device) for layer in config.layers}
-    if editor.method == "alphaedit":
+    if editor.method.name == "alphaedit":
         # Offline in the released code too, so outside the time.
         projectors = {n: siblings.projector(moment, config.null_threshold) for n, moment in state.moments.items()}
     wait(editor)
     started = time.perf_counter()
-    if editor.method == "nse":
+    if editor.method.name == "nse":
         totals = published.nse_batch(*common, state.moments, history, settings_of(config))
-    elif editor.method == "memit":
+    elif editor.method.name == "memit":
         past = history if config.memory else None
         totals = siblings.memit_batch(*common, state.moments, settings_of(config), past)
     else:

@@ -18,7 +18,7 @@ from fastedit.editing.undo_edit import Forgotten, forget
 from fastedit.evaluation.metrics import Evaluation, evaluate
 from fastedit.methods.base import Method, State
 from fastedit.methods.presets import settings_for
-from fastedit.methods.registry import method_named
+from fastedit.methods.registry import METHODS, method_named
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.families import FAMILIES, Family
@@ -26,6 +26,7 @@ from fastedit.model.load import load_model
 from fastedit.model.tokens import encode
 from fastedit.records.check import check_edits
 from fastedit.records.edit import Edit, EditSet
+from fastedit.runs.log import RunError
 from fastedit.runs.recorder import Recorder
 from fastedit.runs.reports import Run, Watcher
 from fastedit.weights.editable import EditableWeights
@@ -132,6 +133,8 @@ class Editor:
         moments: default: computed from the text that the run names
         Raises RunError for no run, DamagedRun for a damaged one, WrongModel for another model."""
         recorder = Recorder.open(run_dir)
+        if method is None and recorder.method_name not in METHODS:
+            raise RunError(f"{run_dir}: written by a method of your own, {recorder.method_name!r}; pass it as method=")
         chosen = method_named(recorder.method_name if method is None else method)
         config = recorder.config(chosen.config_class)
         source = Source(recorder.text, recorder.seed) if moments is None else moments

@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastedit.config import EditConfig, MomentConfig, changed
 from fastedit.editor import Editor
@@ -204,7 +203,7 @@ def random_tokenizer():
         vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<pad>", "<unused>", "<end>"]
     )
     inner.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
 
 
 @pytest.fixture(scope="session")
@@ -216,7 +215,7 @@ def bos_tokenizer():
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<unk>", "<start>", "<end>"])
     inner.train_from_iterator(SENTENCES, trainer)
     inner.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", bos_token="<start>", eos_token="<end>", pad_token="<end>"
     )
 
@@ -239,7 +238,7 @@ def fallback_tokenizer():
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     inner.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", bos_token="<start>", eos_token="<end>", pad_token="<end>"
     )
 
@@ -247,7 +246,7 @@ def fallback_tokenizer():
 @pytest.fixture(scope="session")
 def llama_once():
     """The model that every test copies; nothing may change it."""
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -262,7 +261,7 @@ def llama_once():
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        model = LlamaForCausalLM(config).double().eval()
+        model = transformers.LlamaForCausalLM(config).double().eval()
         # Norms are made of ones, which would hide a norm that is left out or used twice.
         for name, parameter in model.named_parameters():
             if "norm" in name:

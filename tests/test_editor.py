@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import fastedit.methods.closed_form.recipe as base
 from fastedit.config import changed
@@ -199,3 +200,57 @@ def test_saved_model_loads_with_the_same_logits(
     ids = torch.tensor([tokenizer(tiny_facts[0].prompt)["input_ids"]])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, editor.model(ids).logits)
+
+
+def test_the_face_shows_what_transformers_users_expect(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    editor = tiny_editor()
+    assert isinstance(editor.model, transformers.PreTrainedModel)
+    assert editor.tokenizer is editor.adapter.tokenizer
+    assert repr(editor) == "Editor(LlamaForCausalLM, method nse, 0 edits in 0 batches)"
+    editor.edit(tiny_facts[:4], batch_size=2)
+    assert repr(editor) == "Editor(LlamaForCausalLM, method nse, 4 edits in 2 batches)"
+    with pytest.raises(TypeError, match=r"Editor takes a ModelAdapter, got LlamaForCausalLM; .* Editor\.from_model"):
+        Editor(editor.model)
+
+
+def test_settings_are_replaced_where_that_is_sound(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet, tmp_path: Path
+) -> None:
+    editor = tiny_editor()
+    with pytest.raises(TypeError, match="nse needs a NSEConfig"):
+        editor.config = tiny_editor("memit").config
+    with pytest.raises(ValueError, match=r"the edited layers are \(2, 3, 4\)"):
+        editor.config = changed(editor.config, {"layers": [1, 2]})
+    editor.config = changed(editor.config, {"value": {"steps": 3}})
+    editor.edit(tiny_facts[:2], run_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="the settings of a recorded run cannot change"):
+        editor.config = changed(editor.config, {"value": {"steps": 4}})
+
+
+def test_several_watchers_see_every_batch(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    class Counter:
+        def __init__(self) -> None:
+            self.calls: list[Any] = []
+
+        def begin(self) -> None:
+            self.calls.append("begin")
+
+        def after_batch(self, report: Any, last: bool) -> None:
+            self.calls.append((report.batch, last))
+
+    first, second = Counter(), Counter()
+    editor = tiny_editor(value={"steps": 2})
+    editor.edit(tiny_facts[:4], 2, watch=[first, second])
+    assert first.calls == second.calls == ["begin", (0, False), (1, True)]
+    editor.edit(tiny_facts[4:6], 2, watch=first)
+    assert first.calls[3:] == ["begin", (0, True)]
+
+
+def test_evaluate_and_export_through_the_editor(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet, tmp_path: Path
+) -> None:
+    editor = tiny_editor()
+    editor.edit(tiny_facts[:3])
+    assert editor.evaluate(fluency_prompts=0) == evaluate(editor, tiny_facts[:3], fluency_prompts=0)
+    exported = editor.export(tmp_path / "delta", "delta")
+    assert exported.holds == (1.0, 1.0)

@@ -69,7 +69,7 @@ def examine() -> Examination:
 
 def build_record() -> dict[str, str]:
     """What the installation compiled, "cpu" and "cuda" -> "compiled" or why not; the instruction set it uses here."""
-    path = Path(__file__).with_name("_build.txt")
+    path = Path(fastedit.__file__).with_name("_build.txt")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ["cpu: not built", "cuda: not built"]
     record = dict(line.split(": ", 1) for line in lines)
     if cpp.missing() is None:

@@ -59,7 +59,7 @@ def test_the_text_shows_problems_and_what_is_not_installed():
 
 @pytest.mark.parametrize("text", ["cpu: the C++ compiler: none\ncuda: no GPU\n", None])
 def test_a_missing_compiler_is_told(monkeypatch, tmp_path, text):
-    monkeypatch.setattr(fastedit.cli.doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(fastedit, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(cpp, "missing", lambda: "it was not compiled")
     if text:
         (tmp_path / "_build.txt").write_text(text)
