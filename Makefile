@@ -80,13 +80,21 @@ endif
 bench-ops: $(READY)
 	$(PY) bench/run.py $(OPS)
 
-# pdoc shows what __all__ names and what the module's dict holds; the public names get there only on first use.
+# pdoc shows what __all__ names and what the module's dict holds; the public names get there only on first use. A package
+# with __all__ would hide its modules.
 define BUILD_DOCS
-import pathlib, pkgutil, warnings
+import importlib, pathlib, pkgutil, warnings
 import fastedit, pdoc
 warnings.filterwarnings("ignore", "Error parsing type annotation")
 vars(fastedit).update({name: getattr(fastedit, name) for name in fastedit.__all__})
-fastedit.__all__ += [found.name for found in pkgutil.iter_modules(fastedit.__path__)]
+def show_modules(package):
+    modules = [module for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
+    if hasattr(package, "__all__"):
+        package.__all__ = [*package.__all__, *(module.name for module in modules)]
+    for module in modules:
+        if module.ispkg:
+            show_modules(importlib.import_module(f"{package.__name__}.{module.name}"))
+show_modules(fastedit)
 pdoc.render.configure(docformat="google")
 pdoc.pdoc("fastedit", output_directory=pathlib.Path("build/docs"))
 endef

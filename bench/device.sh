@@ -111,7 +111,7 @@ part_build() {
     failed=1
   fi
   rm -f "$log"
-  "$PYTHON" -c 'from fastedit.cli import main; main()' doctor || failed=1
+  "$PYTHON" -c 'from fastedit.cli.main import main; main()' doctor || failed=1
   built || { echo "fastedit's extension for $DEVICE is not there: only what needs none of it runs"; failed=1; }
   return $failed
 }
