@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from fastedit.config import EditConfig, changed
 from fastedit.methods.base import Method
@@ -61,9 +60,9 @@ def settings_for(
     """The settings of an editor.
 
     preset: name of the preset to start from; default: the one made for a model of this shape
-    config: whole settings, taken as they are, or a mapping of changes to the preset, such as {"rounds": 2}
-    Raises ValueError when no preset fits and `config` is not whole, or when a value does not fit; TypeError for the
-    settings of another method."""
+    config: whole settings, taken as they are, or a mapping of changes to the preset, such as {"rounds": 2}; of a method
+        without presets, a mapping of all settings that have no default
+    Raises ValueError when no preset fits or a value does not; TypeError for the settings of another method."""
     if isinstance(config, EditConfig):
         if preset is not None:
             raise ValueError(f"pass preset= or whole settings as config=, got both (preset {preset!r})")
@@ -71,28 +70,14 @@ def settings_for(
             raise TypeError(f"{method.name} needs a {method.config_class.__name__}, got {type(config).__name__}")
         return config
 
-    changes = {} if config is None else config
-    try:
-        if preset is not None:
-            return load_preset(method, preset, **changes)
-        base = preset_for(method, model.n_layers, model.d_model, model.d_ff)
-    except ValueError:
-        # Without a preset the changes, or the defaults, may be whole settings.
-        if preset is not None or (whole := _whole(method, changes)) is None:
-            raise
+    if config is not None and method.presets is None:
+        whole: EditConfig = method.config_class.model_validate(dict(config))
         return whole
-    return changed(base, changes)
 
-
-def _whole(method: Method[Any, Any], fields: Mapping[str, Any]) -> EditConfig | None:
-    """The settings with these fields and defaults for the others; None when a field without default is missing."""
-    try:
-        config: EditConfig = method.config_class.model_validate(dict(fields))
-    except ValidationError as error:
-        if all(problem["type"] == "missing" for problem in error.errors()):
-            return None
-        raise
-    return config
+    changes = {} if config is None else config
+    if preset is not None:
+        return load_preset(method, preset, **changes)
+    return changed(preset_for(method, model.n_layers, model.d_model, model.d_ff), changes)
 
 
 def _read(method: Method[Any, Any], name: str) -> dict[str, Any]:

@@ -105,6 +105,50 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: tuple[str, ...], 
     assert "Traceback" not in done.output
 
 
+@pytest.mark.usefixtures("tiny_preset")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "kne", "--moments", TEXT), "--moments: kne reads no background text"),
+        (("--method", "kn", "--moment-tokens", "100"), "--moment-tokens: kn reads no background text"),
+        (("--work-dir", "kept"), "--work-dir: only meg keeps its stages in a folder"),
+        (("--others", FACTS), "--others: only meg learns from records that are not edited"),
+    ],
+    ids=["text", "tokens", "work dir", "others"],
+)
+def test_a_flag_that_the_method_does_not_use_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    done = run("edit", MODEL, FACTS, "--limit", "1", *arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+
+
+def test_text_is_refused_where_the_settings_leave_it_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = "model: {n_layers: 8, d_model: 64, d_ff: 192}\nconfig: {frozen_layers: 1, train: {steps: 2}}\n"
+    (tmp_path / "tiny.yaml").write_text(shape, encoding="utf-8")
+    monkeypatch.setitem(METHODS, "fine", replace(METHODS["fine"], presets=tmp_path))
+    asked = (
+        "edit",
+        MODEL,
+        FACTS,
+        "--limit",
+        "1",
+        "--method",
+        "fine",
+        "--preset",
+        "tiny",
+        "--no-eval",
+        "--moments",
+        TEXT,
+    )
+
+    refused = run(*asked)
+    assert refused.exit_code == 2
+    assert "--moments: fine reads no background text with these settings" in refused.stderr
+
+    read = run(*asked, "--set", "common_share=0.5", "--moment-tokens", "256")
+    assert read.exit_code == 0, read.output
+
+
 def test_bad_records_are_all_listed(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     records = [

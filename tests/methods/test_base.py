@@ -108,6 +108,8 @@ def test_whole_settings_may_be_a_mapping(tiny_model: ModelAdapter) -> None:
     assert config == NSEConfig(layers=(1, 2), covariance_weight=5)
     with pytest.raises(ValueError, match="covariance_wieght"):
         Editor(tiny_model, OWN, {"layers": [1, 2], "covariance_wieght": 5})
+    with pytest.raises(ValueError, match="fine: no preset was made for a model"):
+        Editor(tiny_model, "fine", {"frozen_layers": 1})
 
 
 def test_changes_apply_to_the_preset_of_the_model(tiny_model: ModelAdapter, tmp_path: Path) -> None:
