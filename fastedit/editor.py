@@ -29,7 +29,7 @@ from fastedit.model.tokens import encode
 from fastedit.records.check import Checked, check_edits
 from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.log import RunError, check_new, is_run
-from fastedit.runs.recorder import Recorder, describe_run
+from fastedit.runs.recorder import Recorder, Settings, describe_run
 from fastedit.runs.reports import BatchRejected, BatchReport, Run, Watcher
 from fastedit.runtime.free_memory import give_back_freed
 from fastedit.runtime.interrupts import Interrupts
@@ -125,8 +125,9 @@ class Editor:
         options: moments, undo_depth, progress, as for `Editor`
         Raises RunError: no run, damaged (DamagedRun), or of another model (WrongModel)."""
         recorder = Recorder.open(run_dir)
-        method, config, seed, text = recorder.settings
-        options = {"moments": Source(text, seed), "seed": seed, **options}
+        method, seed = recorder.method_name, recorder.seed
+        options = {"moments": Source(recorder.text, seed), "seed": seed, **options}
+        config = recorder.config(CONFIGS[method])
         editor = cls(model or recorder.load_model(), method, config, **options)
         editor._attach(recorder)
         return editor
@@ -255,8 +256,8 @@ class Editor:
             on_invalid=on_invalid,
         )
 
-    def _settings(self) -> dict[str, Any]:
-        return {"method": self.method, "config": self.config.model_dump(), "seed": self.seed}
+    def _settings(self) -> Settings:
+        return {"method": self.method, "config": self.config, "seed": self.seed}
 
     @contextlib.contextmanager
     def _recording(self, run_dir: str | Path | None, resume: bool) -> Iterator[Recorder | None]:
@@ -341,9 +342,9 @@ class Editor:
                 self._token_budget = report.token_budget
             except RejectedUpdate as error:
                 blamed = tuple(case_ids[row] for row in error.rows)
-                report = BatchReport(number, blamed, 0.0, error=str(error))
+                report = BatchReport(batch=number, case_ids=blamed, seconds=0.0, error=str(error))
             except (NotPositiveDefinite, GuardTripped) as error:
-                report = BatchReport(number, case_ids, 0.0, error=str(error))
+                report = BatchReport(batch=number, case_ids=case_ids, seconds=0.0, error=str(error))
         give_back_freed()
         return replace(report, seconds=time.perf_counter() - started, notes=tuple(notes.lines))
 
@@ -365,18 +366,17 @@ class Editor:
         with trial, torch.no_grad():
             (result, measured), config = with_less_memory(attempt, config)
             report = BatchReport(
-                number,
-                tuple(edit.case_id for edit in batch),
-                time.perf_counter() - started,
-                None if bool(result.losses.isnan().all()) else float(result.losses.mean()),
-                float(result.steps.float().mean()),
-                tuple(result.written),
-                dict(result.neurons),
-                dict(result.norms),
-                None,
-                token_budget(config),
-                tuple(notes.lines),
-                measured,
+                batch=number,
+                case_ids=tuple(edit.case_id for edit in batch),
+                seconds=time.perf_counter() - started,
+                loss=None if bool(result.losses.isnan().all()) else float(result.losses.mean()),
+                steps=float(result.steps.float().mean()),
+                written=tuple(result.written),
+                neurons=dict(result.neurons),
+                norms=dict(result.norms),
+                token_budget=token_budget(config),
+                notes=tuple(notes.lines),
+                measured=measured,
             )
             kept = state.kept(result)
             if self.recorder is not None:
