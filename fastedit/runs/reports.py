@@ -56,7 +56,7 @@ class BatchReport:
     def from_record(cls, plain: Mapping[str, Any]) -> BatchReport:
         """The report in a run's record. A field that the run lacks has its default; an unknown one is left out: no
         result depends on a report."""
-        known = {each.name for each in fields(cls)}
+        known = {attribute.name for attribute in fields(cls)}
         values = {name: value for name, value in plain.items() if name in known}
 
         for name in values.keys() & {"case_ids", "written", "notes"}:

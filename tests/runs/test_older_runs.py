@@ -104,23 +104,8 @@ def is_same_machine() -> bool:
     return arithmetic() == EXPECTED["machine"]
 
 
-@pytest.fixture(scope="module")
-def moments() -> dict[int, torch.Tensor]:
-    """layer -> second moment (d_ff, d_ff). The file holds lower triangles, row by row."""
-    unpacked = {}
-    for layer, packed in load_file(OLDER / "moments.safetensors").items():
-        d_ff = int((2 * len(packed)) ** 0.5)
-        rows, columns = torch.tril_indices(d_ff, d_ff).unbind()
-
-        moment = torch.zeros(d_ff, d_ff)
-        moment[rows, columns] = packed
-        moment[columns, rows] = packed
-        unpacked[int(layer)] = moment
-    return unpacked
-
-
 @pytest.fixture
-def resume(tiny_parts: tuple[Any, Any], moments: dict[int, torch.Tensor], tmp_path: Path) -> Resume:
+def resume(tiny_parts: tuple[Any, Any], older_moments: dict[int, torch.Tensor], tmp_path: Path) -> Resume:
     """Makes an editor of a copy of a run, on a fresh tiny model; a second call opens the same copy again."""
 
     def make(name: str) -> Editor:
@@ -129,7 +114,7 @@ def resume(tiny_parts: tuple[Any, Any], moments: dict[int, torch.Tensor], tmp_pa
             shutil.copytree(OLDER / name, folder)
 
         model = copy.deepcopy(tiny_parts[0]).to(getattr(torch, RUNS[name]["dtype"]))
-        options = {} if RUNS[name]["method"] in BY_COLUMN else {"moments": moments}
+        options = {} if RUNS[name]["method"] in BY_COLUMN else {"moments": older_moments}
         return Editor.resume(folder, ModelAdapter(model, tiny_parts[1]), progress=False, **options)
 
     return make
