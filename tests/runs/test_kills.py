@@ -26,8 +26,9 @@ Make = Callable[..., Editor]
 
 
 def in_a_child(make: Make, stream: EditSet, folder: Path, seconds: float | None) -> float:
-    """Run, or continue the run, in a forked child, and kill it after so many seconds (None = never). Returns the time it
-    ran."""
+    """Run, or continue the run, in a forked child, and kill it after so many seconds (None = never).
+
+    Returns the time that it ran."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
