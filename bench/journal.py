@@ -80,7 +80,7 @@ def main() -> None:
     editor.weights.reset()
     started = time.perf_counter()
     recorder = Recorder.open(options.folder)
-    recorder.check(model, editor.weights, {"method": options.method, "config": config.model_dump(), "seed": 0})
+    recorder.check(model, editor.weights, {"method": options.method, "config": config, "seed": 0})
     checked = time.perf_counter()
     recorder.replay_weights(editor.weights)
     replayed = time.perf_counter()

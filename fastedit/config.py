@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +12,13 @@ AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
 class Config(BaseModel):
-    """Settings: frozen, and an unknown field is an error that names it."""
+    """Settings: frozen, and an unknown field is an error that names it.
+
+    Settings are recorded in run directories. A field that is added later declares the value that it has in older runs,
+    `Field(..., json_schema_extra={"before": ...})`, and a field that is removed stays in `removed` with the value that
+    the code without it keeps to; see :mod:`fastedit.runs.fields`."""
+
+    removed: ClassVar[Mapping[str, Any]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -26,7 +26,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.log import Record, RunError, check_new, is_run
-from fastedit.runs.recorder import Recorder, describe_run
+from fastedit.runs.recorder import Recorder, Settings, describe_run
 from fastedit.runs.reports import BatchRejected, BatchReport, Watcher
 from fastedit.runtime.free_memory import give_back_freed
 from fastedit.runtime.interrupts import Interrupts
@@ -249,8 +249,8 @@ class Stream:
         """Batches in force that were not written here, so that memory cannot undo them."""
         return CommittedBatches(self.undo_depth, batches)
 
-    def _settings(self) -> dict[str, Any]:
-        return {"method": self.method.name, "config": self.config.model_dump(), "seed": self.seed}
+    def _settings(self) -> Settings:
+        return {"method": self.method.name, "config": self.config, "seed": self.seed}
 
     @contextlib.contextmanager
     def _recording(self, run_dir: str | Path | None, resume: bool) -> Iterator[Recorder | None]:
@@ -329,9 +329,9 @@ class Stream:
                 self._token_budget = report.token_budget
             except RejectedUpdate as error:
                 blamed = tuple(case_ids[row] for row in error.rows)
-                report = BatchReport(number, blamed, 0.0, error=str(error))
+                report = BatchReport(batch=number, case_ids=blamed, seconds=0.0, error=str(error))
             except (NotPositiveDefinite, GuardTripped) as error:
-                report = BatchReport(number, case_ids, 0.0, error=str(error))
+                report = BatchReport(batch=number, case_ids=case_ids, seconds=0.0, error=str(error))
 
         give_back_freed()
         return replace(report, seconds=time.perf_counter() - started, notes=tuple(notes.lines))

@@ -150,6 +150,8 @@ class Edit(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, strict=True, extra="forbid")
 
+    # Edits are recorded and hashed in run directories: see fastedit.runs.fields before you add or remove a field, here
+    # or in `Probe`.
     case_id: Annotated[int | str | None, pydantic.BeforeValidator(_checked_case_id)] = None
     # Before `prompt`, whose check looks for it.
     subject: Text

@@ -1,12 +1,17 @@
-"""A run on disk: an append-only log of records that a crash at any instant cannot tear.
+"""The run log: the records of a run directory, appended one by one, which a crash at any instant cannot tear.
 
-    log.jsonl            a line per record: its body, the SHA-256 of its file, a hash chained over all lines before
+    log.jsonl            one line per record: its body, the SHA-256 of its file, a hash chained over all lines before
     000012.safetensors   record 12: its tensors, and in the metadata its body and the chain before it
     lock                 held by the one process that writes
 
-A record is written to a file of another name, synced, renamed, the folder synced: from here on it is committed. Then
-its line is appended and synced. A file without its line is taken up again when the run is next opened, so a log that
-was cut short, or lost, is rebuilt from the files. Any other difference is damage, and is named. Nothing is pickled.
+A record is written to a file of another name, synced and renamed, and the folder is synced: now it is committed. Then
+its line is appended and synced. A file without its line is taken up when the run is next opened, so a log that was cut
+short or lost is rebuilt from the files. Any other difference is damage, and the error names the file. No file is a
+pickle.
+
+The body of record 0 holds the format number of the run. It goes up when an older version of fastedit would misread the
+directory; a new setting or a new field of an edit needs no new number, see :mod:`fastedit.runs.fields`. The line and
+the metadata of record 0 keep their form in every format, so that the number can always be read.
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ from fastedit.runtime.hashing import canonical, tensors_hash
 
 log = logging.getLogger(__name__)
 
-FORMAT = "fastedit run 1"
+# Of new runs, and the newest that can be read. Runs of fastedit 0.1.0 hold no number in their body: they have format 1.
+FORMAT = 1
 LOG = "log.jsonl"
 
 
@@ -40,20 +46,26 @@ class RunError(ValueError):
 
 
 class DamagedRun(RunError):
-    """A file of a run that is missing or holds other bytes than were written; the message names it."""
+    """A file of a run is missing or holds other bytes than were written; the message names it."""
 
 
 class LockedRun(RunError):
-    """Another process, or another editor of this one, is writing to the run."""
+    """Another process, or another editor of this process, is writing to the run."""
 
 
 class RunWriteError(OSError):
-    """A record could not be written: no space, no permission. Nothing of it is left; earlier records are safe."""
+    """A record could not be written: no space, no permission. No part of it stays; earlier records are safe."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record. body: what its line says; chain: hash over this and all earlier lines; size: bytes of its file."""
+    """One record of a run log.
+
+    body: plain data, as its line holds it
+    file_sha256: of its file
+    chain: hash over this record and all earlier ones
+    size: of its file, in bytes
+    """
 
     number: int
     kind: str
@@ -70,31 +82,46 @@ class Record:
 
 
 class RunLog:
-    """The records of one run directory. `RunLog(folder)` reads; only inside `writing()` can a record be appended.
+    """The records of one run directory. `RunLog(folder)` reads; `append` works only inside `writing()`.
 
-    Raises RunError for a folder that holds no run, DamagedRun for lines that are not what was written."""
+    Raises RunError for a folder without a run or with one of a newer format, DamagedRun for lines that are not what was
+    written."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.records: list[Record] = []
-        self._size = 0
-        self._is_writing = self._opened = False
+        self._start(folder, opened=False)
         self.reload()
+
         if not is_run(self.folder):
             raise RunError(f"{self.folder}: holds no run")
 
     @classmethod
     def create(cls, folder: str | Path) -> RunLog:
-        """A new run with no record in `folder`, which is made; it must be empty or absent. Raises RunError if not."""
-        made = cls.__new__(cls)
-        made.folder, made.records, made._size, made._is_writing, made._opened = Path(folder), [], 0, False, True
+        """A new run log without records. The folder is created. Raises RunError unless it is empty or absent."""
         check_new(folder)
-        # A process that was killed before its first record was committed leaves no more than these behind.
-        left = {"lock", made.path(0).with_suffix(".partial").name}
-        if made.folder.is_dir() and any(entry.name not in left for entry in made.folder.iterdir()):
+        created = cls.__new__(cls)
+        created._start(folder, opened=True)
+
+        # A process that was killed before it committed its first record leaves no more than these behind.
+        leftovers = {"lock", created.path(0).with_suffix(".partial").name}
+        if created.folder.is_dir() and any(entry.name not in leftovers for entry in created.folder.iterdir()):
             raise RunError(f"{folder}: must be empty or absent, and holds other files")
-        made.folder.mkdir(parents=True, exist_ok=True)
-        return made
+
+        created.folder.mkdir(parents=True, exist_ok=True)
+        return created
+
+    def _start(self, folder: str | Path, opened: bool) -> None:
+        """opened: whether this object has held the lock, or begins the run."""
+        self.folder = Path(folder)
+        self.records: list[Record] = []
+        # Bytes of the log up to the end of its last whole line.
+        self._size = 0
+        self._opened = opened
+        self._is_writing = False
+
+    @property
+    def format(self) -> int:
+        """The format number of the run."""
+        return _format(self.records[0].body) if self.records else FORMAT
 
     @property
     def chain(self) -> str:
@@ -109,140 +136,183 @@ class RunLog:
     def writing(self) -> Iterator[None]:
         """Hold the run's lock. What a crash left behind is mended first, with a warning.
 
-        Raises LockedRun when it is held elsewhere; RunError when others have written since this object last read."""
+        Raises LockedRun when another process or editor holds the lock; RunError when one of them has written since this
+        object last read."""
         lock = FileLock(self.folder / "lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise LockedRun(f"{self.folder}: another process is writing to this run") from None
+
         try:
             known = self.chain
             self.reload()
             self._mend()
-            # What others wrote, or this process could not take back, is not in the weights of who holds this object.
+
+            # The weights of the editor that holds this object lack records that others wrote, and records that this
+            # process failed to write and could not remove.
             if self._opened and self.chain != known:
                 raise RunError(f"{self.folder}: holds records that were not written from here; open it again")
-            self._opened = self._is_writing = True
+
+            self._opened = True
+            self._is_writing = True
             yield
         finally:
             self._is_writing = False
             lock.release()
 
     def append(self, kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Record:
-        """Commit a record; when this returns it is on the disk. Raises RunWriteError, and then it never was."""
+        """Commit a record; when this returns it is on the disk.
+
+        Raises RunWriteError when it could not be written; the run is then as it was."""
         if not self._is_writing:
             raise RunError(f"{self.folder}: a record can be appended inside `writing()` only")
-        number, held = len(self.records), dict(tensors or {})
-        about = {"record": number, "kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **body}
-        text = canonical({**about, "tensors_sha256": tensors_hash(held)})
-        payload = save(held, {"format": FORMAT, "body": text, "previous": self.chain})
-        record = _record(number, text, self.chain, payload)
-        path = self.path(number)
+
+        record, payload = self._encode(kind, body, dict(tensors or {}))
+        path = self.path(record.number)
+        partial = path.with_suffix(".partial")
+
         try:
-            _write_synced(path.with_suffix(".partial"), payload)
-            path.with_suffix(".partial").replace(path)
+            _write_synced(partial, payload)
+            partial.replace(path)
             _sync_folder(self.folder)
             self._append_line(record)
         except OSError as error:
             self._take_back(path)
-            raise RunWriteError(
-                error.errno, f"{path}: not written ({error.strerror or error}); the run stands"
-            ) from error
+            why = error.strerror or error
+            raise RunWriteError(error.errno, f"{path}: not written ({why}); the run stands") from error
+
         self.records.append(record)
         return record
 
+    def _encode(self, kind: str, body: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Record, bytes]:
+        """The next record, and the bytes of its file."""
+        number = len(self.records)
+        about: dict[str, Any] = {"record": number, "kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        if number == 0:
+            about["format"] = FORMAT
+
+        text = canonical({**about, **body, "tensors_sha256": tensors_hash(tensors)})
+        payload = save(tensors, {"format": _format_text(self.format), "body": text, "previous": self.chain})
+        return _record(number, text, self.chain, payload), payload
+
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a record, read now and checked. Raises DamagedRun."""
-        record, path = self.records[number], self.path(number)
+        """The tensors of a record, read from its file and checked. Raises DamagedRun."""
+        record = self.records[number]
+        path = self.path(number)
+
         payload = _read(path)
         if hashlib.sha256(payload).hexdigest() != record.file_sha256:
             raise DamagedRun(f"{path}: its bytes are not those that were written (checksum differs)")
+
         # Copied: a tensor inside a larger buffer need not be aligned as torch aligns its own, and BLAS may then differ.
         return {name: tensor.clone() for name, tensor in load(payload).items()}
 
     def verify(self) -> None:
-        """Check every byte of every record. Raises DamagedRun naming the first that differs."""
+        """Check every byte of every record. Raises DamagedRun naming the first file that differs."""
         for record in self.records:
             self.tensors(record.number)
 
     def reload(self) -> None:
-        """Read the log anew; a torn last line is left out. Raises DamagedRun."""
+        """Read the log anew, without a torn last line. Raises DamagedRun, and RunError for a newer format."""
         path = self.folder / LOG
         data = _read(path) if path.is_file() else b""
         whole = data[: data.rfind(b"\n") + 1]
-        self.records, self._size = [], 0
+
+        self.records = []
+        self._size = 0
         for raw in (line + b"\n" for line in whole.split(b"\n")[:-1]):
             # A block that never reached the disk reads as zeros.
             if b"\0" in raw and self._size + len(raw) == len(whole):
                 break
-            self.records.append(self._parsed(raw))
+
+            self.records.append(self._parse(raw))
             self._size += len(raw)
 
-    def _parsed(self, raw: bytes) -> Record:
+    def _parse(self, raw: bytes) -> Record:
+        """The record of a line."""
         where = f"{self.folder / LOG} line {len(self.records) + 1}"
         hint = "the log is rebuilt from the record files when it is deleted"
+
         try:
             data = json.loads(raw)
             body, file_sha256, chain = data["body"], data["file_sha256"], data["chain"]
             record = Record(body["record"], body["kind"], body, file_sha256, chain)
-            sound = record.line == raw and record.number == len(self.records)
+            is_sound = record.line == raw and record.number == len(self.records)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedRun(f"{where}: is damaged ({error!r}); {hint}") from None
-        if not sound or chain != _chain(self.chain, canonical(body), file_sha256):
+
+        if not is_sound or chain != _chain(self.chain, canonical(body), file_sha256):
             raise DamagedRun(f"{where}: is not what was written (checksum differs); {hint}")
+
+        _check_format(self.folder, body)
         path = self.path(record.number)
         return replace(record, size=path.stat().st_size if path.is_file() else 0)
 
     def _mend(self) -> None:
         """Cut a torn tail, take up records whose line is missing, remove what was never committed."""
         path = self.folder / LOG
-        found = path.stat().st_size if path.is_file() else 0
-        if found != self._size:
-            log.warning("%s: cut a torn tail of %d bytes", path, found - self._size)
+        size = path.stat().st_size if path.is_file() else 0
+        if size != self._size:
+            log.warning("%s: cut a torn tail of %d bytes", path, size - self._size)
             with open(path, "r+b") as file:
                 file.truncate(self._size)
+
         while self.path(len(self.records)).is_file():
             record = self._from_file(len(self.records))
             self._append_line(record)
             self.records.append(record)
             log.warning("%s: record %d had no line, taken up from its file", path, record.number)
+
         for partial in self.folder.glob("*.partial"):
             partial.unlink()
 
     def _from_file(self, number: int) -> Record:
+        """A record that has no line."""
         path = self.path(number)
         payload = _read(path)
+
         try:
             size = int.from_bytes(payload[:8], "little")
             about = json.loads(payload[8 : 8 + size])["__metadata__"]
-            text, previous, held = about["body"], about["previous"], load(payload)
-            sound = about["format"] == FORMAT and json.loads(text)["tensors_sha256"] == tensors_hash(held)
+            text, previous = about["body"], about["previous"]
+            body = json.loads(text)
+            # Record 0 names the format of the run, the others follow it.
+            number_of_format = self.format if number else _format(body)
+            is_sound = about["format"] == _format_text(number_of_format)
+            is_sound = is_sound and body["tensors_sha256"] == tensors_hash(load(payload))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DamagedRun(f"{path}: is damaged ({error!r})") from None
-        if not sound or previous != self.chain:
+
+        if not is_sound or previous != self.chain:
             raise DamagedRun(f"{path}: has no line in {LOG} and does not follow record {number - 1}")
+
+        _check_format(self.folder, body)
         return _record(number, text, previous, payload)
 
     def _append_line(self, record: Record) -> None:
         path = self.folder / LOG
         is_new = not path.exists()
+
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             _write_all(handle, record.line)
             os.fsync(handle)
         finally:
             os.close(handle)
+
         if is_new:
             _sync_folder(self.folder)
         self._size += len(record.line)
 
     def _take_back(self, path: Path) -> None:
-        """After a failed write: no part of the record may come back. What cannot be removed now is mended later."""
+        """After a failed write, remove every part of the record. What cannot be removed now is mended later."""
         with contextlib.suppress(OSError):
             os.truncate(self.folder / LOG, self._size)
-        for left in (path, path.with_suffix(".partial")):
+
+        for part in (path, path.with_suffix(".partial")):
             with contextlib.suppress(OSError):
-                left.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
 
 
 def is_run(folder: str | Path) -> bool:
@@ -251,13 +321,33 @@ def is_run(folder: str | Path) -> bool:
 
 
 def check_new(folder: str | Path) -> None:
-    """Raise RunError where a run was begun already."""
+    """Raise RunError when the folder holds a run already."""
     if is_run(folder):
         raise RunError(f"{folder}: holds a run already; resume it (resume=True, --resume) or name another folder")
 
 
+def _format(body: Mapping[str, Any]) -> Any:
+    """The format number in the body of record 0."""
+    return body.get("format", 1)
+
+
+def _format_text(number: int) -> str:
+    """The format in a file's metadata."""
+    return f"fastedit run {number}"
+
+
+def _check_format(folder: Path, body: Mapping[str, Any]) -> None:
+    number = _format(body)
+    if number not in range(1, FORMAT + 1):
+        raise RunError(
+            f"{folder}: the run has format {number}, and this version of fastedit reads formats up to {FORMAT};"
+            " a newer version wrote it"
+        )
+
+
 def _record(number: int, text: str, previous: str, payload: bytes) -> Record:
-    body, digest = json.loads(text), hashlib.sha256(payload).hexdigest()
+    body = json.loads(text)
+    digest = hashlib.sha256(payload).hexdigest()
     return Record(number, body["kind"], body, digest, _chain(previous, text, digest), len(payload))
 
 
@@ -282,9 +372,9 @@ def _write_synced(path: Path, payload: bytes) -> None:
 
 
 def _write_all(handle: int, payload: bytes) -> None:
-    left = memoryview(payload)
-    while left:
-        left = left[os.write(handle, left) :]
+    rest = memoryview(payload)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,12 +1,14 @@
-"""What an editor writes into a run directory and reads back: who the model was, every batch, what was taken back.
+"""What an editor writes into the run log of a run directory, and reads back.
 
-Kinds of record, in the words of `runlog`:
-    run        settings, seed, identity of the model, what the recipe prepared (templates, second moments), versions
+Kinds of record:
+    run        settings, seed, identity of the model, what the method prepared (templates, second moments), versions
     stream     one call of `Editor.edit`: how many batches of which edits
     batch      a committed batch: what was written, what the state keeps of it (keys), values, the edits, the report
     rejected   a batch that was rolled back, and why
-    rewind     the first `keep` live batches stay, then the batches of the records `then` come to life
-    snapshot   edited weights and state after the first `live` live batches, which bounds what a replay reads
+    rewind     from here on the first `keep` live batches are in force, then those of the records `then`
+    snapshot   edited weights and state after the first `live` live batches, so that a replay need not read them all
+
+A live batch is one that is in force: committed, and not taken back since.
 """
 
 from __future__ import annotations
@@ -15,13 +17,12 @@ import contextlib
 import hashlib
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from fastedit.config import EditConfig
@@ -30,9 +31,11 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.load import load_model
 from fastedit.records.edit import Edit, EditSet
+from fastedit.runs.fields import completed, recorded
+from fastedit.runs.identity import check_model, compare_machine, identity, machine
 from fastedit.runs.log import LockedRun, Record, RunError, RunLog
 from fastedit.runs.reports import BatchReport
-from fastedit.runtime.hashing import canonical, tensor_bytes, tensors_hash
+from fastedit.runtime.hashing import canonical
 from fastedit.weights.trial import Trial, rewrite
 
 if TYPE_CHECKING:
@@ -40,13 +43,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A snapshot is written when the batches since the last one weigh this many times as much.
+AnyEditConfig = TypeVar("AnyEditConfig", bound=EditConfig)
+
+# A snapshot is written when the batches since the last one weigh this many times as much as it would.
 SNAPSHOT_SHARE = 4
-SAMPLED = 1024
 
 
-class WrongModel(RunError):
-    """The model is not the one that the run began with."""
+class Settings(TypedDict):
+    """What decides the results of a run besides model and edits. method: its name."""
+
+    method: str
+    config: EditConfig
+    seed: int
 
 
 class Recorder:
@@ -59,7 +67,7 @@ class Recorder:
 
     @classmethod
     def create(cls, folder: str | Path, header: Mapping[str, Any]) -> Recorder:
-        """Begin a run in an empty or absent folder."""
+        """Begin a run in an empty or absent folder. header: see `describe_run`"""
         runlog = RunLog.create(folder)
         with runlog.writing():
             runlog.append("run", header)
@@ -67,7 +75,7 @@ class Recorder:
 
     @classmethod
     def open(cls, folder: str | Path) -> Recorder:
-        """A run that exists; mended where a crash left something, unless it is locked or not ours to write."""
+        """A run that exists. What a crash left behind is mended, unless the run is locked or cannot be written."""
         runlog = RunLog(folder)
         with contextlib.suppress(LockedRun, PermissionError), runlog.writing():
             pass
@@ -75,26 +83,33 @@ class Recorder:
 
     @property
     def header(self) -> Mapping[str, Any]:
-        """What the first record says."""
+        """The body of the first record."""
         return self.log.records[0].body
 
     @property
     def method_name(self) -> str:
         """Name of the method."""
-        return str(self.header["settings"]["method"])
+        return self.header["settings"]["method"]
 
-    def config(self, config_class: type[EditConfig]) -> EditConfig:
-        """The method's settings."""
-        return config_class.model_validate(self.header["settings"]["config"])
+    def config(self, config_class: type[AnyEditConfig]) -> AnyEditConfig:
+        """The method's settings. A field that the run does not hold has the value that keeps the old behaviour, see
+        :mod:`fastedit.runs.fields`.
+
+        Raises RunError naming the fields that `config_class` does not know or whose values it refuses."""
+        whole = completed(config_class, self.header["settings"]["config"], "config", self.log.folder)
+        try:
+            return config_class.model_validate(whole)
+        except ValidationError as error:
+            raise RunError(f"{self.log.folder}: settings that this version of fastedit refuses: {error}") from error
 
     @property
     def seed(self) -> int:
-        """The editor's seed."""
-        return int(self.header["settings"]["seed"])
+        """Seed of the context templates and of sampled text."""
+        return self.header["settings"]["seed"]
 
     @property
     def text(self) -> Path | None:
-        """The text of the second moments; None = sampled from the model."""
+        """The text of the second moments; None when it was sampled from the model, or they were given as tensors."""
         text = self.header["moments_text"]
         return None if text is None else Path(text)
 
@@ -107,47 +122,24 @@ class Recorder:
 
     @property
     def live(self) -> list[Record]:
-        """Records of the batches that are in force, in the order in which they are written."""
-        found: list[Record] = []
+        """Records of the batches in force, in the order in which they are written."""
+        live: list[Record] = []
         for record in self.log.records:
             if record.kind == "batch" and not record.body["pending"]:
-                found.append(record)
+                live.append(record)
             elif record.kind == "rewind":
-                found = found[: record.body["keep"]] + [self.log.records[number] for number in record.body["then"]]
-        return found
+                live = live[: record.body["keep"]] + [self.log.records[number] for number in record.body["then"]]
+        return live
 
     @property
     def streams(self) -> list[Record]:
         """Records of the streams."""
         return [record for record in self.log.records if record.kind == "stream"]
 
-    def begin(
-        self, batches: Sequence[EditSet], about: Mapping[str, Any], resume: bool
-    ) -> tuple[list[BatchReport], list[Edit]]:
-        """Start a stream, or with `resume` go on with the last one, when it is of the same edits: the reports of the
-        batches it has behind it, and their edits that are in force.
-
-        Raises RunError when the last one is of other edits and not at its end."""
-        content = stream_hash(batches)
-        last = self.streams[-1] if self.streams else None
-        if resume and last is not None:
-            reached = self.reached
-            if last.body["edits_sha256"] == content:
-                reports = [BatchReport.from_record(reached[number].body["report"]) for number in sorted(reached)]
-                ids = {each["case_id"] for record in self.live for each in record.body["edits"]}
-                return reports, [edit for n in sorted(reached) for edit in batches[n] if edit.case_id in ids]
-            if len(reached) < last.body["n_batches"]:
-                raise RunError(
-                    f"{self.log.folder}: stopped before batch {len(reached)} of {last.body['n_batches']} of other"
-                    " edits, or the same ones in batches of another size; resume it with those"
-                )
-        self.log.append("stream", {"edits_sha256": content, "n_batches": len(batches), **about})
-        return [], []
-
     @property
     def reached(self) -> dict[int, Record]:
-        """Batch number -> its record, of all batches that the last stream has behind it, also those taken back since.
-        A batch that stopped it is tried again."""
+        """Batch number -> its record, of all batches of the last stream that are behind it, also those taken back
+        since. A batch that stopped the stream is tried again."""
         stream = self.streams[-1].number
         return {
             record.body["batch"]: record
@@ -158,15 +150,71 @@ class Recorder:
 
     @property
     def token_budget(self) -> int | None:
-        """The budget that the last batch needed."""
+        """The token budget of the last batch."""
         budgets = [record.body["report"]["token_budget"] for record in self.log.records if record.kind == "batch"]
         return budgets[-1] if budgets else None
 
-    def check(self, model: ModelAdapter, weights: EditableWeights, settings: Mapping[str, Any]) -> None:
+    def begin(
+        self, batches: Sequence[EditSet], about: Mapping[str, Any], resume: bool
+    ) -> tuple[list[BatchReport], list[Edit]]:
+        """Start a stream, or with `resume` continue the last one when its edits are the same.
+
+        Returns the reports of the batches that it has behind it, and their edits that are in force.
+        Raises RunError when the last stream has other edits and is not at its end."""
+        content = stream_hash(batches)
+
+        if resume and self.streams:
+            last = self.streams[-1]
+            if last.body["edits_sha256"] == content:
+                return self._continued(batches)
+            self._check_at_end(last)
+
+        self.log.append("stream", {"edits_sha256": content, "n_batches": len(batches), **about})
+        return [], []
+
+    def _continued(self, batches: Sequence[EditSet]) -> tuple[list[BatchReport], list[Edit]]:
+        """The reports of the batches of the last stream so far, and their edits that are in force."""
+        reached = self.reached
+        numbers = sorted(reached)
+        case_ids = {edit["case_id"] for record in self.live for edit in record.body["edits"]}
+
+        reports = [BatchReport.from_record(reached[number].body["report"]) for number in numbers]
+        return reports, [edit for number in numbers for edit in batches[number] if edit.case_id in case_ids]
+
+    def _check_at_end(self, stream: Record) -> None:
+        n_reached = len(self.reached)
+        n_batches = stream.body["n_batches"]
+        if n_reached < n_batches:
+            raise RunError(
+                f"{self.log.folder}: stopped before batch {n_reached} of {n_batches} of other edits, or the same ones"
+                " in batches of another size; resume it with those"
+            )
+
+    def check(self, model: ModelAdapter, weights: EditableWeights, settings: Settings) -> None:
         """Raise WrongModel for another model, RunError for other settings, DamagedRun for other bytes."""
         check_model(self.header, model, weights)
-        check_settings(self.header, settings)
+        self._check_settings(settings)
+        compare_machine(self.header)
         self.log.verify()
+
+    def _check_settings(self, settings: Settings) -> None:
+        """Raise RunError naming every setting that differs from the run's, with both values."""
+        config_class = type(settings["config"])
+        was = {"method": self.method_name, "seed": self.seed}
+        now = {"method": settings["method"], "seed": settings["seed"]}
+
+        # Another method has other settings altogether.
+        if was["method"] == now["method"]:
+            was["config"] = completed(config_class, self.header["settings"]["config"], "config", self.log.folder)
+            now["config"] = json.loads(canonical(settings["config"].model_dump()))
+
+        flat_was = _flat(was)
+        flat_now = _flat(now)
+        names = sorted({*flat_was, *flat_now})
+        differ = [name for name in names if flat_was.get(name) != flat_now.get(name)]
+        if differ:
+            shown = "; ".join(f"{name} is {flat_now.get(name)!r}, was {flat_was.get(name)!r}" for name in differ)
+            raise RunError(f"other settings than the run's: {shown}")
 
     def commit(
         self,
@@ -178,12 +226,17 @@ class Recorder:
         report: Mapping[str, Any],
         replaced: Record | None = None,
     ) -> Record:
-        """Write a batch; when this returns it is committed. kept: of it in the state; values: what a later solve can
-        start from; replaced: the record of an earlier batch, in place of which it waits for a `rewind`."""
-        tensors = {f"written/{name}": each for name, each in trial.written().items()}
-        tensors |= {f"kept/{name}": each for name, each in kept.items()}
-        tensors |= {f"values/{name}": each for name, each in values.items()}
-        tensors["edits"] = _as_tensor(canonical([edit.model_dump(mode="json") for edit in edits]))
+        """Write a batch; when this returns it is committed.
+
+        kept: what the state keeps of it
+        values: `Result.tensors`, from which the batch can be solved again
+        replaced: the record of an earlier batch; this one takes its place with the next `rewind`, and is pending until
+            then"""
+        tensors = {f"written/{name}": tensor for name, tensor in trial.written().items()}
+        tensors |= {f"kept/{name}": tensor for name, tensor in kept.items()}
+        tensors |= {f"values/{name}": tensor for name, tensor in values.items()}
+        tensors["edits"] = _as_tensor(canonical([recorded(edit) for edit in edits]))
+
         body = {
             "stream": self.streams[-1].number if replaced is None else replaced.body["stream"],
             "batch": number,
@@ -192,43 +245,44 @@ class Recorder:
             "report": report,
             "pending": replaced is not None,
         }
-        return self.log.append("batch", body, {name: each.cpu().contiguous() for name, each in tensors.items()})
+        return self.log.append("batch", body, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
     def reject(self, number: int, report: Mapping[str, Any], skipped: bool) -> None:
-        """Note a batch that was rolled back. skipped: the stream goes on without it."""
+        """Record a batch that was rolled back. skipped: the stream continues without it."""
         body = {"stream": self.streams[-1].number, "batch": number, "report": report, "stopped": not skipped}
         self.log.append("rejected", body)
 
     def rewind(self, keep: int, then: Sequence[Record] = ()) -> None:
-        """Take back all but the first `keep` live batches, and bring pending ones to life."""
+        """Take back all but the first `keep` live batches, and put the pending batches `then` in force."""
         self.log.append("rewind", {"keep": keep, "then": [record.number for record in then]})
 
     def snapshot_if_due(self, weights: EditableWeights, state: State[Any]) -> None:
         """Write a snapshot when enough was written since the last one. A failure is a warning: nothing needs it."""
-        held = state.tensors()
         changed = {layer: weights.changed(layer) for layer in weights.layers}
-        size = sum(each.nbytes for each in held.values())
-        for layer, index in changed.items():
-            d_model, d_ff = weights.current(layer).shape
-            size += d_model * (d_ff if index is None else len(index)) * weights.working_dtype(layer).itemsize
-        since = 0
-        for record in reversed(self.log.records):
-            if record.kind == "snapshot":
-                break
-            since += record.size if record.kind == "batch" else 0
-        if since < SNAPSHOT_SHARE * size:
+        carried = state.tensors()
+        if self._bytes_since_snapshot() < SNAPSHOT_SHARE * _snapshot_size(weights, changed, carried):
             return
-        tensors = {}
+
+        tensors = {f"state/{name}": tensor.cpu().contiguous() for name, tensor in carried.items()}
         for layer, index in changed.items():
             tensors[f"weight/{layer}"] = weights.stored(layer, index).cpu().contiguous()
             if index is not None:
                 tensors[f"columns/{layer}"] = index.cpu()
-        tensors |= {f"state/{name}": each.cpu().contiguous() for name, each in held.items()}
+
         live = self.live
         try:
             self.log.append("snapshot", {"live": len(live), "last": live[-1].number}, tensors)
         except OSError as error:
             log.warning("no snapshot: %s", error)
+
+    def _bytes_since_snapshot(self) -> int:
+        """Bytes of the batches that were written since the last snapshot."""
+        size = 0
+        for record in reversed(self.log.records):
+            if record.kind == "snapshot":
+                break
+            size += record.size if record.kind == "batch" else 0
+        return size
 
     def replay_weights(self, weights: EditableWeights, upto: int | None = None) -> None:
         """Bring the original weights to what they were after the first `upto` live batches (None = all).
@@ -236,15 +290,22 @@ class Recorder:
         Raises DamagedRun. Warns when the bits are not those that were written, as on another kind of machine."""
         live = self.live[:upto]
         weights.reset()
-        start = self._snapshot(live)
-        if start is not None:
-            held = self.log.tensors(start.number)
-            for layer, values in _part(held, "weight/").items():
-                weights.put(int(layer), held.get(f"columns/{layer}"), values)
-        for record in live[start.body["live"] if start else 0 :]:
+
+        snapshot = self._snapshot(live)
+        if snapshot is not None:
+            tensors = self.log.tensors(snapshot.number)
+            for layer, columns in _part(tensors, "weight/").items():
+                weights.put(int(layer), tensors.get(f"columns/{layer}"), columns)
+
+        for record in _after(live, snapshot):
             rewrite(weights, _part(self.log.tensors(record.number), "written/"))
-        wanted = {int(layer): each for record in live for layer, each in record.body["weights"].items()}
-        other = [layer for layer, each in wanted.items() if weights.layer_hash(layer) != each]
+
+        self._compare_bits(weights, live)
+
+    def _compare_bits(self, weights: EditableWeights, live: Sequence[Record]) -> None:
+        """Warn when the weights are not bit for bit those that were written."""
+        written = {int(layer): sha256 for record in live for layer, sha256 in record.body["weights"].items()}
+        other = [layer for layer, sha256 in written.items() if weights.layer_hash(layer) != sha256]
         if other:
             log.warning(
                 "%s: replayed, but layers %s are not bit for bit those that were written: another machine, library"
@@ -256,22 +317,27 @@ class Recorder:
     def replay_state(self, state: State[Any], upto: int | None = None) -> None:
         """Bring a method's state to what it was after the first `upto` live batches (None = all)."""
         live = self.live[:upto]
-        start = self._snapshot(live)
-        state.load({} if start is None else _part(self.log.tensors(start.number), "state/"))
-        for record in live[start.body["live"] if start else 0 :]:
+
+        snapshot = self._snapshot(live)
+        state.load({} if snapshot is None else _part(self.log.tensors(snapshot.number), "state/"))
+
+        for record in _after(live, snapshot):
             state.take_in(_part(self.log.tensors(record.number), "kept/"))
 
     def edits(self, record: Record) -> EditSet:
-        """The edits of a batch's record."""
+        """The edits of a batch's record. Raises RunError naming the fields that this version does not know."""
         text = self.log.tensors(record.number)["edits"].numpy().tobytes()
-        return EditSet(tuple(Edit(**fields) for fields in json.loads(text)))
+        where = self.log.path(record.number)
+        return EditSet(
+            tuple(Edit(**completed(Edit, plain, f"edits[{row}]", where)) for row, plain in enumerate(json.loads(text)))
+        )
 
     def values(self, record: Record) -> dict[str, Tensor]:
-        """What writing a batch anew can start from: `Result.tensors` of its record."""
+        """What the batch of a record can be solved again from: its `Result.tensors`."""
         return _part(self.log.tensors(record.number), "values/")
 
     def _snapshot(self, live: Sequence[Record]) -> Record | None:
-        """The last snapshot on the way to these batches."""
+        """The last snapshot whose batches are the first of these."""
         for record in reversed(self.log.records):
             n_live = record.body.get("live", 0) if record.kind == "snapshot" else 0
             if 0 < n_live <= len(live) and live[n_live - 1].number == record.body["last"]:
@@ -282,102 +348,58 @@ class Recorder:
 def describe_run(
     model: ModelAdapter,
     weights: EditableWeights,
-    settings: Mapping[str, Any],
+    settings: Settings,
     prepared: Mapping[str, Any],
     moments: object = None,
 ) -> dict[str, Any]:
-    """The body of a run's first record. settings: method, config, seed; prepared: the state's `describe()`; moments: as
-    given to the editor."""
+    """The body of a run's first record. prepared: the state's `describe()`; moments: as given to the editor."""
     text = moments.path if isinstance(moments, Source) else None
     return {
         "moments_text": None if text is None else str(text.resolve()),
-        "settings": json.loads(canonical(settings)),
+        "settings": {**settings, "config": recorded(settings["config"])},
         "prepared": prepared,
         "model": identity(model, weights),
         "machine": machine(),
     }
 
 
-def identity(model: ModelAdapter, weights: EditableWeights) -> dict[str, Any]:
-    """What tells one model from another: hashes of the weights to be edited as they were before any edit, of a sample
-    of all others, and of the tokenizer."""
-    edited = {model.weight_name(layer) for layer in weights.layers}
-    digest = hashlib.sha256()
-    for name, tensor in model.model.state_dict().items():
-        if name in edited:
-            continue
-        flat = tensor.detach().reshape(-1)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
-    spoken = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    # Set by the last call, not by the tokenizer.
-    spoken = {name: part for name, part in spoken.items() if name not in ("padding", "truncation")}
-    return {
-        "class": type(model.model).__name__,
-        "source": model.source,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "edited": {str(layer): tensors_hash({"weight": weights.original(layer)}) for layer in weights.layers},
-        "other": digest.hexdigest(),
-        "tokenizer": hashlib.sha256(canonical(spoken).encode()).hexdigest(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the bits of a result depend on beside the model."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": version("transformers"),
-        "safetensors": version("safetensors"),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def check_model(header: Mapping[str, Any], model: ModelAdapter, weights: EditableWeights) -> None:
-    """Raise WrongModel, saying what differs, unless this is the model the run began with, unedited."""
-    was, now = header["model"], identity(model, weights)
-    wrong = [f"{name} is {now[name]!r}, was {was[name]!r}" for name in ("class", "dtype") if now[name] != was[name]]
-    layers = sorted({*was["edited"], *now["edited"]}, key=int)
-    differ = [layer for layer in layers if was["edited"].get(layer) != now["edited"].get(layer)]
-    wrong += [f"the weights of layers {', '.join(differ)} differ"] if differ else []
-    wrong += ["weights that are not edited differ"] if was["other"] != now["other"] else []
-    wrong += ["the tokenizer differs"] if was["tokenizer"] != now["tokenizer"] else []
-    if wrong:
-        raise WrongModel(f"not the model that the run began with ({was['source'] or 'unnamed'}): {'; '.join(wrong)}")
-
-
-def check_settings(header: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise RunError naming every setting that is not the run's; warn where the machine is another one."""
-    was, now = _flat(header["settings"]), _flat(json.loads(canonical(settings)))
-    differ = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
-    if differ:
-        shown = "; ".join(f"{name} is {now.get(name)!r}, was {was.get(name)!r}" for name in differ)
-        raise RunError(f"other settings than the run's: {shown}")
-    before, here = header["machine"], machine()
-    changes = [f"{name} {here[name]} instead of {before[name]}" for name in here if here[name] != before.get(name)]
-    if changes:
-        log.warning("results may differ in their last bits from an uninterrupted run: %s", ", ".join(changes))
-
-
 def edit_hash(edit: Edit) -> str:
-    """SHA-256 of a record's content."""
-    return hashlib.sha256(canonical(edit.model_dump(mode="json")).encode()).hexdigest()
+    """SHA-256 of an edit's fields, those left out that have the value from before they were added."""
+    return hashlib.sha256(canonical(recorded(edit)).encode()).hexdigest()
 
 
 def stream_hash(batches: Sequence[Sequence[Edit]]) -> str:
-    """SHA-256 over all records and the batches they are in."""
-    return hashlib.sha256(canonical([[edit_hash(edit) for edit in batch] for batch in batches]).encode()).hexdigest()
+    """SHA-256 over all edits and the batches they are in."""
+    hashes = [[edit_hash(edit) for edit in batch] for batch in batches]
+    return hashlib.sha256(canonical(hashes).encode()).hexdigest()
+
+
+def _snapshot_size(
+    weights: EditableWeights, changed: Mapping[int, Tensor | None], carried: Mapping[str, Tensor]
+) -> int:
+    """Bytes of a snapshot. changed: layer -> its changed columns, None = all; carried: the state's tensors."""
+    size = sum(tensor.nbytes for tensor in carried.values())
+    for layer, index in changed.items():
+        d_model, d_ff = weights.current(layer).shape
+        n_columns = d_ff if index is None else len(index)
+        size += d_model * n_columns * weights.working_dtype(layer).itemsize
+    return size
+
+
+def _after(live: Sequence[Record], snapshot: Record | None) -> Sequence[Record]:
+    """The live batches that a snapshot does not cover."""
+    return live[snapshot.body["live"] if snapshot else 0 :]
 
 
 def _flat(data: Any, place: str = "") -> dict[str, Any]:
+    """{"config": {"rounds": 2}} as {"config.rounds": 2}."""
     if not isinstance(data, dict):
         return {place.removeprefix("."): data}
-    return {name: each for key, part in data.items() for name, each in _flat(part, f"{place}.{key}").items()}
+    return {name: value for key, part in data.items() for name, value in _flat(part, f"{place}.{key}").items()}
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _as_tensor(text: str) -> Tensor:

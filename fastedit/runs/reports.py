@@ -1,9 +1,9 @@
-"""What a stream of batches reports, and to whom."""
+"""Reports of a stream of batches, and the interface of those who watch it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 from fastedit.records.edit import EditSet, Problem
@@ -15,15 +15,29 @@ class BatchRejected(RuntimeError):
     def __init__(self, batch: int, case_ids: list[Any], reason: str) -> None:
         shown = ", ".join(str(case) for case in case_ids[:5]) + (", ..." if len(case_ids) > 5 else "")
         super().__init__(f"batch {batch} rolled back, no weight changed: {reason} (case ids {shown})")
-        self.batch, self.case_ids, self.reason = batch, case_ids, reason
+
+        self.batch = batch
+        self.case_ids = case_ids
+        self.reason = reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """What happened to one batch. loss: mean over its edits at the last forward, None where none is taken; steps: mean
-    Adam steps; written: edits written in each round; neurons, norms: per layer, neurons written last and summed update
-    norms; error: why it was rolled back, or None when it was committed; token_budget: rows optimised together, where
-    the method has a bound; notes: what was warned of on the way; measured: by the guard."""
+    """What happened to one batch.
+
+    batch: its number in the stream, from 0
+    case_ids: of its edits, or of those to blame when it was rolled back
+    seconds: wall time
+    loss: mean over its edits at the last forward; None for a method without one
+    steps: mean number of Adam steps
+    written: edits written in each round
+    neurons: layer -> neurons written in the last round
+    norms: layer -> summed norms of the updates
+    error: why it was rolled back; None when it was committed
+    token_budget: rows optimised together; None for a method without a bound
+    notes: warnings given while it was written
+    measured: what the guard measured
+    """
 
     batch: int
     case_ids: tuple[Any, ...]
@@ -40,22 +54,45 @@ class BatchReport:
 
     @classmethod
     def from_record(cls, plain: Mapping[str, Any]) -> BatchReport:
-        """The report that a run directory holds as plain data."""
-        layers = {name: {int(layer): each for layer, each in plain[name].items()} for name in ("neurons", "norms")}
-        lists = {name: tuple(plain[name]) for name in ("case_ids", "written", "notes")}
-        # NaN and infinities stand there as text.
-        loss = plain["loss"] if plain["loss"] is None else float(plain["loss"])
-        measured = {name: float(each) for name, each in plain["measured"].items()}
-        return cls(**{**plain, **layers, **lists, "loss": loss, "measured": measured})
+        """The report in a run's record. A field that the run lacks has its default; an unknown one is left out: no
+        result depends on a report."""
+        known = {attribute.name for attribute in fields(cls)}
+        values = {name: value for name, value in plain.items() if name in known}
+
+        for name in values.keys() & {"case_ids", "written", "notes"}:
+            values[name] = tuple(plain[name])
+        for name in values.keys() & {"neurons", "norms"}:
+            values[name] = {int(layer): value for layer, value in plain[name].items()}
+
+        # JSON has no NaN and no infinities: they are text in a record.
+        if values.get("loss") is not None:
+            values["loss"] = float(values["loss"])
+        values["measured"] = {name: float(value) for name, value in plain.get("measured", {}).items()}
+        return cls(**values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """One call of `Editor.edit`: the edits that were committed, a report per batch, and why edits were left out."""
+    """The result of one call of `Editor.edit`.
+
+    edits: those that were committed
+    batches: a report per batch
+    skipped: why records were left out
+    """
 
     edits: EditSet
     batches: tuple[BatchReport, ...]
     skipped: tuple[Problem, ...] = ()
+
+    def __repr__(self) -> str:
+        rejected = sum(report.error is not None for report in self.batches)
+        parts = [f"{len(self.edits)} edits", f"{len(self.batches)} batches"]
+
+        if rejected:
+            parts.append(f"{rejected} rejected")
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} problems")
+        return f"Run({', '.join(parts)}, {self.seconds:.1f} s)"
 
     @property
     def seconds(self) -> float:
@@ -79,12 +116,12 @@ class Run:
 
 
 class Watcher(Protocol):
-    """What looks at a stream of batches from outside; see :class:`fastedit.editing.watch.Watch`."""
+    """Follows a stream of batches; see :class:`fastedit.editing.watch.Watch`."""
 
     def begin(self) -> None:
         """Called before the first batch."""
         ...
 
     def after_batch(self, report: BatchReport, last: bool) -> None:
-        """Called after a batch was committed or rolled back; `last`: no other follows."""
+        """Called after a batch was committed or rolled back. last: no other follows."""
         ...

@@ -232,4 +232,5 @@ def test_a_wrong_setting_is_named(setting: str, named: str) -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     done = run("edit", MODEL, FACTS, "--dtype", "float33")
     assert done.exit_code == 2
-    assert "float32, bfloat16, float16" in done.output
+    message = " ".join(done.output.replace("│", " ").split())
+    assert "'float33' is not one of 'float32', 'bfloat16', 'float16'" in message

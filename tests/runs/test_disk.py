@@ -1,4 +1,4 @@
-"""Disks that fill up, folders that cannot be written, files that are cut or changed: each resumes or is named."""
+"""Full disks, folders without write permission, cut or changed files: the run resumes, or the error names the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Make = Callable[..., Editor]
 
 @pytest.mark.parametrize("limit", [2_000, 12_000, 21_045])
 def test_full_disk_stops_cleanly_and_resumes(limit: int, fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
-    """The kernel lets no file grow past the limit: the log in a line, the file of the first batch, of a later one."""
+    """The kernel lets no file grow past the limit, which is reached in a line of the log, in the file of the first
+    batch, or in that of a later one."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -34,10 +35,12 @@ def test_full_disk_stops_cleanly_and_resumes(limit: int, fast_editor: Make, stre
                 code = 77 if "File too large" in str(error) else 2
         finally:
             os._exit(code)
+
     _, status = os.waitpid(child, 0)
     largest = max(path.stat().st_size for path in (tmp_path / "run").iterdir())
     assert os.waitstatus_to_exitcode(status) == 77, largest
     assert largest <= limit
+
     RunLog(tmp_path / "run").verify()
     editor, plain = fast_editor(), fast_editor()
     editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
@@ -54,6 +57,7 @@ def test_folder_that_cannot_be_written(
     with pytest.raises(OSError, match="file"):
         editor.edit(stream, BATCH, run_dir=tmp_path / "file" / "run")
     assert editor.weights.fingerprint() == before
+
     real = os.open
 
     def read_only(path: str, flags: int, *rest: int) -> int:
@@ -67,6 +71,7 @@ def test_folder_that_cannot_be_written(
     with pytest.raises(OSError, match="Permission denied"):
         later.edit(stream[:1])
     assert later.weights.fingerprint() == before
+
     # Reading needs no permission to write.
     again = Editor.resume(finished, fast_editor().adapter, moments=editor.state.moments, progress=False)
     assert again.weights.fingerprint() == before
@@ -81,12 +86,14 @@ def test_every_file_cut_flipped_emptied_or_gone(fault: str, finished: Path, tmp_
             continue
         for place in (0, 9, path.stat().st_size // 2, path.stat().st_size - 2):
             copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+
             data = path.read_bytes()
             if fault == "gone":
                 (copy / path.name).unlink()
             else:
                 flipped = data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :]
                 (copy / path.name).write_bytes({"cut": data[:place], "emptied": b"", "flipped": flipped}[fault])
+
             named = opened(copy)
             if named is None:
                 assert path.name == LOG
@@ -98,7 +105,7 @@ def test_every_file_cut_flipped_emptied_or_gone(fault: str, finished: Path, tmp_
 
 
 def opened(folder: Path) -> str | None:
-    """What is said of damage when a run is opened for writing and verified."""
+    """Open a run for writing and verify it; the message about damage, None when there is none."""
     try:
         log = RunLog(folder)
         with log.writing():

@@ -1,7 +1,7 @@
-"""SIGKILL at random instants of a run: whatever is left resumes to the bits of an uninterrupted one.
+"""SIGKILL at random instants of a run: what is left resumes to the bits of an uninterrupted run.
 
-The run is a forked child of this process, so that a kill costs no import. It is killed after a random share of the time
-that a whole run takes, and every third one is killed again while it resumes.
+The run is a forked child of this process, which saves its imports. It is killed after a random share of the time that a
+whole run takes, and one in three is killed again while it resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ Make = Callable[..., Editor]
 
 
 def in_a_child(make: Make, stream: EditSet, folder: Path, seconds: float | None) -> float:
-    """Run, or go on with the run, in a forked child, killed after so many seconds (None = not); the time it had."""
+    """Run, or continue the run, in a forked child, and kill it after so many seconds (None = never).
+
+    Returns the time that it ran."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -36,9 +38,11 @@ def in_a_child(make: Make, stream: EditSet, folder: Path, seconds: float | None)
             code = 0
         finally:
             os._exit(code)
+
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
+
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
     return time.monotonic() - started
@@ -55,19 +59,22 @@ def metrics(editor: Editor, edits: EditSet) -> dict[str, float | None]:
 
 
 def on_disk(folder: Path) -> int:
-    """How many batches a killed run has left, with or without their lines."""
+    """How many batches a killed run has committed, with or without their lines."""
     if not is_run(folder):
         return 0
+
     log = RunLog(folder)
     with log.writing():
         return sum(record.kind == "batch" for record in log.records)
 
 
 def kill_many(make: Make, stream: EditSet, folder: Path, times: int, seed: int) -> list[int]:
-    """Kill runs, resume them to their end, and compare; returns how many batches each had left at its first kill."""
+    """Kill runs, resume them to their end, and compare. Returns the number of batches that each had committed at its
+    first kill."""
     whole = in_a_child(make, stream, folder / "whole", None)
     chance, plain, reached = random.Random(seed), make(), []
     wanted = metrics(plain, plain.edit(stream, BATCH).edits)
+
     for number in range(times):
         place = folder / str(number)
         in_a_child(make, stream, place, chance.uniform(0, whole))
@@ -75,6 +82,7 @@ def kill_many(make: Make, stream: EditSet, folder: Path, times: int, seed: int) 
         if chance.random() < 1 / 3:
             in_a_child(make, stream, place, chance.uniform(0, whole))
             assert on_disk(place) >= reached[-1]
+
         editor = make()
         run = editor.edit(stream, BATCH, run_dir=place, resume=True)
         assert [edit.case_id for edit in run.edits] == [edit.case_id for edit in stream]
@@ -99,12 +107,13 @@ def test_a_hundred_kills(fast_editor: Make, stream: EditSet, tmp_path: Path) -> 
 def test_killed_between_the_steps_of_the_first_record(
     step: str, fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The narrowest gaps, hit on purpose: the file has not its name yet; it has, and its line is not there."""
+    """The narrowest gaps, hit on purpose: before the file has its name, and before its line is written."""
     monkeypatch.setattr(f"fastedit.runs.log.{step}", lambda self, other: os.kill(os.getpid(), signal.SIGKILL))
     in_a_child(fast_editor, stream, tmp_path / "run", None)
     monkeypatch.undo()
     assert is_run(tmp_path / "run") == (step == "RunLog._append_line")
     assert not (tmp_path / "run" / LOG).exists()
+
     editor, plain = fast_editor(), fast_editor()
     editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
     plain.edit(stream, BATCH)
@@ -112,14 +121,14 @@ def test_killed_between_the_steps_of_the_first_record(
 
 
 @pytest.fixture
-def python_hears_ctrl_c() -> Iterator[None]:
-    """Python's own handler, which a shell's background job starts without."""
+def python_handles_ctrl_c() -> Iterator[None]:
+    """Python's own handler, without which a shell's background job starts."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("python_hears_ctrl_c")
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_ctrl_c_finishes_the_batch_and_a_second_one_abandons_it(
     fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +142,7 @@ def test_ctrl_c_finishes_the_batch_and_a_second_one_abandons_it(
         return real(model, edits, *rest)
 
     monkeypatch.setattr(base, "optimise_values", pressed)
+
     # Once in the second batch: it is finished. Twice in the next one: it is abandoned.
     for wanted in ([0, 1], [2]):
         presses[:] = wanted
@@ -141,6 +151,7 @@ def test_ctrl_c_finishes_the_batch_and_a_second_one_abandons_it(
             editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
         assert len(editor.edits) == 2 * BATCH
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
     editor, plain = fast_editor(), fast_editor()
     editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
     plain.edit(stream, BATCH)

@@ -1,4 +1,4 @@
-"""The log on disk: what was appended is read back, what a crash leaves is mended, other bytes are named."""
+"""The run log: what was appended is read back, what a crash leaves is mended, other bytes are named."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from fastedit.runs.log import LOG, DamagedRun, LockedRun, RunError, RunLog
+from fastedit.runs.log import FORMAT, LOG, DamagedRun, LockedRun, RunError, RunLog
 from fastedit.runtime.hashing import canonical, tensors_hash
 
 
@@ -49,9 +50,9 @@ def test_records_come_back(folder: Path) -> None:
     ]
     assert log.records[0].body["loss"] == "nan"
     for number in (0, 1, 3):
-        found = log.tensors(number)
-        assert found.keys() == {"a", "b"}
-        assert all(torch.equal(found[name], each) for name, each in tensors(number).items())
+        read = log.tensors(number)
+        assert read.keys() == {"a", "b"}
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors(number).items())
     assert log.tensors(2) == {}
     assert not list(folder.glob("*.partial"))
     assert all(json.loads(line) for line in (folder / LOG).read_bytes().splitlines())
@@ -182,6 +183,61 @@ def test_folders_that_hold_no_run_or_something_else(tmp_path: Path, folder: Path
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(RunError, match="must be empty or absent"):
         RunLog.create(tmp_path / "full")
+
+
+def made_by_format(number: object, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run log of two records, as a version of that format writes it."""
+    with monkeypatch.context() as newer:
+        newer.setattr("fastedit.runs.log.FORMAT", number)
+        log = RunLog.create(folder)
+        with log.writing():
+            log.append("run", {})
+            log.append("stream", {}, tensors(1))
+    return folder
+
+
+def formats(folder: Path) -> list[str]:
+    """The format that each record file names."""
+    return [safe_open(path, "pt").metadata()["format"] for path in sorted(folder.glob("*.safetensors"))]
+
+
+def test_a_new_run_says_its_format(folder: Path) -> None:
+    log = RunLog(folder)
+    assert log.format == FORMAT == 1
+    assert ["format" in record.body for record in log.records] == [True, False, False, False]
+    assert formats(folder) == ["fastedit run 1"] * 4
+
+
+@pytest.mark.parametrize("number", [2, 17, 0, "x", None])
+@pytest.mark.parametrize("rest", ["all", "files", "log"])
+def test_a_format_that_is_not_known_is_refused(
+    number: object, rest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made_by_format(number, tmp_path / "run", monkeypatch)
+    for path in folder.glob("*.safetensors" if rest == "log" else LOG if rest == "files" else "nothing"):
+        path.unlink()
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RunError, match=rf"run has format {number}, .*reads formats up to 1;") as refused:
+        mend(folder)
+    assert not isinstance(refused.value, DamagedRun)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_keeps_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made_by_format(1, tmp_path / "run", monkeypatch)
+    monkeypatch.setattr("fastedit.runs.log.FORMAT", 2)
+    log = RunLog(folder)
+    with log.writing():
+        log.append("batch", {})
+    assert log.format == 1
+    assert formats(folder) == ["fastedit run 1"] * 3
+
+    # The last line is lost, and taken up again.
+    lines = (folder / LOG).read_bytes().splitlines(keepends=True)
+    (folder / LOG).write_bytes(b"".join(lines[:2]))
+    assert len(mend(folder).records) == 3
+    assert len(mend(made_by_format(2, tmp_path / "newer", monkeypatch)).records) == 2
 
 
 def test_hash_tells_names_types_and_shapes_apart() -> None:

@@ -1,4 +1,4 @@
-"""Record files that were written by chance: each gives valid edits or one clear error, soon, in little memory."""
+"""Randomly generated record files: each gives valid edits or one clear error, soon, in little memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def value(chance: random.Random, depth: int = 0) -> Any:
 
 
 def mutated(record: Any, chance: random.Random) -> Any:
-    """A good record, as it is or with things put into it, taken out of it, or named otherwise."""
+    """A good record, unchanged or with fields and text added, removed or renamed."""
     record = json.loads(json.dumps(record))
     for _ in range(chance.randrange(3)):
         place, names = record, []
@@ -94,12 +94,12 @@ def file_of_chance(good: list[Any], chance: random.Random, folder: Path) -> Path
 def judged(path: Path, editor: Editor) -> InvalidEdits | EditSet:
     """What becomes of a file, as `Editor.edit` would judge it."""
     try:
-        found = load_edits(path)
+        edits = load_edits(path)
         limits = {"tokenizer": editor.tokenizer, "max_positions": editor.adapter.max_positions}
-        check_edits(found, 10, **limits, template_tokens=editor.config.templates.length + 1)
+        check_edits(edits, 10, **limits, template_tokens=editor.config.templates.length + 1)
     except InvalidEdits as error:
         return error
-    return found
+    return edits
 
 
 def fuzz(count: int, seed: int, editor: Editor, folder: Path) -> None:
@@ -112,12 +112,12 @@ def fuzz(count: int, seed: int, editor: Editor, folder: Path) -> None:
     for _ in range(count):
         path = file_of_chance(good, chance, folder)
         started = time.process_time()
-        found = judged(path, editor)
-        outcomes.append(isinstance(found, EditSet))
-        if isinstance(found, InvalidEdits):
-            assert found.problems
-            assert all(problem.message for problem in found.problems)
-        assert 0 < len(str(found)) < 20_000
+        outcome = judged(path, editor)
+        outcomes.append(isinstance(outcome, EditSet))
+        if isinstance(outcome, InvalidEdits):
+            assert outcome.problems
+            assert all(problem.message for problem in outcome.problems)
+        assert 0 < len(str(outcome)) < 20_000
         assert time.process_time() - started < SECONDS, path.read_bytes()[:1000]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < GIGABYTE
     assert editor.weights.fingerprint() == untouched

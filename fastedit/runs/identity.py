@@ -1,0 +1,103 @@
+"""Which model a run began with, and on which machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastedit.model.adapter import ModelAdapter
+from fastedit.runs.log import RunError
+from fastedit.runtime.hashing import canonical, tensor_bytes, tensors_hash
+
+if TYPE_CHECKING:
+    from fastedit.weights.editable import EditableWeights
+
+log = logging.getLogger(__name__)
+
+# Entries hashed of each weight that is not edited.
+SAMPLED = 1024
+
+
+class WrongModel(RunError):
+    """The model is not the one that the run began with."""
+
+
+def identity(model: ModelAdapter, weights: EditableWeights) -> dict[str, Any]:
+    """What tells one model from another: hashes of the weights that may be edited, as they were before any edit, of a
+    sample of all others, and of the tokenizer."""
+    return {
+        "class": type(model.model).__name__,
+        "source": model.source,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "edited": {str(layer): tensors_hash({"weight": weights.original(layer)}) for layer in weights.layers},
+        "other": _other_weights_hash(model, {model.weight_name(layer) for layer in weights.layers}),
+        "tokenizer": _tokenizer_hash(model),
+    }
+
+
+def _other_weights_hash(model: ModelAdapter, edited: set[str]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.model.state_dict().items():
+        if name in edited:
+            continue
+
+        flat = tensor.detach().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
+    return digest.hexdigest()
+
+
+def _tokenizer_hash(model: ModelAdapter) -> str:
+    parts = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    # The last call sets these two, they are not the tokenizer's own.
+    parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    """What the bits of a result depend on besides the model."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+        "safetensors": version("safetensors"),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def check_model(header: Mapping[str, Any], model: ModelAdapter, weights: EditableWeights) -> None:
+    """Raise WrongModel, saying what differs, unless this is the model the run began with, unedited."""
+    was = header["model"]
+    now = identity(model, weights)
+
+    wrong = [f"{name} is {now[name]!r}, was {was[name]!r}" for name in ("class", "dtype") if now[name] != was[name]]
+
+    layers = sorted({*was["edited"], *now["edited"]}, key=int)
+    differ = [layer for layer in layers if was["edited"].get(layer) != now["edited"].get(layer)]
+    if differ:
+        wrong.append(f"the weights of layers {', '.join(differ)} differ")
+    if was["other"] != now["other"]:
+        wrong.append("weights that are not edited differ")
+    if was["tokenizer"] != now["tokenizer"]:
+        wrong.append("the tokenizer differs")
+
+    if wrong:
+        raise WrongModel(f"not the model that the run began with ({was['source'] or 'unnamed'}): {'; '.join(wrong)}")
+
+
+def compare_machine(header: Mapping[str, Any]) -> None:
+    """Warn when the run began on another kind of machine or with other libraries."""
+    was = header["machine"]
+    now = machine()
+
+    changes = [f"{name} {now[name]} instead of {was[name]}" for name in now if name in was and now[name] != was[name]]
+    if changes:
+        log.warning("results may differ in their last bits from an uninterrupted run: %s", ", ".join(changes))
