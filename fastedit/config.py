@@ -24,7 +24,12 @@ class Config(BaseModel):
 
 
 class MomentConfig(Config):
-    """Second moments: how many tokens, and the longest text window, both in tokens."""
+    """How much background text is read.
+
+    tokens: in all
+    window: tokens of a text window
+    token_budget: tokens that run together, which bounds memory
+    """
 
     tokens: int = Field(100_000, ge=1)
     window: int = Field(256, ge=8)
@@ -32,7 +37,7 @@ class MomentConfig(Config):
 
 
 class EditConfig(Config):
-    """The settings of a method; what a method has none of its own for, no method shares."""
+    """The settings of a method."""
 
 
 def changed(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
@@ -51,6 +56,7 @@ def parse_changes(assignments: Sequence[str]) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals or not all(name.split(".")):
             raise ValueError(f"a setting must look like rounds=2 or value.steps=10, got {assignment!r}")
+
         *path, last = name.split(".")
         place = changes
         for part in path:

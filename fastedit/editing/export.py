@@ -1,7 +1,7 @@
-"""What edits leave behind in forms that others read: a checkpoint, a delta for plain torch, a LoRA adapter for peft.
+"""Edits in forms that other programs read: a checkpoint, a delta for plain torch, a LoRA adapter for PEFT.
 
-The delta of a weight, W - W_0 with the float32 master where there is one, has as many directions as edits were written,
-and rounding noise. It is stored as two factors: all directions above the noise, or as many as are asked for.
+The delta of a weight is W - W_0, from the float32 master of a half-precision weight. Its rank is the number of edits
+written, plus rounding noise. It is stored as two factors: all directions above the noise, or a given number.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ CONVERTER = "python convert_hf_to_gguf.py {folder} --outfile edited.gguf --outty
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. rank: of the factors, per layer; error: ||exported - delta|| / ||delta||, per layer; holds:
-    share of the edits with every target token ranked first, in the editor's model and with what was exported; next:
-    what is left to do, or None."""
+    """What was written.
+
+    rank: layer -> rank of the factors
+    error: layer -> ||exported - delta|| / ||delta||
+    holds: share of the edits with every target token ranked first, in the editor's model and with the exported deltas
+    next: what remains to be done by hand, or None
+    """
 
     folder: str
     format: str

@@ -2,9 +2,9 @@
 
     watch = Watch(editor, edits[:50], every=2, text=prose)
     editor.edit(edits, batch_size=100, watch=watch)
-    watch.points        what was measured, in order
-The sample is asked about before the first edit and then every `every` batches; a model that begins to break shows in
-its perplexity and in the distance of its edited weights from the original ones long before the stream ends.
+    watch.points        the measurements, in order
+The sample is measured before the first edit and then after every `every` batches. Perplexity and the distance of the
+edited weights from the original ones show a breaking model long before the stream ends.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 class WatchPoint:
     """The model after `n_edits` edits of the stream.
 
-    metrics: by name, on the fixed sample; drift: layer -> ||W - W_0|| / ||W_0||; norms: layer -> norm of the updates
-    since the point before; warnings: what has grown past its bound
+    metrics: by name, on the fixed sample
+    drift: layer -> ||W - W_0|| / ||W_0||
+    norms: layer -> summed norms of the updates since the last point
+    warnings: bounds that are exceeded
     """
 
     n_edits: int
@@ -77,11 +79,11 @@ class Watched(Protocol):
 class Watch:
     """Measures `editor` along a stream; pass it to `Editor.edit`.
 
-    sample: the records asked about, usually the first ones of the stream, so that forgetting shows
+    sample: the records measured, usually the first of the stream, so that forgetting shows
     every: batches between two points; the last batch is always a point
-    text: for perplexity, its first `text_tokens` tokens; None = not measured
-    max_perplexity: warn when perplexity grows past this many times that of the unedited model
-    max_drift: warn when ||W - W_0|| / ||W_0|| of a layer grows past it
+    text: the perplexity of its first `text_tokens` tokens is measured; None = not measured
+    max_perplexity: warn when perplexity exceeds this multiple of the unedited model's
+    max_drift: warn when ||W - W_0|| / ||W_0|| of a layer exceeds it
     Raises ValueError for an empty sample or every < 1.
     """
 
@@ -97,9 +99,15 @@ class Watch:
     ) -> None:
         if every < 1 or len(sample) == 0:
             raise ValueError(f"watch: wanted every >= 1 and records to ask about, got {every} and {len(sample)}")
-        self.editor, self.sample, self.every = editor, sample, every
-        self.text, self.text_tokens = text, text_tokens
-        self.max_perplexity, self.max_drift = max_perplexity, max_drift
+
+        self.editor = editor
+        self.sample = sample
+        self.every = every
+        self.text = text
+        self.text_tokens = text_tokens
+        self.max_perplexity = max_perplexity
+        self.max_drift = max_drift
+
         self.points: list[WatchPoint] = []
         self._unedited: Measurement | None = None
         self._norms: dict[int, float] = {}
@@ -110,15 +118,17 @@ class Watch:
         if self._unedited is None:
             with self.editor.weights.rewound():
                 self._unedited = self._measure()
+
         self._n_edits = len(self.editor.edits)
         self._add_point()
 
     def after_batch(self, report: BatchReport, last: bool) -> None:
-        """Take in a committed or rejected batch; measure when it is time to."""
+        """Count a committed or rejected batch, and measure every `every` batches."""
         if report.error is None:
             self._n_edits += len(report.case_ids)
             for layer, norm in report.norms.items():
                 self._norms[layer] = self._norms.get(layer, 0.0) + norm
+
         if last or (report.batch + 1) % self.every == 0:
             self._add_point()
 
@@ -143,25 +153,30 @@ class Watch:
         metrics = self._measure().metrics(self._unedited)
         weights = self.editor.weights
         drift = {layer: _distance(weights.current(layer), weights.original(layer)) for layer in weights.layers}
+
         warnings = self._warnings(metrics, drift)
         for warning in warnings:
             log.warning("after %d edits: %s", self._n_edits, warning)
+
         self.points.append(WatchPoint(self._n_edits, metrics, drift, self._norms, warnings))
         self._norms = {}
 
     def _warnings(self, metrics: Mapping[str, Metric], drift: Mapping[int, float]) -> tuple[str, ...]:
-        found = []
-        now, before = metrics["perplexity"].value, self._unedited.perplexity if self._unedited else None
+        # Comparisons are negated so that NaN exceeds every bound.
+        messages = []
+        now = metrics["perplexity"].value
+        before = None if self._unedited is None else self._unedited.perplexity
         if now is not None and before is not None and not now <= self.max_perplexity * before:
-            found.append(
+            messages.append(
                 f"perplexity {now:.1f} is {now / before:.2f} times the unedited model's (bound {self.max_perplexity:g})"
             )
-        found += [
+
+        messages += [
             f"layer {layer} has moved by {share:.2f} of its norm (bound {self.max_drift:g})"
             for layer, share in drift.items()
             if not share <= self.max_drift
         ]
-        return tuple(found)
+        return tuple(messages)
 
 
 def _distance(now: Tensor, before: Tensor) -> float:

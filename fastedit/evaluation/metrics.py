@@ -1,6 +1,6 @@
 """The field's metrics, batched over records, unedited beside edited, each with its standard error over records.
 
-Three ways to score an answer are in use, and their numbers cannot be compared; a name says which one it is:
+The field scores answers in three ways whose numbers cannot be compared. The name says which:
 
 efficacy, generalization, specificity: is the right answer the more probable one? Mean token log-probabilities of
     target_new and target_true are compared (a neighbour's own answer for specificity), strictly. The ES, PS and NS of
@@ -9,23 +9,23 @@ efficacy, generalization, specificity: is the right answer the more probable one
 *_tokens: share of its tokens that are: efficacy_tokens and generalization_tokens are EasyEdit's rewrite_acc and
     rephrase_acc and, with specificity_tokens, what MEMIT and AlphaEdit report on zsRE
 
-and beside them
+Further:
 
 score: harmonic mean of efficacy, generalization and specificity
 tokens_unchanged: share of locality answers whose arg-max tokens all equal the unedited model's
 locality_tokens: share of their single tokens that do, EasyEdit's locality
 over_editing, unchanging: of the questions about another relation of the edited subject (KnowEdit's group
-    Relation_Specificity), the share answered with the new target, every token the arg-max after those before it, and
-    the share of answers that are the unedited model's, whole. FiNE's two rates in our reading: its definitions were not
-    to be had
-portability, portability_tokens: of what follows from an edit, exact and by tokens; the second is EasyEdit's
+    Relation_Specificity), the share answered with the new target, every token the arg-max, and the share whose answer
+    equals the unedited model's. FiNE names the two rates and does not define them; this is our reading
+portability, portability_tokens: of questions whose answers follow from an edit, exact and by tokens; the second is
+    EasyEdit's
 fluency: 100 * (H2 / 3 + 2 * H3 / 3), H_n the n-gram entropy in bits of texts continued from the generation prompts, or
     from the prompts of records that have none (ROME)
 perplexity: of a text, windows of 512 tokens
 
-Where several answers are right, the one that scores best counts; what must not change is looked at under the first.
-Of locality and portability every group of questions is measured apart too ("portability/Reasoning"), and a record's
-value is the mean over its groups. A metric whose fields the records lack is None ("n/a"), never invented.
+Where several answers are right, the one that scores best counts; whether an answer changed is judged by the first.
+Locality and portability are also measured for each group of questions ("portability/Reasoning"), and a record's value
+is the mean over its groups. A metric whose fields the records lack is None ("n/a").
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model answered to the questions of `edits`, the texts it wrote, and its perplexity."""
+    """One model's answers to the questions of `edits`, the texts it wrote, and its perplexity."""
 
     edits: Sequence[Edit]
     answers: dict[tuple[str, str], Answer]
@@ -188,43 +188,41 @@ class Measurement:
         seed: int,
         show: bool | None,
     ) -> Measurement:
-        """Ask the model; the arguments are those of `evaluate` and `compare`."""
+        """Measure a model; the arguments are those of `evaluate` and `compare`."""
         pairs = list(dict.fromkeys(pair for edit in edits for pair in _questions(edit)))
         with track(len(pairs), "scoring answers", "answers", show) as advance:
-            found = answer(model, pairs, advance)
+            answers = dict(zip(pairs, answer(model, pairs, advance), strict=True))
+
         prompts = [(*edit.generation_prompts, edit.prompt)[0] for edit in edits[:fluency_prompts]]
-        rows: list[list[int]] = []
-        if prompts:
-            length = max(100, 2 * max(len(ids) for ids in encode(model.tokenizer, prompts)[0]))
-            with track(length * len(prompts), "writing texts", "tokens", show) as advance:
-                rows = sample_tokens(model, prompts, length, 5, seed, progress=advance)
-        texts = model.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+        texts = _continued(model, prompts, seed, show)
         measured = None if text is None else perplexity(model, text, text_tokens, show)
-        return cls(edits, dict(zip(pairs, found, strict=True)), texts, measured)
+        return cls(edits, answers, texts, measured)
 
     def metrics(self, unedited: Measurement) -> dict[str, Metric]:
-        """All metrics by name; `unedited` is what tokens are compared with."""
+        """All metrics by name. unedited: the measurement that tokens are compared with."""
 
-        def kept(probe: Probe) -> float | None:
+        def unchanged(probe: Probe) -> float | None:
             """Share of the arg-max tokens under the probe's answer that are the unedited model's."""
             if probe.answer is None:
                 return None
             asked = probe.prompt, probe.answer
             return agreement(self.answers[asked].best, unedited.answers[asked].best)
 
-        found = self._scored("", self._preferred) | self._scored("_top1", self._exact)
-        found |= self._scored("_tokens", self._share)
-        found |= self._grouped("tokens_unchanged", "locality", lambda e, p: _whole(kept(p)))
-        found |= self._grouped("locality_tokens", "locality", lambda e, p: kept(p))
-        found["over_editing"] = self._of_other_relations(lambda e, p: self._exact(p.prompt, (e.target_new,)))
-        found["unchanging"] = self._of_other_relations(lambda e, p: _whole(kept(p)))
-        found |= self._grouped("portability", "portability", lambda e, p: self._exact(p.prompt, p.answers))
-        found |= self._grouped("portability_tokens", "portability", lambda e, p: self._share(p.prompt, p.answers))
-        parts = [found[name].value for name in ("efficacy", "generalization", "specificity")]
-        known = [part for part in parts if part is not None]
-        harmonic = None if len(known) < 3 else (3 / sum(1 / p for p in known) if min(known) > 0 else 0.0)
-        written = _mean([100 * fluency(text) for text in self.texts])
-        return {**found, "score": Metric(harmonic), "fluency": written, "perplexity": Metric(self.perplexity)}
+        metrics = self._scored("", self._preferred)
+        metrics |= self._scored("_top1", self._exact)
+        metrics |= self._scored("_tokens", self._share)
+
+        metrics |= self._grouped("tokens_unchanged", "locality", lambda e, p: _whole(unchanged(p)))
+        metrics |= self._grouped("locality_tokens", "locality", lambda e, p: unchanged(p))
+        metrics["over_editing"] = self._of_other_relations(lambda e, p: self._exact(p.prompt, (e.target_new,)))
+        metrics["unchanging"] = self._of_other_relations(lambda e, p: _whole(unchanged(p)))
+        metrics |= self._grouped("portability", "portability", lambda e, p: self._exact(p.prompt, p.answers))
+        metrics |= self._grouped("portability_tokens", "portability", lambda e, p: self._share(p.prompt, p.answers))
+
+        metrics["score"] = _harmonic_mean([metrics[name] for name in ("efficacy", "generalization", "specificity")])
+        metrics["fluency"] = _mean([100 * fluency(text) for text in self.texts])
+        metrics["perplexity"] = Metric(self.perplexity)
+        return metrics
 
     def _scored(self, suffix: str, way: _Way) -> dict[str, Metric]:
         """Efficacy, generalization and specificity, scored in one way."""
@@ -272,6 +270,17 @@ class Measurement:
         return max(self.answers[prompt, target].share for target in right) if right else None
 
 
+def _continued(model: ModelAdapter, prompts: Sequence[str], seed: int, show: bool | None) -> list[str]:
+    """The prompts with sampled continuations: 100 tokens in all, or twice the longest prompt."""
+    if not prompts:
+        return []
+
+    length = max(100, 2 * max(len(ids) for ids in encode(model.tokenizer, prompts)[0]))
+    with track(length * len(prompts), "writing texts", "tokens", show) as advance:
+        rows = sample_tokens(model, prompts, length, 5, seed, progress=advance)
+    return model.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
 _Way = Callable[[str, Sequence[str], str | None], float | None]
 
 
@@ -298,9 +307,19 @@ def _known_means(records: Iterable[Sequence[float | None]]) -> list[float]:
     return [sum(scores) / len(scores) for scores in known if scores]
 
 
+def _harmonic_mean(metrics: Sequence[Metric]) -> Metric:
+    """None where one of them is; 0 where one is 0."""
+    values = [metric.value for metric in metrics if metric.value is not None]
+    if len(values) < len(metrics):
+        return Metric(None)
+    return Metric(len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0)
+
+
 def _mean(values: Sequence[float]) -> Metric:
+    """The mean with its standard error."""
     if not values:
         return Metric(None)
+
     mean = sum(values) / len(values)
     if len(values) < 2:
         return Metric(mean)

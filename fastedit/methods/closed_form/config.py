@@ -12,14 +12,19 @@ from fastedit.config import Config, EditConfig, MomentConfig
 class ValueConfig(Config):
     """Value optimisation (see :mod:`fastedit.methods.closed_form.values`).
 
-    steps counts forwards as the published code does: `steps` forwards, `steps - 1` Adam steps.
-    stop_loss: an edit is finished when its loss falls below. stop_after_top1: ours after ENCORE's rule: finished when
-    every target token has ranked first in every context for this many steps in a row; None = never.
-    token_budget: live rows optimised together, which bounds memory.
-    dtype: of the layers above the value layer while values are optimised: "model", or "float32" or "bfloat16", for
-    which a copy of them is kept; "auto" is "model", but float32 for a float16 model on a CPU, where float16 products
-    are emulated (fifty times slower in the backward pass). The change delta, Adam, softmax and loss are float32 in any
-    case.
+    steps: forwards, counted as the published code does: `steps` forwards, `steps - 1` Adam steps
+    lr: learning rate of Adam
+    weight_decay: weight of the norm of delta, relative to the squared norm of the unedited value
+    kl_factor: weight of the drift KL at the end of "{subject} is a"
+    clamp: largest ||delta||, relative to the norm of the unedited value
+    stop_loss: an edit is finished when its loss falls below this
+    stop_after_top1: ours, after ENCORE's rule: an edit is finished when every target token has ranked first in every
+        context for this many steps in a row; None = never
+    token_budget: live rows optimised together, which bounds memory
+    dtype: of the layers above the value layer while values are optimised. "model", or "float32" or "bfloat16", for
+        which a copy of these layers is kept. "auto" is "model", but "float32" for a float16 model on a CPU, where
+        float16 products are emulated (fifty times slower in the backward pass). The change delta, Adam, softmax and
+        loss are always float32
     """
 
     steps: int = Field(20, ge=2)
@@ -34,7 +39,12 @@ class ValueConfig(Config):
 
 
 class TemplateConfig(Config):
-    """Context templates: sampled beginnings, `length` tokens in all, top-k sampling, plus the plain template."""
+    """Context templates: the plain template, and one beginning sampled after each seed word.
+
+    seeds: words that the beginnings start with
+    length: tokens of a beginning, its seed included
+    top_k: tokens are sampled from the k most probable ones
+    """
 
     seeds: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
     length: int = Field(10, ge=2)
@@ -42,10 +52,10 @@ class TemplateConfig(Config):
 
 
 class ClosedFormConfig(EditConfig):
-    """What every closed-form recipe needs.
+    """What every closed-form method needs.
 
     layers: edited layers, ascending; the last one is the value layer
-    rewind_values: optimise values on the original weights, also in the middle of a stream
+    rewind_values: optimise values on the original weights throughout a stream; otherwise on the current weights
     """
 
     layers: tuple[int, ...] = Field(min_length=1)

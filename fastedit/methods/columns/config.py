@@ -12,9 +12,10 @@ from fastedit.config import Config, EditConfig, MomentConfig
 class TrainConfig(Config):
     """Training of chosen columns (see :mod:`fastedit.methods.columns.training`).
 
-    steps: at most so many Adam steps; stop_probability: an edit is finished when every target token has more
-    reduce: loss of the target's tokens: "worst" of them, or "mean"
-    kl_factor: weight of the drift KL(p_0 || p) averaged over the prompt's positions but the last
+    steps: upper bound on Adam steps
+    stop_probability: an edit is finished when every target token has a larger probability
+    reduce: how the losses of the target's tokens combine: the "worst" of them, or their "mean"
+    kl_factor: weight of the drift KL(p_0 || p), averaged over the prompt's positions except the last
     repetition_factor: weight of -log(1 - p) of the target's tokens after the whole target, the worst of them
     norm_factor: weight of the norm of an edit's changes
     token_budget: rows trained together, which bounds memory
@@ -43,15 +44,15 @@ class FiNEConfig(ColumnConfig):
     """FiNE, fine-grained neuron-level editing (ICLR 2025, arXiv 2503.01090, and its released code).
 
     neurons: k, neurons chosen for each target token
-    frozen_layers: the last layers, in which none is chosen
+    frozen_layers: the last layers, in which no neuron is chosen
     score_activation: "down_in", the down-projection's input; "gate_only", the activation without the up projection, as
         the release scored Llama models until May 2025, probably for the paper's numbers
-    token: whose push is scored at a target token. "greedy" (published): what the model says there now; ours: "old",
-        the first token of `target_true` at the first target token where the record has one, greedy elsewhere
-    common_share: ours: leave out neurons that would be chosen for more than this share of the positions of background
-        text, which push what the model says anywhere; None = leave none out, as published
-    background: that text's length; its source is the editor's `moments`, by default the model's own writing
-    protect: ours, for streams: a column that an earlier batch wrote is not chosen again; as published, nothing protects
+    token: the token whose logit a neuron is scored by. "greedy" (published): the model's arg-max at that position;
+        "old" (ours): at the first target token, the first token of `target_true` where the record has one
+    common_share: ours: exclude neurons that would be chosen at more than this share of the positions of background
+        text, because they promote frequent tokens everywhere; None (published) = exclude none
+    background: length of that text; its source is the editor's `moments`, by default text sampled from the model
+    protect: ours, for streams: a column that an earlier batch wrote is not chosen again. As published, nothing protects
         earlier edits
     """
 
@@ -69,9 +70,9 @@ class AttributionConfig(Config):
     """Integrated gradients of neurons (see :mod:`fastedit.methods.columns.attribution`).
 
     nodes: M of the midpoint rule
-    path, tokens, everywhere: as in `integrated_gradients`; published by KN: "layer"
-    answer: whose probability is attributed. "old": `target_true`, or the model's own greedy tokens where the record has
-        none; "greedy": those always; "new": the target
+    path, tokens, everywhere: see `integrated_gradients`; KN publishes "layer"
+    answer: the answer whose probability is attributed. "old": `target_true`, or the model's greedy tokens where the
+        record has none; "greedy": always the greedy tokens; "new": the target
     """
 
     nodes: int = Field(20, ge=1)
@@ -82,16 +83,18 @@ class AttributionConfig(Config):
 
 
 class KNEConfig(ColumnConfig):
-    """KNE, knowledge neuronal ensemble (arXiv 2412.20637). Published: integrated gradients summed over the answer's
-    tokens, one quantile of the scores of all layers, W + alpha / sqrt(n) dW, training of the ensemble alone. All else
-    is our reading, the source being silent.
+    """KNE, knowledge neuronal ensemble (arXiv 2412.20637).
 
-    share: p, share of all neurons that the ensemble holds
-    key_layers: None, or K: the K layers with most members, the threshold taken again inside them; or the layers
-    alpha: None = sqrt(n), so that what is trained is added as it is; alpha_per: n of the "layer", or of "all"
-    ensemble: "shared": one for a batch, by its summed scores, trained on the mean loss; "union": of the edits' own,
-        trained likewise; "own": each edit trains its own alone, and the changes are summed
-    fixed: keep the first batch's ensemble for the stream; "own" cannot
+    Published: integrated gradients summed over the answer's tokens, one quantile of the scores of all layers,
+    W + alpha / sqrt(n) dW, training of the ensemble alone. The paper leaves the rest open; it is our reading.
+
+    share: p, share of all neurons in the ensemble
+    key_layers: K: choose again inside the K layers with most members; or the layers themselves; None = all layers
+    alpha: None = sqrt(n), which adds the trained change unscaled
+    alpha_per: whether n counts the members of the "layer" or of "all" layers
+    ensemble: "shared": one ensemble per batch, by the summed scores, trained on the mean loss; "union": the union of
+        the edits' ensembles, trained on the mean loss; "own": each edit trains its own, and the changes are summed
+    fixed: keep the first batch's ensemble for the whole stream; not with "own"
     train: the loss is the mean over the target's tokens; `kl_factor` adds FiNE's drift
     """
 
