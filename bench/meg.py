@@ -117,7 +117,7 @@ def bench_serve(meg: MeG, edits: EditSet) -> dict[str, Any]:
 
     def decoded(batch_size: int, index: list[int]) -> Callable[[], list[str]]:
         part = chosen(decision, index)
-        return lambda: decode(meg.model, [texts[i] for i in index], n_tokens, part, meg.server.serving, batch_size)
+        return lambda: decode(meg.adapter, [texts[i] for i in index], n_tokens, part, meg.server.serving, batch_size)
 
     begun = time.perf_counter()
     meg.server.decide(prompts)
@@ -188,7 +188,7 @@ def main() -> None:
 def run_part(part: str, meg: MeG, config: MegConfig, data: dict[str, EditSet], folder: Path) -> dict[str, Any]:
     """One part's results."""
     if part == "fit":
-        return bench_fit(meg.model, data["edits"][:64], config.fit, 8)
+        return bench_fit(meg.adapter, data["edits"][:64], config.fit, 8)
     run = make(meg, variants(config)["meg" if part == "serve" else part], data, folder)
     if part == "serve":
         return bench_serve(meg, data["edits"])
@@ -199,7 +199,7 @@ def run_part(part: str, meg: MeG, config: MegConfig, data: dict[str, EditSet], f
         # A control without a gate, or without a generator, has nothing to do there.
         if spent < 0.1:
             continue
-        row = {"benchmark": f"meg {part}", "backend": "torch", "dtype": str(meg.model.dtype)[6:], "unit": "s"}
+        row = {"benchmark": f"meg {part}", "backend": "torch", "dtype": str(meg.adapter.dtype)[6:], "unit": "s"}
         append_row(**row, metric=f"{stage} stage", median=round(spent, 1), shape=f"{len(run.edits)} edits")
     found = {**run.to_dict(), "unedited": before.to_dict(), "edited": after.to_dict()}
     parameters = sum(t.numel() for name, t in meg.store.generator.items() if name.startswith("net."))

@@ -58,7 +58,7 @@ class Server:
     def __init__(self, model: ModelAdapter, store: Store, encoder: Encoder | None = None) -> None:
         if store.fingerprint != model.weights_hash(model.n_layers - 1):
             raise BadStore("the store was made for a model with other weights")
-        self.model, self.store, self.config = model, store, store.config
+        self.adapter, self.store, self.config = model, store, store.config
         self.encoder = encoder or make_encoder(model, store.config.encoder)
         if store.encoder:
             self.encoder.load(store.encoder)
@@ -85,7 +85,7 @@ class Server:
     @contextlib.contextmanager
     def serving(self, decision: Decision) -> Iterator[None]:
         """Inside the block the model runs every batch of these prompts with their neurons, however it is called."""
-        with attached(self.model, self.store.layer, self.store.form, decision.flat, decision.active):
+        with attached(self.adapter, self.store.layer, self.store.form, decision.flat, decision.active):
             yield
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -95,15 +95,15 @@ class Server:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [self._prompt(ids[keep.bool()]) for ids, keep in zip(input_ids, mask, strict=True)]
         with self.serving(self.decide(prompts)):
-            return self.model.model.generate(input_ids=input_ids, attention_mask=mask, **options)
+            return self.adapter.model.generate(input_ids=input_ids, attention_mask=mask, **options)
 
     def answer(self, prompts: Sequence[str], n_tokens: int | None = None) -> list[str]:
         """Greedy answers to bare prompts, which are put into the template; the answers without the prompts."""
         texts = [wrap(self.config.fit.template, prompt) for prompt in prompts]
-        return decode(self.model, texts, n_tokens or self.config.max_new_tokens, self.decide(prompts), self.serving)
+        return decode(self.adapter, texts, n_tokens or self.config.max_new_tokens, self.decide(prompts), self.serving)
 
     def _prompt(self, ids: Tensor) -> str:
-        tokenizer = self.model.tokenizer
+        tokenizer = self.adapter.tokenizer
         before, _, after = self.config.fit.template.partition("{}")
         # A tokenizer that puts a beginning-of-text token in front of every text doubles that of the template.
         before = before.removeprefix(tokenizer.bos_token or "")
