@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from fastedit.cli.main import app
+from fastedit.cli.main import app, evaluate_command
+from fastedit.cli.main import edit as edit_command
+from fastedit.cli.meg import ONLY_FOR_MEG, UNUSED_BY_EDIT, UNUSED_BY_EVAL, refuse
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 MODEL, FACTS = str(TINY / "model"), str(TINY / "facts.jsonl")
@@ -63,3 +67,21 @@ def test_wrong_input_is_one_message(tmp_path: Path) -> None:
     done = run("eval", MODEL, FACTS, "--meg", str(tmp_path / "wrong.safetensors"))
     assert done.exit_code == 2
     assert "cannot be read as safetensors" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [(edit_command, UNUSED_BY_EDIT), (edit_command, ONLY_FOR_MEG), (evaluate_command, UNUSED_BY_EVAL)],
+)
+def test_unused_options_are_options_of_their_command(command: Callable[..., None], unused: dict[str, str]) -> None:
+    assert unused.keys() <= inspect.signature(command).parameters.keys()
+    for name, sentence in unused.items():
+        assert sentence.startswith(f"--{name.replace('_', '-')}: ")
+
+
+def test_unused_options_are_refused_with_a_sentence_each() -> None:
+    refuse(["method", "settings", "others", "work_dir", "seed"], UNUSED_BY_EDIT)
+    refuse([], UNUSED_BY_EDIT)
+    with pytest.raises(ValueError, match=r"^--watch: meg learns all edits together") as wrong:
+        refuse(["method", "max_growth", "watch"], UNUSED_BY_EDIT)
+    assert str(wrong.value).splitlines() == [UNUSED_BY_EDIT["watch"], UNUSED_BY_EDIT["max_growth"]]
