@@ -1,4 +1,4 @@
-"""MeG from the command line: a run that can go on, and a store that eval measures."""
+"""MeG from the command line: a run that can be continued, a store that eval measures, and refused options."""
 
 from __future__ import annotations
 

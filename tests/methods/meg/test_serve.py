@@ -95,8 +95,8 @@ def test_answers_do_not_depend_on_the_batch(meg: MeG, few_edits: EditSet) -> Non
 
 def test_decoding_is_greedy_decoding_of_every_text_alone(tiny_model: ModelAdapter, few_edits: EditSet) -> None:
     texts = [e.prompt for e in few_edits]
-    found = decode(tiny_model, texts, 5, batch_size=4)
-    for text, answer in zip(texts, found, strict=True):
+    answers = decode(tiny_model, texts, 5, batch_size=4)
+    for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([tiny_model.tokenizer(text)["input_ids"]])
         made = tiny_model.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)
         assert answer == tiny_model.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)

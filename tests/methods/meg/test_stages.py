@@ -1,4 +1,4 @@
-"""From edits to a store in stages: each is kept, a run goes on where it stopped, and new edits leave old neurons."""
+"""From edits to a store in stages: each is kept, a stopped run is continued, and new edits leave old neurons alone."""
 
 from __future__ import annotations
 
@@ -209,9 +209,9 @@ def test_failed_fits_are_named_and_unknown_to_the_gate(
     fit = stages.fit_neurons
 
     def failing(*arguments: Any) -> Any:
-        found = fit(*arguments)
-        found.solved[3] = False
-        return found
+        fitted = fit(*arguments)
+        fitted.solved[3] = False
+        return fitted
 
     monkeypatch.setattr(stages, "fit_neurons", failing)
     learned: list[int] = []

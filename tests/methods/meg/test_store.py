@@ -1,4 +1,4 @@
-"""The one file: everything comes back, and what is no such file is refused by name."""
+"""The store file: everything is read back, and other files are refused by name."""
 
 from __future__ import annotations
 
