@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -59,3 +59,19 @@ def emit(as_json: bool, data: dict[str, Any], text: str) -> None:
 
 def _tell(console: Console, error: Exception) -> None:
     console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def given(context: typer.Context) -> set[str]:
+    """Names of the command's parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def refuse(given: Collection[str], unused: Mapping[str, str]) -> None:
+    """Raise ValueError, one sentence per option, if a given option would do nothing.
+
+    given: names of the command's parameters that stand on the command line
+    unused: name of a parameter -> why its option is refused"""
+    sentences = [sentence for name, sentence in unused.items() if name in given]
+    if sentences:
+        raise ValueError("\n".join(sentences))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from fastedit.cli import runs
-from fastedit.cli.console import AsJson, counted, emit, errors, open_console, say
+from fastedit.cli.console import AsJson, counted, emit, errors, given, open_console, refuse, say
 
 if TYPE_CHECKING:
     from fastedit.editing.guard import Guard
@@ -58,10 +58,6 @@ MegStore = Annotated[Path | None, typer.Option("--meg", help="file saved by edit
 Fluency = Annotated[int, typer.Option(min=0, help="prompts continued to measure fluency")]
 
 MEG_METHODS = ("meg", "meg-lookup")
-UNUSED_BY_WEIGHT_METHODS = {
-    "others": "--others: only meg learns from records that are not edited",
-    "work_dir": "--work-dir: only meg keeps its stages in a folder; --run-dir records the batches of this method",
-}
 TEXT_FLAGS = ("moments", "moment_tokens")
 
 
@@ -90,19 +86,6 @@ def _account(records: EditSet, skipped: Sequence[Problem]) -> dict[str, Any]:
     return {"form": records.form, "target_field": records.target_field, "skipped": told}
 
 
-def _given(context: typer.Context) -> set[str]:
-    """Names of the parameters that stand on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def _refuse(given: set[str], unused: Mapping[str, str]) -> None:
-    """Raise ValueError for the flags given that would do nothing. unused: parameter -> why, as a sentence."""
-    wrong = [reason for name, reason in unused.items() if name in given]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-
-
 def _editor(
     model: str,
     dtype: Dtype,
@@ -112,7 +95,7 @@ def _editor(
     seed: int,
     text: Path | None,
     text_tokens: int | None,
-    given: set[str],
+    typed: set[str],
 ) -> Editor:
     from fastedit.config import parse_changes
     from fastedit.editor import Editor
@@ -122,7 +105,7 @@ def _editor(
 
     method = method_named(method_name)
     if method.text_setting is None:
-        _refuse(given, {name: f"{_flag(name)}: {method.name} reads no background text" for name in TEXT_FLAGS})
+        refuse(typed, {name: f"{_flag(name)}: {method.name} reads no background text" for name in TEXT_FLAGS})
 
     tokens = [] if text_tokens is None else [f"{method.text_setting}.tokens={text_tokens}"]
     changes = parse_changes([*settings, *tokens])
@@ -130,7 +113,7 @@ def _editor(
 
     if not method.reads_text(editor.config):
         why = f"{method.name} reads no background text with these settings"
-        _refuse(given, {name: f"{_flag(name)}: {why}" for name in TEXT_FLAGS})
+        refuse(typed, {name: f"{_flag(name)}: {why}" for name in TEXT_FLAGS})
     return editor
 
 
@@ -140,7 +123,7 @@ def _flag(parameter: str) -> str:
 
 def _edit_meg(
     console: Console,
-    given: set[str],
+    typed: set[str],
     model: str,
     dtype: Dtype,
     method: str,
@@ -163,7 +146,7 @@ def _edit_meg(
     from fastedit.config import parse_changes
     from fastedit.model.load import load_model
 
-    _refuse(given, meg.UNUSED_BY_EDIT)
+    refuse(typed, meg.UNUSED_BY_EDIT)
     records = _records(console, path, start, limit, form, target_field, on_invalid)
     beside = [] if others is None else _records(console, others, 0, None, "auto", None, on_invalid)
 
@@ -248,17 +231,19 @@ def edit(
     """Write edits into a model, measure it, and save it."""
     console = open_console()
     with errors(console):
-        given = _given(context)
+        from fastedit.cli import meg
+
+        typed = given(context)
         if method in MEG_METHODS:
             return _edit_meg(
-                console, given, model, dtype, method, edits, start, limit, form, target_field, on_invalid,
+                console, typed, model, dtype, method, edits, start, limit, form, target_field, on_invalid,
                 others, settings or [], seed, work_dir, evaluation, save, as_json,
             )  # fmt: skip
 
-        _refuse(given, UNUSED_BY_WEIGHT_METHODS)
+        refuse(typed, meg.ONLY_FOR_MEG)
         _tell_run(console, run_dir, resume)
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
-        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, given)
+        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, typed)
 
         prose = None if text is None else text.read_text(encoding="utf-8")
         watching = _watching(editor, records, watch, prose)
@@ -307,7 +292,7 @@ def evaluate_command(
         if meg is not None:
             from fastedit.cli import meg as command
 
-            _refuse(_given(context), command.UNUSED_BY_EVAL)
+            refuse(given(context), command.UNUSED_BY_EVAL)
             return emit(as_json, *command.evaluate(load_model(model, dtype), meg, records))
 
         after = load_model(model, dtype)
@@ -343,8 +328,8 @@ def stats(
 
         if not method_named(method).uses_second_moments:
             raise ValueError(f"{method} uses no second moments")
-        given = _given(context)
-        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, given)
+        typed = given(context)
+        editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, typed)
         wanted = _layers(layers, editor.adapter.n_layers) if layers else list(editor.weights.layers)
 
         started = time.perf_counter()

@@ -1,21 +1,47 @@
-"""What the command line does for `edit --method meg` and `eval --meg`: a text, and the same as plain data."""
+"""What the command line does for `edit --method meg` and `eval --meg`: each result as data and as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-from fastedit.config import changed
-from fastedit.methods.meg.config import CONFIGS
+from fastedit.methods.meg.config import method_name
 from fastedit.methods.meg.editor import MeG
 from fastedit.methods.meg.metrics import NAMES, SixMetrics
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.edit import Edit, listing
 
-# Replaced when the branches meet.
-UNUSED_BY_EDIT: dict[str, str] = {}
-UNUSED_BY_EVAL: dict[str, str] = {}
+# Options of `edit` that MeG does not use: name of the parameter -> why the option is refused.
+UNUSED_BY_EDIT = {
+    "preset": "--preset: meg has no presets, its settings are changed with --set",
+    "batch_size": "--batch-size: meg learns all edits together, not in batches",
+    "moments": "--moments: meg needs no second moments, so no text for them",
+    "moment_tokens": "--moment-tokens: meg needs no second moments",
+    "on_error": "--on-error: meg has no batch that could fail; edits that could not be fitted are named in the result",
+    "text": "--text: meg writes no weight, so the model's perplexity does not change",
+    "fluency_prompts": "--fluency-prompts: meg measures its six numbers, and fluency is not among them",
+    "watch": "--watch: meg learns all edits together, so there is no batch after which to measure",
+    "resume": "--resume: the same command with --work-dir continues a meg run that was stopped",
+    "run_dir": "--run-dir: a run directory records weights, and meg writes none; --work-dir keeps its stages",
+    "canaries": "--canaries: the guard judges written weights, and meg writes none",
+    "max_growth": "--max-growth: the guard judges written weights, and meg writes none",
+}
+
+# The same for `eval --meg`.
+UNUSED_BY_EVAL = {
+    "unedited": "--unedited: with --meg MODEL itself is the unedited model",
+    "text": "--text: meg writes no weight, so the model's perplexity does not change",
+    "fluency_prompts": "--fluency-prompts: --meg measures its six numbers, and fluency is not among them",
+    "seed": "--seed: with --meg nothing is sampled",
+}
+
+# Options of `edit` that only MeG uses, for all other methods.
+ONLY_FOR_MEG = {
+    "others": "--others: only meg and meg-lookup learn from records that are not edited",
+    "work_dir": "--work-dir: only meg and meg-lookup have stages to keep; --run-dir records the run of a method that"
+    " writes weights",
+}
 
 
 def edit(
@@ -23,17 +49,19 @@ def edit(
     method: str,
     edits: Sequence[Edit],
     others: Sequence[Edit],
-    changes: Mapping[str, Any],
+    changes: Mapping[str, object],
     seed: int,
     work_dir: Path | None,
     on_invalid: str,
     evaluation: bool,
     save: Path | None,
 ) -> tuple[dict[str, Any], str]:
-    """Edit, measure, save; (data, text). save: the store's file, or a folder for meg.safetensors."""
-    meg = MeG(model, method, changed(CONFIGS[method], changes), seed)
-    run = meg.edit(edits, others, work_dir, on_invalid)
+    """Edit, measure, save; (data, text). save: the store's file, or a folder for meg.safetensors"""
+    meg = MeG(model, method_name(method), changes, seed)
+    # Checked with the edits.
+    run = meg.edit(edits, others, work_dir, cast(Literal["refuse", "skip"], on_invalid))
     data = {"method": method, **run.to_dict()}
+
     total = sum(run.seconds.values())
     lines = [f"{len(run.edits)} edits, {total / len(run.edits):.2f} s per edit: {stage_line(run.seconds)}"]
     if run.failed:
@@ -42,10 +70,12 @@ def edit(
         lines.append(f"left out:\n{listing(run.skipped)}")
     if not others:
         lines.append("no other records were given: the encoder is untrained and the gate's threshold a guess")
+
     if evaluation:
         before, after = meg.measure()
         data["evaluation"] = {"unedited": before.to_dict(), "edited": after.to_dict()}
         lines.append(table(before, after))
+
     if save is not None:
         path = save / "meg.safetensors" if save.suffix != ".safetensors" else save
         meg.save(path)
@@ -67,11 +97,12 @@ def stage_line(seconds: Mapping[str, float]) -> str:
 
 
 def table(before: SixMetrics, after: SixMetrics) -> str:
-    """The six numbers, unedited beside edited, and what the gate let in."""
+    """The six numbers of the unedited and the edited model side by side, and the shares of prompts inside the gate."""
     lines = [f"{'metric, in percent':<21}{'unedited':>10}{'edited':>10}   ({after.n_records} records)"]
     old, new = before.to_dict(), after.to_dict()
     names = [f"{name}_{way}" for name in NAMES for way in ("free", "forced")]
     lines += [f"{name:<21}{_number(old[name]):>10}{_number(new[name]):>10}" for name in (*names, "score")]
+
     inside = ", ".join(f"{_number(share)} of {name} prompts" for name, share in after.accepted.items())
     return "\n".join([*lines, f"inside the gate: {inside}"])
 

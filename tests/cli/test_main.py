@@ -111,8 +111,8 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: tuple[str, ...], 
     [
         (("--method", "kne", "--moments", TEXT), "--moments: kne reads no background text"),
         (("--method", "kn", "--moment-tokens", "100"), "--moment-tokens: kn reads no background text"),
-        (("--work-dir", "kept"), "--work-dir: only meg keeps its stages in a folder"),
-        (("--others", FACTS), "--others: only meg learns from records that are not edited"),
+        (("--work-dir", "kept"), "--work-dir: only meg and meg-lookup have stages to keep"),
+        (("--others", FACTS), "--others: only meg and meg-lookup learn from records that are not edited"),
     ],
     ids=["text", "tokens", "work dir", "others"],
 )

@@ -1,14 +1,19 @@
-"""MeG from the command line: a run that can go on, and a store that eval measures."""
+"""MeG from the command line: a run that can be continued, a store that eval measures, and refused options."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from fastedit.cli.main import app
+from fastedit.cli.console import refuse
+from fastedit.cli.main import app, evaluate_command
+from fastedit.cli.main import edit as edit_command
+from fastedit.cli.meg import ONLY_FOR_MEG, UNUSED_BY_EDIT, UNUSED_BY_EVAL
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 MODEL, FACTS = str(TINY / "model"), str(TINY / "facts.jsonl")
@@ -63,3 +68,46 @@ def test_wrong_input_is_one_message(tmp_path: Path) -> None:
     done = run("eval", MODEL, FACTS, "--meg", str(tmp_path / "wrong.safetensors"))
     assert done.exit_code == 2
     assert "cannot be read as safetensors" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [(edit_command, UNUSED_BY_EDIT), (edit_command, ONLY_FOR_MEG), (evaluate_command, UNUSED_BY_EVAL)],
+)
+def test_unused_options_are_options_of_their_command(command: Callable[..., None], unused: dict[str, str]) -> None:
+    assert unused.keys() <= inspect.signature(command).parameters.keys()
+    for name, sentence in unused.items():
+        assert sentence.startswith(f"--{name.replace('_', '-')}: ")
+
+
+def test_unused_options_are_refused_with_a_sentence_each() -> None:
+    refuse(["method", "settings", "others", "work_dir", "seed"], UNUSED_BY_EDIT)
+    refuse([], UNUSED_BY_EDIT)
+    with pytest.raises(ValueError, match=r"^--watch: meg learns all edits together") as wrong:
+        refuse(["method", "max_growth", "watch"], UNUSED_BY_EDIT)
+    assert str(wrong.value).splitlines() == [UNUSED_BY_EDIT["watch"], UNUSED_BY_EDIT["max_growth"]]
+
+
+VALUES = {
+    "preset": "smollm2-135m", "batch_size": "2", "moments": FACTS, "moment_tokens": "9", "on_error": "skip", "text": FACTS,
+    "fluency_prompts": "1", "watch": "1", "run_dir": "run", "canaries": "1", "max_growth": "2", "unedited": MODEL, "seed": "1",
+}  # fmt: skip
+
+
+def option(name: str) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if name == "resume" else [flag, VALUES[name]]
+
+
+@pytest.mark.parametrize("name", UNUSED_BY_EDIT)
+def test_edit_refuses_each_of_them(name: str) -> None:
+    done = run("edit", MODEL, FACTS, "--method", "meg", "--limit", "4", *option(name))
+    assert done.exit_code == 2, done.output
+    assert UNUSED_BY_EDIT[name] in done.stderr
+
+
+@pytest.mark.parametrize("name", UNUSED_BY_EVAL)
+def test_eval_refuses_each_of_them(name: str) -> None:
+    done = run("eval", MODEL, FACTS, "--meg", "store.safetensors", "--limit", "4", *option(name))
+    assert done.exit_code == 2, done.output
+    assert UNUSED_BY_EVAL[name] in done.stderr

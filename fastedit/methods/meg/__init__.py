@@ -1,8 +1,8 @@
 """MeG, massive editing by generated neurons: one extra neuron per prompt, from a diffusion model, behind a gate.
 
-Unlike the other methods it writes no weight and has a run-time part, so it is no recipe of `RECIPES` but an object of
-its own, `MeG`. A file per stage: neuron, fit (with passes), encoder, familiarity, generator (with diffusion), serve,
-store; stages runs them and keeps what is done, metrics measures, massive is the face.
+Unlike the methods of `METHODS` it writes no weight and runs beside the model, so it is an object of its own, `MeG`
+(editor.py). One file per part: neuron, fit (with passes), encoder, familiarity, generator (with diffusion), serve,
+store, metrics; stages runs them in order and keeps finished stages.
 """
 
 from __future__ import annotations

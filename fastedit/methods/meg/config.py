@@ -1,31 +1,32 @@
-"""Settings of MeG, a part per stage."""
+"""Settings of MeG, one class per stage."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from fastedit.config import Config
+
+MethodName = Literal["meg", "meg-lookup"]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FitConfig(_Settings):
+class FitConfig(Config):
     """Fitting one neuron per edit (see :mod:`fastedit.methods.meg.fit`).
 
-    layer: the layer whose feed-forward gets the neuron; None = by depth, see `fit_layer`
-    activation: of the neuron: "auto" as published, "identity", or "model" with a bias
-    start: the shared start of all neurons: "drawn" as published, or "mean", whose a . z is about one wherever an
-        answer begins, so that it answers every prompt alike
-    template: around every prompt, `{}` is where it goes. Words after the prompt that are always the same make the
-        places where answers begin alike, without which a neuron does not carry over to other wordings
-    ending, stop_token: what the neuron teaches after the answer, so that the model stops: text, and the end token
-    optimiser: plain gradient descent, in float32, with the rate lr ("descent", as published), or with the rate
-        lr * loss / |gradient|^2 ("polyak"), which needs no tuning to the model and a fraction of the steps
-    steps: steps at most
-    stop_loss: an edit is done when every target token is the arg-max and its loss has fallen below
-    token_budget: rows fitted together, which bounds memory
+    layer: the layer whose feed-forward gets the neuron; None = at three quarters of the depth, see `fit_layer`
+    activation: of the neuron: "auto" as published, "identity", or "model", the model's own with a bias
+    start: the shared start of all neurons: "drawn" as published, or "mean", for which a . z is about one wherever an
+        answer begins, whatever the prompt
+    template: the text around every prompt, with `{}` in the prompt's place. Fixed words after the prompt make the
+        positions where answers begin alike; without them a neuron does not carry over to other wordings
+    ending, stop_token: what the neuron has to produce after the answer, so that the model stops: a text, and whether
+        the end token follows it
+    optimiser: gradient descent in float32, with the step size lr ("descent", as published) or
+        lr * loss / |gradient|^2 ("polyak"), which needs no tuning per model and far fewer steps
+    steps: the largest number of steps
+    stop_loss: fitting of an edit stops when every target token is the arg-max and the loss is below this, in nats
+    token_budget: rows (tokens) fitted together; bounds memory
     """
 
     layer: int | None = Field(None, ge=0)
@@ -48,14 +49,14 @@ class FitConfig(_Settings):
         return template
 
 
-class EncoderConfig(_Settings):
+class EncoderConfig(Config):
     """The text encoder (see :mod:`fastedit.methods.meg.encoder`).
 
-    source: "model" for the edited model itself, else a folder or hub id of a BERT-like encoder
-    layer: with "model", the layer that learns; None = by depth
-    pooling: with another encoder, "cls" or "mean"
-    epochs, batch_size, lr, temperature: of the contrastive training, which goes through few pairs more often; 0 epochs
-        leave the encoder as it is
+    source: "model" for the edited model itself, otherwise a folder or hub id of a BERT-like encoder
+    layer: with "model", the layer that is trained; None = at a fifth of the depth
+    pooling: of a BERT-like encoder, "cls" or "mean"
+    epochs, batch_size, lr, temperature: of the contrastive training; few pairs get more epochs than `epochs`, and
+        epochs = 0 leaves the encoder untrained
     """
 
     source: str = "model"
@@ -67,16 +68,17 @@ class EncoderConfig(_Settings):
     temperature: float = Field(0.1, gt=0)
 
 
-class FamiliarityConfig(_Settings):
+class FamiliarityConfig(Config):
     """The gate (see :mod:`fastedit.methods.meg.familiarity`).
 
-    kind: "familiarity" as published, "cosine" to the nearest edit, or "none", every prompt edited
-    threshold: of the entropy in nats, or of the cosine distance; None = chosen on the development slice, an entropy not
-        below `sure`
+    kind: "familiarity" as published, "cosine" for the distance to the nearest edit, or "none": every prompt is edited
+    threshold: of the entropy in nats, or of the cosine distance; None = chosen on the development slice, for the
+        entropy at least `sure`
     blocks, hidden_ratio, labels, dropout: of the network
-    epochs, batch_size, lr, weight_decay, noise: of its training; noise: length of what is added to a unit vector
-    background: weight of the loss that holds prompts of other facts to uniform
-    learned, sure: training stops when this share of the edits has an entropy below half of `sure`, in nats
+    epochs, batch_size, lr, weight_decay: of its training
+    noise: length of the Gaussian noise added to a unit vector in training
+    background: weight of the loss that keeps the output uniform on prompts of other facts
+    learned, sure: training stops when the share `learned` of the edits has an entropy below sure / 2, in nats
     """
 
     kind: Literal["familiarity", "cosine", "none"] = "familiarity"
@@ -95,19 +97,20 @@ class FamiliarityConfig(_Settings):
     sure: float = Field(0.3, gt=0)
 
 
-class GeneratorConfig(_Settings):
+class GeneratorConfig(Config):
     """The generator (see :mod:`fastedit.methods.meg.generator`).
 
-    kind: "dit" as published, "mlp", or "lookup": the stored neuron of the nearest edit, no generator at all
+    kind: "dit" as published, "mlp", or "lookup": no generator, the stored neuron of the nearest edit is used
     patch, width, blocks, heads, dropout: of the network
-    predicts: what its training counts the error of: "velocity", as published, or "clean", the neuron itself
+    predicts: what the training loss compares: "velocity", as published, or "clean", the neuron itself
     epochs, batch_size, lr, weight_decay, ema: of its training
-    noise: length of the Gaussian that is added to a unit vector; rewording: factor of the shift that is added too, one
-        between two wordings of a fact of the development slice
-    zero_ratio: how many unrelated prompts, per edit, are taught to give the zero neuron
-    sampler_steps: of the deterministic sampler
-    judge_every, good_enough: after so many epochs neurons drawn for shifted vectors are tried, and training stops at
-        this share of success
+    noise: length of the Gaussian noise added to a unit vector in training
+    rewording: factor of the shift that is added as well, a difference between two wordings of one fact of the
+        development slice
+    zero_ratio: unrelated prompts per edit whose target is the zero neuron
+    sampler_steps: steps of the deterministic sampler
+    judge_every, good_enough: every `judge_every` epochs neurons are drawn for shifted vectors and tried; training stops
+        when the share `good_enough` of them gives the answer
     """
 
     kind: Literal["dit", "mlp", "lookup"] = "dit"
@@ -130,11 +133,11 @@ class GeneratorConfig(_Settings):
     good_enough: float = Field(0.97, gt=0, le=1)
 
 
-class MegConfig(_Settings):
-    """MeG, with a generator and a gate, or its look-up control; `CONFIGS` has both.
+class MegConfig(Config):
+    """MeG with a generator and a gate, or its look-up control; `CONFIGS` has both.
 
-    max_others: of the records that are not edited, how many encoder and gate learn from
-    max_new_tokens: of an answer that is measured, and of the locality answers it is compared with
+    max_others: the largest number of records that are not edited from which encoder and gate learn
+    max_new_tokens: length of measured answers, and of the base model's answers they are compared with, in tokens
     """
 
     fit: FitConfig = FitConfig()
@@ -145,7 +148,20 @@ class MegConfig(_Settings):
     max_new_tokens: int = Field(20, ge=1)
 
 
-CONFIGS = {
+CONFIGS: dict[MethodName, MegConfig] = {
     "meg": MegConfig(),
     "meg-lookup": MegConfig(gate=FamiliarityConfig(kind="cosine"), generator=GeneratorConfig(kind="lookup")),
 }
+
+
+def method_name(name: str) -> MethodName:
+    """The name as a type. Raises ValueError for any other name."""
+    for known in CONFIGS:
+        if known == name:
+            return known
+    raise ValueError(f"method must be one of {', '.join(CONFIGS)}, got {name!r}")
+
+
+def method_of(config: MegConfig) -> MethodName:
+    """The name of the method that a config belongs to: "meg-lookup" without a generator, else "meg"."""
+    return "meg-lookup" if config.generator.kind == "lookup" else "meg"

@@ -1,11 +1,11 @@
-"""The diffusion that neurons are drawn from: schedule, velocity, and the deterministic sampler.
+"""The diffusion model of the generator: its schedule, its velocity, and the deterministic sampler.
 
     x_t = A_t x + S_t n,  A = sqrt(abar), S = sqrt(1 - abar);   velocity v = A n - S x
     clean estimate  A x_t - S v;   noise estimate  S x_t + A v
-beta runs linearly from 1e-4 to 0.02 over 1000 steps. Sampling is DDIM with eta = 0 on a respaced list of steps, as the
-paper says; its code draws noise at every step and learns a variance, and the paper's printed reverse formula is the
-noise-prediction one. Here one stored noise stands at the start of every draw: a prompt's neuron is a function of its
-vector, and answers are the same from run to run.
+beta grows linearly from 1e-4 to 0.02 over 1000 steps. Sampling is DDIM with eta = 0 on a respaced list of steps, as in
+the paper; the published code adds noise at every step and learns a variance, and the reverse formula printed in the
+paper is that of noise prediction. Here every draw starts from one stored noise vector, so a prompt's neuron is a
+function of its vector, and answers do not change from run to run.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ class Schedule:
         return self.signal[steps, None] * noise - self.sigma[steps, None] * clean
 
     def clean(self, noised: Tensor, velocity: Tensor, steps: Tensor) -> Tensor:
-        """The x that x_t and v speak of."""
+        """The clean estimate of x from x_t and v, each (n, size)."""
         return self.signal[steps, None] * noised - self.sigma[steps, None] * velocity
 
     def noise(self, noised: Tensor, velocity: Tensor, steps: Tensor) -> Tensor:
-        """The noise that x_t and v speak of."""
+        """The noise estimate from x_t and v, each (n, size)."""
         return self.sigma[steps, None] * noised + self.signal[steps, None] * velocity
 
 
 def respaced(n_steps: int) -> list[int]:
-    """n_steps of the 1000, ascending, evenly spread with both ends; [999] for one."""
+    """n_steps of the 1000 steps, ascending, evenly spaced with both ends; [999] for one step.
+
+    Raises ValueError unless 1 <= n_steps <= 1000."""
     if not 1 <= n_steps <= STEPS:
         raise ValueError(f"sampler steps must lie in 1-{STEPS}, got {n_steps}")
     if n_steps == 1:
@@ -64,11 +66,13 @@ def ddim(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, n_steps: in
     schedule = Schedule(noise.device)
     steps = respaced(n_steps)
     x = noise
-    for at, step in zip(reversed(steps), [*reversed(steps[:-1]), None], strict=True):
-        now = torch.full((len(x),), at, dtype=torch.int64, device=x.device)
+
+    for step, following in zip(reversed(steps), [*reversed(steps[:-1]), None], strict=True):
+        now = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
         velocity = predict(x, now)
         clean = schedule.clean(x, velocity, now)
-        if step is None:
+        if following is None:
             return clean
-        x = schedule.signal[step] * clean + schedule.sigma[step] * schedule.noise(x, velocity, now)
+        x = schedule.signal[following] * clean + schedule.sigma[following] * schedule.noise(x, velocity, now)
+
     return x

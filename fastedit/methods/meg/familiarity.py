@@ -1,12 +1,12 @@
-"""Whether a prompt asks about an edit: a network that has learned random labels of the edits by heart.
+"""The gate: whether a prompt asks about an edit, by a network that has memorised random labels of the edits.
 
-Every edit gets a random label, and a small residual network F overfits (vector of the prompt -> label). Where F has
-seen a prompt, or one close to it, it is sure of its answer; its entropy is the gate:
+Every edit gets a random label, and a small residual network F overfits (vector of the prompt -> label). On prompts that
+F was trained on, and on prompts close to them, its output is confident; elsewhere it is not. The entropy is the gate:
     H = - sum_c p_c ln p_c,  p clamped at 1e-8, in nats (at most ln n_labels);   edited iff H < threshold, strictly
-Nothing in the published loss forces text unlike any edit to high entropy; here prompts of facts that are not edited,
-where there are some, are held to the uniform distribution (`background`). The published code makes the encoder run for
-every sample of every epoch; here vectors are computed once, and noise stands in for the encoder's dropout. Labels and
-noise are seeded, and training stops by what the gate does and not after a number of epochs picked by hand.
+Nothing in the published loss pushes text unlike any edit to high entropy; here a second loss term keeps the output
+uniform on prompts of facts that are not edited, if there are any (`background`). The published code runs the encoder
+for every sample of every epoch; here vectors are computed once, and added noise replaces the encoder's dropout. Labels
+and noise are seeded, and training stops when the gate knows its edits, not after a number of epochs chosen by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from fastedit.methods.meg.config import FamiliarityConfig
 
-SURE = 1e-8
+# Probabilities are clamped here before the logarithm.
+SMALLEST_PROBABILITY = 1e-8
 
 
 class FamiliarityNet(nn.Module):
@@ -45,7 +46,7 @@ class FamiliarityNet(nn.Module):
 
 def entropy(logits: Tensor) -> Tensor:
     """H of the softmax of logits (n, n_labels), (n,) in nats."""
-    p = torch.softmax(logits.float(), dim=1).clamp_min(SURE)
+    p = torch.softmax(logits.float(), dim=1).clamp_min(SMALLEST_PROBABILITY)
     return -(p * p.log()).sum(1)
 
 
@@ -67,12 +68,12 @@ class Familiarity:
 
 
 def scaled(vectors: Tensor) -> Tensor:
-    """Unit vectors (n, width) with entries of about one, as linear layers want them."""
+    """Unit vectors (n, width) times sqrt(width): entries of about one suit linear layers."""
     return vectors * vectors.shape[1] ** 0.5
 
 
 def make_net(width: int, config: FamiliarityConfig) -> FamiliarityNet:
-    """A network for vectors of `width`, with torch's own start."""
+    """A network for vectors of `width`, with torch's default initialisation."""
     return FamiliarityNet(width, config.hidden_ratio * width, config.blocks, config.labels, config.dropout)
 
 
@@ -83,15 +84,18 @@ def train_familiarity(
     background: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Familiarity:
-    """Learn n edits by heart. vectors: (n, width) unit vectors of their prompts; background: (m, width), of others.
+    """Memorise n edits.
 
-    Stops when `config.learned` of the edits are below half of `config.sure` nats, or after `config.epochs`.
-    progress: called with 1 per epoch"""
+    vectors: (n, width) unit vectors of their prompts; background: (m, width), those of other prompts
+    progress: called with 1 per epoch
+    Stops when a share `config.learned` of the edits has an entropy below config.sure / 2 nats, or after
+    `config.epochs`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make_net(vectors.shape[1], config)
         labels = torch.randint(config.labels, (len(vectors),))
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
         for epoch in range(config.epochs):
             net.train()
             for part in torch.split(torch.randperm(len(vectors)), config.batch_size):
@@ -103,6 +107,7 @@ def train_familiarity(
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
+
             if progress is not None:
                 progress(1)
             if epoch % 10 == 9:
@@ -110,26 +115,28 @@ def train_familiarity(
                 known = is_familiar(Familiarity(net)(vectors), config.sure / 2)
                 if float(known.float().mean()) >= config.learned:
                     break
+
     net.eval()
     net.requires_grad_(False)
     return Familiarity(net)
 
 
 def _noisy(vectors: Tensor, noise: float) -> Tensor:
-    """Unit vectors with Gaussian noise of length `noise` put onto them, made unit again and scaled."""
+    """Unit vectors plus Gaussian noise of length `noise`, normalised again and scaled."""
     moved = vectors + noise * torch.randn_like(vectors) / vectors.shape[1] ** 0.5
     return scaled(F.normalize(moved, dim=1))
 
 
 def choose_threshold(own: Tensor, reworded: Tensor, unrelated: Tensor) -> float:
-    """The bound of a score below which a prompt counts as edited, from a development slice.
+    """The score below which a prompt counts as edited, chosen on a development slice.
 
-    own, reworded, unrelated: scores of the slice's own prompts, their paraphrases, and prompts that must not change,
-    each (n,). Takes the bound with the largest harmonic mean of the three shares that are judged right, the smallest
-    such; it lies halfway between two scores that occur."""
+    own, reworded, unrelated: (n,) scores each, of the slice's prompts, their paraphrases, and prompts that must not
+    change. Candidates lie halfway between two scores that occur. The one with the largest harmonic mean of the three
+    shares judged right is chosen; among equals, the smallest."""
     scores = torch.unique(torch.cat([own, reworded, unrelated]).double())
     middle = (scores[1:] + scores[:-1]) / 2
     bounds = torch.cat([middle, scores[-1:] + 1e-6])
+
     shares = torch.stack(
         [
             (own[None].double() < bounds[:, None]).double().mean(1),

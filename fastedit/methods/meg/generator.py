@@ -1,15 +1,17 @@
 """The generator: from the vector of a prompt to a neuron. A diffusion transformer over patches of the flat neuron.
 
-Weights are standardised with the mean and deviation of every entry over the fitted neurons (the published code divides
-by 0.01 alone), cut into patches, one token each, and the network predicts the velocity of the diffusion
-(:mod:`.diffusion`). While training, vectors are moved as another wording would move them, by noise and by shifts seen
-between wordings of facts that are not edited, which is what makes a paraphrase's vector work. Done otherwise than in
-the published code, which takes 60 000 steps at a thousand edits: the vector enters every token and not the modulation
-alone; by default the network's output is the clean neuron, from which the velocity follows; modulations start at zero,
-weights are averaged (EMA), the learning rate falls, samples are shuffled, no variance is learned, and training stops by
-what drawn neurons do, not after an epoch picked by hand.
+Every entry of the neurons is standardised with its mean and deviation over the fitted neurons (the published code only
+divides by 0.01). The result is cut into patches, one token each, and the network predicts the velocity of the diffusion
+(:mod:`.diffusion`). In training, vectors are moved as another wording would move them, by noise and by shifts seen
+between wordings of facts that are not edited; this is why the vector of a paraphrase works.
 
-`MLPGenerator`, the control, predicts the neuron from the vector at once.
+The published training takes 60 000 steps at a thousand edits. Deliberate differences here: the vector is an input of
+every token, not of the modulation only; by default the network's output is the clean neuron, from which the velocity
+follows; modulations start at zero; weights are averaged (EMA); the learning rate decays; samples are shuffled; no
+variance is learned; and training stops when drawn neurons give the answers, not after a number of epochs chosen by
+hand.
+
+`MLPGenerator`, the control, predicts the neuron from the vector directly.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +30,10 @@ from fastedit.methods.meg.config import GeneratorConfig
 from fastedit.methods.meg.diffusion import STEPS, Schedule, ddim
 from fastedit.methods.meg.familiarity import scaled
 
+# Sinusoids that encode a diffusion step.
 FREQUENCIES = 256
-# Batches of an epoch at least.
+
+# Smallest number of batches in an epoch.
 PASS = 4
 
 
@@ -42,7 +46,7 @@ def waves(places: Tensor, width: int, cosine_first: bool) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each behind a norm without weights that is shifted and scaled, and each gated, by u."""
+    """Attention and MLP, each after a norm without weights; u gives shift, scale and gate of both."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -71,11 +75,13 @@ def _norm(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DiTShape:
-    """Sizes of a `DiT`. size: length of a neuron; condition: width of the prompt's vector.
+    """Sizes of a `DiT`.
 
-    clean: the network's output is the clean neuron, and the velocity is put together from it
-    published: the released network, for comparison: the vector is added to the time embedding as it is and enters
-    nowhere else, and the head makes two streams, of which the second would be the logits of a variance."""
+    size: length of a neuron; condition: width of the prompt's vector
+    clean: the network's output is the clean neuron, from which the velocity is computed
+    published: the released network, for comparison: the vector is added to the time embedding unchanged and is used
+        nowhere else, and the head has two streams, the second of which would be the logits of a variance
+    """
 
     size: int
     condition: int
@@ -97,23 +103,28 @@ class DiT(nn.Module):
 
     def __init__(self, shape: DiTShape) -> None:
         super().__init__()
-        self.shape, width = shape, shape.width
+        self.shape = shape
+        width = shape.width
         self.n_tokens = -(-shape.size // shape.patch)
+
         self.embed = nn.Linear(shape.patch, width)
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.condition = nn.Identity() if shape.published else nn.Linear(shape.condition, width)
         self.spread = None if shape.published else nn.Linear(shape.condition, self.n_tokens * width)
         self.drop = nn.Dropout(shape.dropout)
+
         blocks = [DiTBlock(width, shape.heads) for _ in range(shape.blocks)]
         self.blocks = nn.ModuleList(blocks)
         self.last_modulation = nn.Linear(width, 2 * width)
         self.streams = nn.Linear(width, 2 * width) if shape.published else None
         self.out = nn.Linear(width, shape.patch)
+
         table = waves(torch.arange(self.n_tokens), width, cosine_first=False)
         self.register_buffer("positions", table, persistent=False)
         schedule = Schedule()
         self.register_buffer("signal", schedule.signal, persistent=False)
         self.register_buffer("sigma", schedule.sigma, persistent=False)
+
         if not shape.published:
             for layer in (*(block.modulation for block in blocks), self.last_modulation, self.out):
                 nn.init.zeros_(layer.weight)
@@ -125,21 +136,24 @@ class DiT(nn.Module):
         tokens = self.embed(padded.view(len(x), self.n_tokens, -1)) + self.positions
         if self.spread is not None:
             tokens = tokens + self.spread(vectors).view(tokens.shape)
+
         u = self.drop(self.time(waves(steps, FREQUENCIES, cosine_first=True)) + self.condition(vectors))
         for block in self.blocks:
             tokens = block(tokens, u)
+
         shift, scale = self.last_modulation(F.silu(u))[:, None].chunk(2, dim=-1)
         tokens = _norm(tokens) * (1 + scale) + shift
         if self.streams is not None:
             tokens = self.streams(tokens).unflatten(-1, (self.shape.width, 2))[..., 0]
-        found = self.out(tokens).flatten(1)[:, : self.shape.size]
+
+        predicted = self.out(tokens).flatten(1)[:, : self.shape.size]
         if self.shape.clean:
-            return (self.signal[steps, None] * x - found) / self.sigma[steps, None]
-        return found
+            return (self.signal[steps, None] * x - predicted) / self.sigma[steps, None]
+        return predicted
 
 
 class MLPGenerator(nn.Module):
-    """The neuron from the vector alone, (n, size) from (n, condition): the control without diffusion."""
+    """Neurons (n, size) from vectors (n, condition) alone: the control without diffusion."""
 
     def __init__(self, condition: int, size: int, width: int, blocks: int) -> None:
         super().__init__()
@@ -166,22 +180,22 @@ class Scale:
 
     @classmethod
     def of(cls, flat: Tensor) -> Scale:
-        """That of neurons (n, size). Entries that hardly differ are not blown up."""
+        """The scale of neurons (n, size). The deviation has a floor, so that entries that hardly differ stay small."""
         deviation = flat.std(0, correction=0)
         return cls(flat.mean(0), deviation.clamp_min(1e-3 * float(deviation.max()) + 1e-12))
 
     def shrink(self, flat: Tensor) -> Tensor:
-        """Neurons to numbers of about one."""
+        """Standardised neurons (n, size)."""
         return (flat - self.mean) / self.deviation
 
     def restore(self, small: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse of `shrink`."""
         return small * self.deviation + self.mean
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A trained network with its scale; noise: (size,) the start of every draw."""
+    """A trained network with its scale. noise: (size,) the start of every draw"""
 
     net: nn.Module
     scale: Scale
@@ -211,9 +225,25 @@ def make_net(config: GeneratorConfig, condition: int, size: int) -> nn.Module:
     )
 
 
+class TrainingState(TypedDict):
+    """What `Training.state` saves. random, dropout: states of the two random generators"""
+
+    net: dict[str, Tensor]
+    average: dict[str, Tensor]
+    # The layout is torch's.
+    optimiser: dict[str, Any]
+    random: Tensor
+    dropout: Tensor
+    epoch: int
+    losses: list[float]
+
+
 @dataclass
 class Training:
-    """A generator on its way: the network, its average, the optimiser, and how far it is. Kept between sessions."""
+    """The state of a training: the network, its average, the optimiser, and the number of epochs done.
+
+    random: draws order, steps, noise and shifts; losses: one per epoch
+    """
 
     net: nn.Module
     average: nn.Module
@@ -229,38 +259,50 @@ class Training:
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         return cls(net, average, optimiser, torch.Generator().manual_seed(seed))
 
-    def state(self) -> dict[str, Any]:
-        """Everything that going on bit for bit needs, for torch.save."""
-        parts = {name: getattr(self, name).state_dict() for name in ("net", "average", "optimiser")}
-        randoms = {"random": self.random.get_state(), "dropout": torch.get_rng_state()}
-        return {**parts, **randoms, "epoch": self.epoch, "losses": self.losses}
+    def state(self) -> TrainingState:
+        """Everything that continuing bit for bit needs, for torch.save."""
+        return {
+            "net": self.net.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "random": self.random.get_state(),
+            "dropout": torch.get_rng_state(),
+            "epoch": self.epoch,
+            "losses": self.losses,
+        }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        for name in ("net", "average", "optimiser"):
-            getattr(self, name).load_state_dict(state[name])
+    def load(self, state: TrainingState) -> None:
+        """Continue from what `state` returned."""
+        self.net.load_state_dict(state["net"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
         self.random.set_state(state["random"])
         torch.set_rng_state(state["dropout"])
-        self.epoch, self.losses = state["epoch"], list(state["losses"])
+        self.epoch = state["epoch"]
+        self.losses = list(state["losses"])
 
 
 def train_epoch(
     run: Training, vectors: Tensor, targets: Tensor, config: GeneratorConfig, shifts: Tensor | None = None
 ) -> float:
-    """One pass over standardised neurons (n, size) and their unit vectors (n, width), in a new order; its mean loss.
+    """One epoch over standardised neurons (n, size) and their unit vectors (n, width), shuffled; returns the mean loss.
 
-    shifts: (m, width), what other wordings add to a vector. Few neurons come several times, each time with a step and
-    noise of its own, so that a pass has `PASS` batches or more."""
+    shifts: (m, width), differences between the vectors of two wordings
+    Few neurons are repeated, each time with a step and noise of its own, so that an epoch has at least `PASS` batches.
+    """
     repeats = max(1, PASS * config.batch_size // len(targets))
     n, batch = repeats * len(targets), min(config.batch_size, repeats * len(targets))
     per_epoch = -(-n // batch)
-    schedule, total = Schedule(), 0.0
+    schedule = Schedule()
+    total = 0.0
+
     run.net.train()
     order = torch.randperm(n, generator=run.random) % len(targets)
     for number, part in enumerate(torch.split(order, batch)):
         step = run.epoch * per_epoch + number
         for group in run.optimiser.param_groups:
             group["lr"] = config.lr * _rate(step, config.epochs * per_epoch)
+
         inputs = _reworded(run, vectors[part], config.noise, shifts)
         loss = _loss(run, schedule, inputs, targets[part], config)
         run.optimiser.zero_grad(set_to_none=True)
@@ -268,13 +310,14 @@ def train_epoch(
         run.optimiser.step()
         _follow(run.average, run.net, min(config.ema, (1 + step) / (10 + step)))
         total += float(loss.detach()) * len(part)
+
     run.epoch += 1
     run.losses.append(total / n)
     return total / n
 
 
 def _reworded(run: Training, vectors: Tensor, noise: float, shifts: Tensor | None) -> Tensor:
-    """Vectors as other wordings would give them, scaled for the network."""
+    """Vectors moved by noise and a random shift, normalised again and scaled."""
     vectors = vectors + noise * torch.randn(vectors.shape, generator=run.random) / vectors.shape[1] ** 0.5
     if shifts is not None:
         vectors = vectors + shifts[torch.randint(len(shifts), (len(vectors),), generator=run.random)]
@@ -282,20 +325,22 @@ def _reworded(run: Training, vectors: Tensor, noise: float, shifts: Tensor | Non
 
 
 def _loss(run: Training, schedule: Schedule, vectors: Tensor, targets: Tensor, config: GeneratorConfig) -> Tensor:
+    """Mean squared error of a batch, at random steps of the diffusion."""
     if isinstance(run.net, MLPGenerator):
         return F.mse_loss(run.net(vectors), targets)
+
     steps = torch.randint(STEPS, (len(targets),), generator=run.random)
     noise = torch.randn(targets.shape, generator=run.random)
     predicted = run.net(schedule.noised(targets, noise, steps), steps, vectors)
     errors = (predicted - schedule.velocity(targets, noise, steps)).square().mean(1)
     if config.predicts == "clean":
-        # An error of the velocity is 1 / S times that of the clean neuron.
+        # The error of the velocity is 1 / S times the error of the clean neuron.
         errors = errors * schedule.sigma[steps].square()
     return errors.mean()
 
 
 def _rate(step: int, total: int) -> float:
-    """Share of the learning rate: up over the first hundredth, then down along a cosine to a twentieth."""
+    """Factor of the learning rate: linear warm-up over the first hundredth, then a cosine down to a twentieth."""
     warm = max(1, total // 100)
     if step < warm:
         return (step + 1) / warm
@@ -304,21 +349,22 @@ def _rate(step: int, total: int) -> float:
 
 @torch.no_grad()
 def _follow(average: nn.Module, net: nn.Module, keep: float) -> None:
+    """average = keep * average + (1 - keep) * net, in place."""
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
 
 
 def with_zeros(vectors: Tensor, flat: Tensor, unrelated: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Add ratio * n unrelated vectors whose neuron is nothing: (vectors, neurons). The published "MeG+DA", a switch."""
+    """(vectors, neurons) with ratio * n unrelated vectors added, whose neuron is zero. The published "MeG+DA"."""
     count = min(len(unrelated), round(ratio * len(flat)))
-    nothing = flat.new_zeros(count, flat.shape[1])
-    return torch.cat([vectors, unrelated[:count]]), torch.cat([flat, nothing])
+    zeros = flat.new_zeros(count, flat.shape[1])
+    return torch.cat([vectors, unrelated[:count]]), torch.cat([flat, zeros])
 
 
 def start_noise(size: int, seed: int) -> Tensor:
-    """The one noise that every draw starts from, (size,)."""
+    """The noise that every draw starts from, (size,) float32."""
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
 def judge_every(run: Training, every: int, judge: Callable[[nn.Module], float], wanted: float) -> bool:
-    """Whether training may stop: after every `every` epochs, judge(average) must reach `wanted`."""
+    """Whether training may stop: every `every` epochs judge(average) is compared with `wanted`."""
     return run.epoch % every == 0 and judge(run.average) >= wanted

@@ -1,16 +1,17 @@
 """The six numbers of MeG and their harmonic mean.
 
 reliability: the edit's own prompt; generality: its first paraphrase; locality: a prompt that must not change.
-free: greedy decoding gives exactly the wanted answer (for locality, the base model's own answer)
-forced: share of the wanted answer's tokens that are the arg-max under teacher forcing (for locality, share of places at
-    which edited and base model have one arg-max, after the base model's own answer); no full stop, no end token
+free: greedy decoding gives exactly the wanted answer (for locality, the base model's answer)
+forced: share of the wanted answer's tokens that are the arg-max under teacher forcing (for locality, share of the
+    positions of the base model's answer at which edited and base model have the same arg-max); without full stop and
+    end token
 score: the harmonic mean of the six
 
-What the published evaluation gets wrong is done right here: targets are tokenised inside the whole text, so that a
-beginning-of-text token is never taken for the answer (its Llama-3 numbers come out near zero); the base model's answers
-are decoded with the limit and the cutting of the edited model's, so that an untouched model has locality 100; a
-paraphrase is checked to be a text (there, a failed parse made single characters of it); and answers are compared in one
-function, `same_answer`, which is where upper and lower case and full stops are dealt with.
+Corrections of the published evaluation: targets are tokenised inside the whole text, so that a beginning-of-text token
+is never taken for the answer (there, Llama-3's numbers come out near zero); answers of base and edited model are
+decoded with the same limit and cut in the same way, so that an unedited model has locality 100; a paraphrase is checked
+to be a text (there, a failed parse leaves single characters); and all answers are compared by one function,
+`same_answer`, which handles case and full stops.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ NAMES = ("reliability", "generality", "locality")
 
 @dataclass(frozen=True)
 class SixMetrics:
-    """Means over records in percent, each (free, forced); None where no record asks.
+    """Means over records in percent, each (free, forced); None if no record has such a question.
 
-    accepted: share of own prompts, paraphrases and unrelated prompts inside the gate, in percent
-    nearest: share of paraphrases whose nearest edit is their own
-    unsolved: edits whose fit failed, and how many of their prompts still pass the gate"""
+    accepted: by number, the share of its prompts that the gate lets in, in percent
+    nearest: share of paraphrases whose nearest edit is their own, in percent
+    unsolved: edits whose fit failed, and how many of their prompts the gate lets in
+    """
 
     n_records: int
     reliability: tuple[float, float] | None
@@ -59,23 +61,22 @@ class SixMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        pairs = {name: getattr(self, name) for name in NAMES}
-        numbers = {
-            f"{n}_{way}": None if p is None else p[i]
-            for n, p in pairs.items()
-            for i, way in enumerate(("free", "forced"))
-        }
-        beside = {"accepted": self.accepted, "nearest": self.nearest, "unsolved": list(self.unsolved)}
-        return {"n_records": self.n_records, **numbers, "score": self.score, **beside}
+        numbers: dict[str, float | None] = {}
+        for name in NAMES:
+            pair = getattr(self, name)
+            numbers[f"{name}_free"], numbers[f"{name}_forced"] = (None, None) if pair is None else pair
+
+        gate = {"accepted": self.accepted, "nearest": self.nearest, "unsolved": list(self.unsolved)}
+        return {"n_records": self.n_records, **numbers, "score": self.score, **gate}
 
 
 def harmonic_mean(numbers: Sequence[float]) -> float:
-    """n / sum(1 / x); 0 when one is."""
+    """n / sum(1 / x); 0 if a number is not positive."""
     return len(numbers) / sum(1 / x for x in numbers) if min(numbers) > 0 else 0.0
 
 
 def same_answer(answer: str, wanted: str, ignore_case: bool) -> bool:
-    """Whether two answers are one: up to the first line break, without outer spaces and final full stops.
+    """Whether two answers are equal up to the first line break, without outer spaces and final full stops.
 
     ignore_case: True for reliability and generality, False for locality, as published"""
     left, right = clean(answer), clean(wanted)
@@ -83,13 +84,13 @@ def same_answer(answer: str, wanted: str, ignore_case: bool) -> bool:
 
 
 def clean(answer: str) -> str:
-    """An answer as it is compared."""
+    """An answer as `same_answer` compares it."""
     return answer.strip().partition("\n")[0].rstrip(" .")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts of one kind: whose record each is, and the wanted answer (for locality what the base model says)."""
+    """Prompts of one kind: the index of each prompt's record, and its wanted answer, the target of the edit."""
 
     records: list[int]
     prompts: list[str]
@@ -97,13 +98,15 @@ class Asked:
 
 
 def questions(edits: Sequence[Edit]) -> dict[str, Asked]:
-    """What the six numbers ask. Raises TypeError for a paraphrase that is no text, ValueError for one character."""
+    """The prompts behind each pair of numbers. Raises TypeError for a prompt that is no text, ValueError for one of a
+    single character."""
     asked = {name: Asked([], [], []) for name in NAMES}
     for i, edit in enumerate(edits):
-        found = [("reliability", edit.prompt)]
-        found += [("generality", text) for text in edit.rephrase_prompts[:1]]
-        found += [("locality", probe.prompt) for probe in edit.locality[:1]]
-        for name, prompt in found:
+        prompts = [("reliability", edit.prompt)]
+        prompts += [("generality", text) for text in edit.rephrase_prompts[:1]]
+        prompts += [("locality", probe.prompt) for probe in edit.locality[:1]]
+
+        for name, prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"case {edit.case_id}: a prompt for {name} must be a text, got {type(prompt).__name__}")
             if len(prompt) < 2:
@@ -116,22 +119,22 @@ def questions(edits: Sequence[Edit]) -> dict[str, Asked]:
 
 @dataclass(frozen=True)
 class Reference:
-    """The base model's answers: texts by kind of question. Made once, used for every way of serving."""
+    """The base model's answers by kind of question, which every server is compared with."""
 
     answers: dict[str, list[str]]
 
 
 def ask_base(model: ModelAdapter, edits: Sequence[Edit], template: str, n_tokens: int, show: bool | None) -> Reference:
-    """Decode every question on the base model."""
+    """Decode every question on the base model, at most n_tokens tokens each."""
     asked = questions(edits)
     total = sum(len(part.prompts) for part in asked.values())
+    answers = {}
+
     with track(total, "asking the base model", "prompts", show) as advance:
-        return Reference(
-            {
-                name: decode(model, [wrap(template, p) for p in part.prompts], n_tokens, progress=advance)
-                for name, part in asked.items()
-            }
-        )
+        for name, part in asked.items():
+            texts = [wrap(template, prompt) for prompt in part.prompts]
+            answers[name] = decode(model, texts, n_tokens, progress=advance)
+    return Reference(answers)
 
 
 def measure(
@@ -144,42 +147,61 @@ def measure(
     layer: int,
     show: bool | None = None,
 ) -> SixMetrics:
-    """The six numbers of a server, or of the base model where it is None.
+    """The six numbers of a server; None: those of the base model.
 
     reference: `ask_base` of the same edits, template and n_tokens; layer: of the neurons
-    Prompts outside the gate are not decoded again: theirs are the base model's answers, bit for bit."""
+    Prompts that the gate rejects are not decoded again: the base model's answers are theirs, bit for bit."""
     pairs: dict[str, tuple[float, float] | None] = {}
     accepted: dict[str, float] = {}
     near: float | None = None
     unsolved = (0, 0)
+
     for name, part in questions(edits).items():
         if not part.prompts:
             pairs[name] = None
             continue
+
         decision = None if server is None else server.decide(part.prompts)
         base = reference.answers[name]
         texts = [wrap(template, prompt) for prompt in part.prompts]
-        said = list(base)
+        answers = base
         if server is not None and decision is not None:
-            inside = decision.active.nonzero().flatten().tolist()
-            with track(len(inside), f"measuring {name}", "prompts", show) as advance:
-                picked = [texts[i] for i in inside]
-                made = decode(model, picked, n_tokens, chosen(decision, inside), server.serving, progress=advance)
-            for i, answer in zip(inside, made, strict=True):
-                said[i] = answer
-            accepted[name] = 100 * len(inside) / len(texts)
+            answers = _served_answers(server, texts, base, decision, n_tokens, name, show)
+            accepted[name] = 100 * int(decision.active.sum()) / len(texts)
             known = torch.tensor(part.records)
             if name == "generality" and len(server.store) == len(edits):
                 near = 100 * float((decision.nearest == known).float().mean())
             if name == "reliability" and len(server.store) == len(edits):
                 failed = ~server.store.solved
                 unsolved = (int(failed.sum()), int((failed[known] & decision.active).sum()))
+
         wanted = base if name == "locality" else part.wanted
-        free = [same_answer(a, b, ignore_case=name != "locality") for a, b in zip(said, wanted, strict=True)]
+        free = [same_answer(a, b, ignore_case=name != "locality") for a, b in zip(answers, wanted, strict=True)]
         form = None if server is None else server.store.form
         forced = _forced_shares(model, name, texts, wanted, decision, form, layer)
         pairs[name] = (100 * sum(free) / len(free), 100 * sum(forced) / len(forced))
+
     return SixMetrics(len(edits), **pairs, accepted=accepted, nearest=near, unsolved=unsolved)
+
+
+def _served_answers(
+    server: Server,
+    texts: Sequence[str],
+    base: Sequence[str],
+    decision: Decision,
+    n_tokens: int,
+    name: str,
+    show: bool | None,
+) -> list[str]:
+    """Answers of a server to texts: decoded for those inside the gate, the base model's for the others."""
+    answers = list(base)
+    inside = decision.active.nonzero().flatten().tolist()
+    with track(len(inside), f"measuring {name}", "prompts", show) as advance:
+        picked = [texts[i] for i in inside]
+        decoded = decode(server.adapter, picked, n_tokens, chosen(decision, inside), server.serving, progress=advance)
+    for i, answer in zip(inside, decoded, strict=True):
+        answers[i] = answer
+    return answers
 
 
 def _forced_shares(
@@ -191,6 +213,7 @@ def _forced_shares(
     form: NeuronForm | None,
     layer: int,
 ) -> list[float]:
+    """Per text, the share of scored positions that are right under teacher forcing, in 0-1."""
     sequences = forced_sequences(model, texts, [clean(answer) if name == "locality" else answer for answer in wanted])
     base, edited = forced_tokens(model, sequences, layer, decision, form)
     if name == "locality":
@@ -199,12 +222,13 @@ def _forced_shares(
 
 
 def forced_sequences(model: ModelAdapter, texts: Sequence[str], answers: Sequence[str]) -> list[TokenSequence]:
-    """Texts with their answers, whose tokens are scored; of an empty answer, the one place after the text."""
+    """Texts followed by their answers, whose tokens are scored; with an empty answer, the position after the text."""
     filled = [i for i, answer in enumerate(answers) if answer.strip()]
     scored = target_sequences(model.tokenizer, [texts[i] for i in filled], [answers[i] for i in filled])
-    found = dict(zip(filled, scored, strict=True))
+    answered = dict(zip(filled, scored, strict=True))
+
     ids, _ = encode(model.tokenizer, texts)
-    return [found.get(i, TokenSequence(tuple(ids[i]), -1, (len(ids[i]) - 1,), (0,))) for i in range(len(texts))]
+    return [answered.get(i, TokenSequence(tuple(ids[i]), -1, (len(ids[i]) - 1,), (0,))) for i in range(len(texts))]
 
 
 @torch.no_grad()
@@ -216,20 +240,23 @@ def forced_tokens(
     form: NeuronForm | None,
     token_budget: int = 2048,
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Arg-max tokens at the scored places, (of the base model, of the edited one). Both run on the same packed rows."""
+    """Arg-max tokens at the scored positions, (of the base model, of the edited one), both on the same packed rows."""
     base: list[tuple[int, ...]] = [()] * len(sequences)
     edited: list[tuple[int, ...]] = [()] * len(sequences)
     buffer = LogitBuffer()
+
     with model.packed():
         for group in group_by_rows(sequences, token_budget):
             rows = UpperRows.start(model, [sequences[i] for i in group], layer)
-            plain = best_tokens(model, rows, None, buffer)
-            other = plain
+            before = best_tokens(model, rows, None, buffer)
+            after = before
             if decision is not None and form is not None:
                 part = chosen(decision, group)
                 if bool(part.active.any()):
                     flat = (part.flat * part.active[:, None]).to(rows.inputs.device)
-                    other = best_tokens(model, rows, respond(form, flat, rows.inputs, rows.owner).output, buffer)
-            for i, before, after in zip(group, plain, other, strict=True):
-                base[i], edited[i] = before, after
+                    after = best_tokens(model, rows, respond(form, flat, rows.inputs, rows.owner).output, buffer)
+
+            for i, plain, changed in zip(group, before, after, strict=True):
+                base[i] = plain
+                edited[i] = changed
     return base, edited

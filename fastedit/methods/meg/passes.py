@@ -1,7 +1,7 @@
-"""Passes with a neuron per sequence, of which everything below its layer is run once.
+"""Passes with one neuron per sequence, which run everything below the neuron's layer once.
 
-Blocks below the layer never see the neuron and the text is fixed, so what the feed-forward reads (z) and gives is
-computed once; after that only the blocks above run, and logits at scored positions alone.
+Layers below never see the neuron, and the text is fixed, so input (z) and output of the neuron's feed-forward are
+computed once. After that only the layers above run, and logits are computed at the scored positions only.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from fastedit.model.tokens import TokenSequence
 
 
 class UpperRows:
-    """Rows of whole sequences at one layer, ready to be run through the layers above, again and again.
+    """Rows of whole sequences at one layer, which can be run through the layers above any number of times.
 
-    inputs: (n_rows, d_model) z, what the feed-forward reads; output: (n_rows, d_model) what it gives;
-    residual: (n_rows, d_model) what that is added to; owner: (n_rows,) int64, the sequence of each row
-    scored: (n_scored,) int64 rows whose next-token distribution is read, sequence by sequence
+    inputs, output: (n_rows, d_model) input z and output of the feed-forward
+    residual: (n_rows, d_model) the residual stream that the output is added to
+    owner: (n_rows,) int64, the sequence of each row
+    scored: (n_scored,) int64, rows whose next-token distribution is read, sequence by sequence
     Use inside `model.packed()`.
     """
 
     def __init__(
         self, layer: int, inputs: Tensor, residual: Tensor, output: Tensor, sequences: Sequence[TokenSequence]
     ) -> None:
-        self.layer, self.inputs, self.residual, self.output = layer, inputs, residual, output
+        self.layer = layer
+        self.inputs, self.residual, self.output = inputs, residual, output
         self.sequences = list(sequences)
+
         lengths = [len(sequence.ids) for sequence in sequences]
         starts = [0, *accumulate(lengths)]
         device = inputs.device
@@ -45,7 +48,7 @@ class UpperRows:
 
     @classmethod
     def start(cls, model: ModelAdapter, sequences: Sequence[TokenSequence], layer: int) -> UpperRows:
-        """Run everything up to the feed-forward of `layer`; sequences that begin alike share that work."""
+        """Run everything up to the feed-forward of `layer`. Sequences with a common beginning share that work."""
         with torch.no_grad():
             below = TreePass.start(model, [sequence.ids for sequence in sequences]).run(model, range(layer))
             mixed = model.mix(layer, below.rows, below.plan, below.rotary)
@@ -54,10 +57,12 @@ class UpperRows:
         return cls(layer, take(mixed.ffn_input, index), take(mixed.residual, index), take(output, index), sequences)
 
     def run(self, model: ModelAdapter, added: Tensor | None) -> Tensor:
-        """What the head reads at the scored positions, (n_scored, d_head), with `added` (n_rows, d_model) put onto
-        the feed-forward's output; None = the base model. Differentiable in `added`."""
+        """The input of the head at the scored positions, (n_scored, d_head); differentiable in `added`.
+
+        added: (n_rows, d_model), added to the output of the feed-forward; None = the base model"""
         output = self.output if added is None else (self.output.to(added.dtype) + added).to(self.output.dtype)
         rows = model.join(self.layer, self.residual, output)
+
         layers = range(self.layer + 1, model.n_layers)
         if not layers:
             return model.final_norm(take(rows, self.scored))
@@ -65,7 +70,7 @@ class UpperRows:
         return model.final_norm(model.run(rows, layers, self.plan, rotary, tail=self.scored))
 
     def select(self, keep: Sequence[int]) -> UpperRows:
-        """The same for the sequences `keep` (ascending) alone."""
+        """The same for only the sequences `keep`, ascending indices."""
         wanted = torch.zeros(len(self.sequences), dtype=torch.bool, device=self.owner.device)
         wanted[list(keep)] = True
         rows = wanted[self.owner]
@@ -74,8 +79,8 @@ class UpperRows:
 
 
 def group_by_rows(sequences: Sequence[TokenSequence], budget: int) -> list[list[int]]:
-    """Indices of sequences in groups of similar length, each of at most `budget` rows, padding of the attention core
-    included (or one sequence)."""
+    """Indices of sequences in groups of similar length, each of at most `budget` rows, or of one longer sequence. Rows
+    that the attention core pads with are counted."""
     groups: list[list[int]] = []
     for i in sorted(range(len(sequences)), key=lambda i: (len(sequences[i].ids), i)):
         # Sorted by length: the newest is the longest.
@@ -89,13 +94,14 @@ def group_by_rows(sequences: Sequence[TokenSequence], budget: int) -> list[list[
 def best_tokens(
     model: ModelAdapter, rows: UpperRows, added: Tensor | None, buffer: LogitBuffer
 ) -> list[tuple[int, ...]]:
-    """Arg-max tokens at every sequence's scored places; added as in `UpperRows.run`."""
+    """The arg-max tokens at each sequence's scored positions. added: as in `UpperRows.run`"""
     tokens: list[int] = []
     for part in torch.split(rows.run(model, added), LOGIT_ROWS):
         nothing = torch.zeros(len(part), dtype=torch.int64, device=part.device)
         tokens += score_rows(part, model.head, nothing, buffer).best.tolist()
-    found, start = [], 0
+
+    best, start = [], 0
     for sequence in rows.sequences:
-        found.append(tuple(tokens[start : start + len(sequence.scored)]))
+        best.append(tuple(tokens[start : start + len(sequence.scored)]))
         start += len(sequence.scored)
-    return found
+    return best

@@ -1,8 +1,9 @@
-"""Serving: which prompts of a batch are edited, the neuron of each, and decoding with all of them at once.
+"""Serving: which prompts of a batch are edited, the neuron of each, and decoding them all together.
 
-A batch may hold prompts of different edits and of none. Rows outside the gate get no neuron, and their numbers are
-bit-identical to the base model's on the same padded batch. The gate and the neuron belong to the prompt as a whole and
-stay for the whole answer: a prompt about two edits gets one neuron, and a conversation is judged by its full text.
+A batch may hold prompts about different edits and about none. Rows that the gate rejects get no neuron, and their
+logits are bit-identical to the base model's on the same padded batch. Gate and neuron are decided once, on the whole
+prompt, and kept for the whole answer: a prompt about two edits gets one neuron, and a conversation is judged by its
+full text.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.load import load_encoder
 from fastedit.model.tokens import encode
 
-# Where the encoder's last layer stands when none is named, as a share of the layers.
+# Depth of the encoder's last layer when none is named, as a share of the model's layers.
 ENCODER_DEPTH = 0.2
 
 
@@ -41,8 +42,13 @@ def make_encoder(model: ModelAdapter, config: EncoderConfig) -> Encoder:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of n prompts: neurons (n, size), zero where there is none; active: (n,) bool, inside the gate;
-    score: (n,) what the gate compares with its threshold; nearest: (n,) int64, the edit whose prompt lies closest."""
+    """How n prompts are served.
+
+    flat: (n, size) their neurons, zero for a prompt that the gate rejects
+    active: (n,) bool, the gate lets the prompt in
+    score: (n,) what the gate compares with its threshold, an entropy in nats or a cosine distance
+    nearest: (n,) int64, the edit whose prompt is closest
+    """
 
     flat: Tensor
     active: Tensor
@@ -53,12 +59,17 @@ class Decision:
 class Server:
     """A model with a store of edits beside it; no weight is written.
 
-    Raises BadStore when the store was made for other weights."""
+    encoder: with the store's training in it; default: made from the store's config
+    Raises BadStore if the store was made for other weights."""
 
     def __init__(self, model: ModelAdapter, store: Store, encoder: Encoder | None = None) -> None:
         if store.fingerprint != model.weights_hash(model.n_layers - 1):
             raise BadStore("the store was made for a model with other weights")
-        self.model, self.store, self.config = model, store, store.config
+
+        self.adapter = model
+        self.store = store
+        self.config = store.config
+
         self.encoder = encoder or make_encoder(model, store.config.encoder)
         if store.encoder:
             self.encoder.load(store.encoder)
@@ -71,10 +82,12 @@ class Server:
         store = self.store
         vectors = self.encoder(prompts)
         cosine, index = nearest(vectors, store.vectors)
+
         score = 1 - cosine if self._gate is None else self._gate(vectors)
         active = torch.ones(len(prompts), dtype=torch.bool)
         if self.config.gate.kind != "none":
             active = is_familiar(score, store.threshold)
+
         flat = torch.zeros(len(prompts), store.form.size)
         if self._generator is None:
             flat[active] = store.neurons[index[active]]
@@ -84,30 +97,33 @@ class Server:
 
     @contextlib.contextmanager
     def serving(self, decision: Decision) -> Iterator[None]:
-        """Inside the block the model runs every batch of these prompts with their neurons, however it is called."""
-        with attached(self.model, self.store.layer, self.store.form, decision.flat, decision.active):
+        """Inside the block the model runs every batch of these prompts with their neurons."""
+        with attached(self.adapter, self.store.layer, self.store.form, decision.flat, decision.active):
             yield
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """transformers' `generate` on the edited model, with its options; (n, length + new tokens) token ids.
+        """transformers' `generate` on the edited model, with its options; returns (n, length + new tokens) token ids.
 
-        Prompts are read back from the ids; one that stands in the store's template is judged without it."""
+        The gate reads the decoded prompts; the store's template around a prompt is taken off first."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [self._prompt(ids[keep.bool()]) for ids, keep in zip(input_ids, mask, strict=True)]
         with self.serving(self.decide(prompts)):
-            return self.model.model.generate(input_ids=input_ids, attention_mask=mask, **options)
+            return self.adapter.model.generate(input_ids=input_ids, attention_mask=mask, **options)
 
     def answer(self, prompts: Sequence[str], n_tokens: int | None = None) -> list[str]:
-        """Greedy answers to bare prompts, which are put into the template; the answers without the prompts."""
+        """Greedy answers to bare prompts, which are put into the template; returned without the prompts."""
         texts = [wrap(self.config.fit.template, prompt) for prompt in prompts]
-        return decode(self.model, texts, n_tokens or self.config.max_new_tokens, self.decide(prompts), self.serving)
+        return decode(self.adapter, texts, n_tokens or self.config.max_new_tokens, self.decide(prompts), self.serving)
 
     def _prompt(self, ids: Tensor) -> str:
-        tokenizer = self.model.tokenizer
+        """The bare prompt behind token ids (n_tokens,)."""
+        tokenizer = self.adapter.tokenizer
         before, _, after = self.config.fit.template.partition("{}")
-        # A tokenizer that puts a beginning-of-text token in front of every text doubles that of the template.
+
+        # A tokenizer that puts a beginning-of-text token before every text repeats the one of the template.
         before = before.removeprefix(tokenizer.bos_token or "")
         ids = ids[int((ids != tokenizer.bos_token_id).float().argmax()) :] if tokenizer.bos_token else ids
+
         plain, special = (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
         for whole in (plain, special):
             start = whole.find(before)
@@ -141,32 +157,37 @@ def decode(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Greedy continuations of texts, without them, up to the end token; batches of like length, padded on the left.
+    """Greedy continuations of texts up to the end token, without the texts.
 
-    decision, serving: the neurons of the texts, and how to run with them; None = the base model"""
+    Texts of similar length run together, padded on the left.
+    decision: the neurons of the texts; serving: runs a batch with them; None = the base model
+    progress: called with the number of texts that are done since the last call"""
     ids, _ = encode(model.tokenizer, texts)
     pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else model.tokenizer.eos_token_id
-    found = [""] * len(texts)
+    continuations = [""] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: (len(ids[i]), i))
+
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         width = max(len(ids[i]) for i in group)
         rows = torch.tensor([[pad or 0] * (width - len(ids[i])) + ids[i] for i in group], device=model.device)
         mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in group], device=model.device)
+
         part = None if decision is None else chosen(decision, group)
         with contextlib.nullcontext() if part is None or serving is None else serving(part):
             made = model.model.generate(
                 input_ids=rows, attention_mask=mask, max_new_tokens=n_tokens, do_sample=False, pad_token_id=pad or 0
             )
+
         answers = model.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
         for i, answer in zip(group, answers, strict=True):
-            found[i] = answer
+            continuations[i] = answer
         if progress is not None:
             progress(len(group))
-    return found
+    return continuations
 
 
 def chosen(decision: Decision, index: Sequence[int]) -> Decision:
-    """The decision about some of the prompts."""
-    at = torch.tensor(list(index), dtype=torch.int64)
-    return Decision(decision.flat[at], decision.active[at], decision.score[at], decision.nearest[at])
+    """The decision for the prompts at `index`."""
+    rows = torch.tensor(list(index), dtype=torch.int64)
+    return Decision(decision.flat[rows], decision.active[rows], decision.score[rows], decision.nearest[rows])

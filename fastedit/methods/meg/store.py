@@ -1,7 +1,8 @@
-"""Everything a set of edits is served with, in one safetensors file.
+"""Everything that serving a set of edits needs, in one safetensors file.
 
-The file holds the neurons and their shared start, the vectors of the prompts, what the encoder learned, the gate and
-the generator, and in its header, as JSON, the settings, the edits and the model's fingerprint. No pickle.
+The file holds the neurons and their shared start, the vectors of the prompts, what the encoder learned, the gate, the
+generator, and the edits' records, which are JSON bytes in a tensor because the size of a header is limited. The header,
+as JSON, holds the settings, prompt and target of every edit, and the fingerprint of the model. No pickle.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fastedit.methods.meg.config import MegConfig
 from fastedit.methods.meg.neuron import NeuronForm
+from fastedit.records.edit import Edit, InvalidEdits
 
 FORMAT, STAGE, VERSION = "fastedit-meg", "fastedit-meg-stage", 1
 
@@ -34,12 +36,16 @@ class BadStore(ValueError):
 class Store:
     """A fitted set of n edits.
 
-    layer, form: where the neurons stand and what they hold; initial: (size,) their shared start
+    layer, form: the layer of the neurons, and what a flat neuron holds; initial: (size,) float32 their shared start
     facts: (case_id, prompt, target) per edit
     neurons: (n, size) float32; solved: (n,) bool, the fit succeeded; vectors: (n, width) unit vectors of the prompts
-    threshold: below it a prompt is edited: of the entropy, or of the cosine distance
-    encoder, gate, generator: tensors of the three networks by name, empty where there is none
-    fingerprint: of the model's weights; seconds: spent in each stage
+    threshold: a prompt is edited when its score, an entropy in nats or a cosine distance, lies below it
+    fingerprint: of the model's weights
+    encoder, gate, generator: tensors of the three networks by name; empty without such a network
+    seconds: time spent in each stage
+    records: the edits in full, which adding further edits needs; None in a file of an earlier version
+    encoder_key: digest of what the encoder was trained on; "" for one that was not trained
+    n_others: number of records that are not edited from which encoder, gate and threshold were learned
     """
 
     config: MegConfig
@@ -57,15 +63,21 @@ class Store:
     gate: dict[str, Tensor] = field(default_factory=dict)
     generator: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    records: tuple[Edit, ...] | None = None
+    encoder_key: str = ""
+    n_others: int = 0
 
     def __len__(self) -> int:
         return len(self.facts)
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file. An older file of that name is replaced only when the new one is complete."""
         tensors = {name: getattr(self, name) for name in ("initial", "neurons", "solved", "vectors")}
         for group in GROUPS:
             tensors |= {f"{group}.{name}": value for name, value in getattr(self, group).items()}
+        if self.records is not None:
+            tensors["records"] = _as_tensor(self.records)
+
         about = {
             "config": self.config.model_dump(),
             "layer": self.layer,
@@ -76,12 +88,14 @@ class Store:
             "fingerprint": self.fingerprint,
             "seed": self.seed,
             "seconds": self.seconds,
+            "encoder_key": self.encoder_key,
+            "n_others": self.n_others,
         }
         write_tensors(path, tensors, FORMAT, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Store:
-        """Read a file that `save` wrote. Raises BadStore for any other."""
+        """Read a file that `save` wrote. Raises BadStore for any other file, FileNotFoundError for none."""
         tensors, about = read_tensors(path, FORMAT)
         try:
             groups = {
@@ -104,23 +118,38 @@ class Store:
                 encoder=groups["encoder"],
                 gate=groups["gate"],
                 generator=groups["generator"],
+                records=_as_records(tensors["records"]) if "records" in tensors else None,
+                encoder_key=about.get("encoder_key", ""),
+                n_others=about.get("n_others", 0),
             )
-        except (KeyError, pydantic.ValidationError) as error:
+        except (KeyError, pydantic.ValidationError, InvalidEdits) as error:
             raise BadStore(f"{path}: a store of version {VERSION} lacks or misnames {error}") from error
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, Any]) -> None:
-    """Write tensors and plain data into one safetensors file, in place of an older one only when it is complete."""
+def _as_tensor(records: Sequence[Edit]) -> Tensor:
+    """Records as JSON bytes, (n_bytes,) uint8."""
+    text = json.dumps([record.model_dump(mode="json") for record in records])
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _as_records(stored: Tensor) -> tuple[Edit, ...]:
+    """The records behind the bytes of `_as_tensor`."""
+    return tuple(Edit(**fields) for fields in json.loads(stored.numpy().tobytes()))
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, object]) -> None:
+    """Write tensors and plain data into one safetensors file; an older file is replaced only by a complete one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     header = {"format": form, "version": str(VERSION), "about": json.dumps(about)}
+
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, header)
     part.replace(path)
 
 
 def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote. Raises BadStore for another format or version, OSError for no file."""
+    """What `write_tensors` wrote. Raises BadStore for another format or version, FileNotFoundError for no file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -129,6 +158,7 @@ def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[s
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise BadStore(f"{path}: cannot be read as safetensors ({error})") from error
+
     if header.get("format") != form:
         raise BadStore(f"{path}: wanted format {form!r}, got {header.get('format')!r}")
     if header.get("version") != str(VERSION):
@@ -137,42 +167,51 @@ def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[s
 
 
 class KnownNeurons:
-    """Neurons fitted so far, by the digest of what they were fitted to: the one stage that grows edit by edit.
+    """The neurons fitted so far, each under the digest of its token sequence.
 
-    initial: their shared start, or None before the first; place: digest -> row of flat (n, size) and solved (n,)
-    seconds: spent on fitting them"""
+    initial: (size,) float32, their shared start, None before the first fit
+    place: digest -> row of flat (n, size) float32 and solved (n,) bool
+    seconds: time spent on fitting them"""
 
-    def __init__(self) -> None:
-        self.initial: Tensor | None = None
+    def __init__(self, initial: Tensor | None = None) -> None:
+        self.initial = initial
         self.place: dict[str, int] = {}
         self.flat, self.solved = torch.empty(0, 0), torch.empty(0, dtype=torch.bool)
         self.seconds = 0.0
 
     @classmethod
     def read(cls, folder: Path | None, key: str) -> KnownNeurons:
-        """What a folder holds that was fitted under `key`, or nothing."""
+        """The neurons of the folder's file if they were fitted under `key`, else none."""
         known = cls()
         path = None if folder is None else folder / "neurons.safetensors"
-        if path is not None and path.is_file():
-            tensors, about = read_tensors(path, STAGE)
-            if about["key"] == key:
-                known.initial, known.flat, known.solved = (tensors[name] for name in ("initial", "flat", "solved"))
-                known.place = {name: i for i, name in enumerate(about["names"])}
-                known.seconds = about["seconds"]
+        if path is None or not path.is_file():
+            return known
+
+        tensors, about = read_tensors(path, STAGE)
+        if about["key"] == key:
+            known.initial, known.flat, known.solved = (tensors[name] for name in ("initial", "flat", "solved"))
+            known.place = {name: i for i, name in enumerate(about["names"])}
+            known.seconds = about["seconds"]
         return known
 
     def add(self, names: Sequence[str], flat: Tensor, solved: Tensor, seconds: float) -> None:
-        """Put more neurons behind the others."""
+        """Append neurons; a name that is known already stands for the new neuron from then on."""
         self.place |= {name: len(self.flat) + i for i, name in enumerate(names)}
         self.flat = torch.cat([self.flat, flat]) if len(self.flat) else flat
         self.solved = torch.cat([self.solved, solved])
         self.seconds += seconds
 
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """Rows of these names, (len(names),) int64. Raises KeyError for an unknown name."""
+        return torch.tensor([self.place[name] for name in names], dtype=torch.int64)
+
     def write(self, folder: Path | None, key: str) -> None:
-        """Write the folder's file, for `read` under the same key."""
+        """Write the folder's file, for `read` under the same key. Does nothing without a folder."""
         if folder is None or self.initial is None:
             return
-        tensors = {"initial": self.initial, "flat": self.flat, "solved": self.solved}
         names = sorted(self.place, key=lambda name: self.place[name])
+        # Two edits of one prompt and answer have one name: only the rows that a name points to are kept.
+        rows = self.rows(names)
+        tensors = {"initial": self.initial, "flat": self.flat[rows], "solved": self.solved[rows]}
         about = {"key": key, "names": names, "seconds": self.seconds}
         write_tensors(folder / "neurons.safetensors", tensors, STAGE, about)

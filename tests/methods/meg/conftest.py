@@ -31,8 +31,8 @@ SMALL = MegConfig(
 
 @pytest.fixture(scope="session")
 def tiny_parts(tiny_parts: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The tiny model, to which a full stop is the end of a text: it has never seen an end token, and so cannot be
-    taught by one neuron to say it."""
+    """The tiny model with a full stop as its end token: it was trained without one, and a single neuron cannot make it
+    produce a token it never saw."""
     model, tokenizer = (copy.deepcopy(part) for part in tiny_parts)
     tokenizer.eos_token = "."
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
@@ -75,7 +75,7 @@ def few_edits(tiny_facts: EditSet) -> EditSet:
 
 @pytest.fixture(scope="session")
 def other_edits(tiny_facts: EditSet) -> EditSet:
-    """Records that are not."""
+    """Records that are not edited."""
     return tiny_facts[N_EDITS:120]
 
 
@@ -83,7 +83,7 @@ def other_edits(tiny_facts: EditSet) -> EditSet:
 def meg_folder(
     tiny_parts: tuple[Any, Any], few_edits: EditSet, other_edits: EditSet, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A finished run of SMALL: every stage's file and the store. To be copied, not written to."""
+    """A finished run of SMALL: every stage's file and the store. Copy it, do not write to it."""
     folder = tmp_path_factory.mktemp("meg")
     model, tokenizer = tiny_parts
     MeG(ModelAdapter(copy.deepcopy(model), tokenizer), config=SMALL, progress=False).edit(

@@ -1,4 +1,4 @@
-"""The encoder: pairs apart from the edits, negatives that are none, and what training is for."""
+"""The encoder: pairs apart from the edits, negatives that are masked, and what training improves."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def test_untrained_vectors_are_the_models_own_states(tiny_model: ModelAdapter) -
     texts = ["Vrudi was built to make soap", "The royal colour of Logan"]
     trunk = ModelTrunk(tiny_model, 3)
     with torch.no_grad():
-        found = trunk.pool(trunk.states(texts))
-    for text, vector in zip(texts, found, strict=True):
+        vectors = trunk.pool(trunk.states(texts))
+    for text, vector in zip(texts, vectors, strict=True):
         ids = torch.tensor([tiny_model.tokenizer(text)["input_ids"]])
         with torch.no_grad():
             states = tiny_model.model(input_ids=ids, output_hidden_states=True).hidden_states[4][0]
@@ -165,8 +165,8 @@ def test_encoders_of_another_make(bert: Any, tiny_parts: tuple[Any, Any], poolin
     texts = ["Vrudi was built to make soap", "The royal colour"]
     trunk = OtherTrunk(bert, tokenizer, pooling)
     with torch.no_grad():
-        found = trunk.pool(trunk.states(texts))
-    for text, vector in zip(texts, found, strict=True):
+        vectors = trunk.pool(trunk.states(texts))
+    for text, vector in zip(texts, vectors, strict=True):
         with torch.no_grad():
             states = bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
         wanted = states[0] if pooling == "cls" else states.mean(0)

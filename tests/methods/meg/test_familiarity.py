@@ -1,4 +1,4 @@
-"""Entropy, the strict bound, learning by heart, and the choice of the bound on a development slice."""
+"""Entropy, the strict threshold, memorising edits, and the choice of the threshold on a development slice."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def unit(n: int, seed: int, width: int = 32) -> Tensor:
 
 
 def test_entropy_of_the_extremes() -> None:
-    found = entropy(torch.stack([torch.zeros(10), torch.eye(10)[3] * 200]))
-    assert float(found[0]) == pytest.approx(math.log(10))
+    entropies = entropy(torch.stack([torch.zeros(10), torch.eye(10)[3] * 200]))
+    assert float(entropies[0]) == pytest.approx(math.log(10))
     # Nine probabilities clamped at 1e-8.
-    assert float(found[1]) == pytest.approx(9 * 1e-8 * -math.log(1e-8), abs=1e-7)
+    assert float(entropies[1]) == pytest.approx(9 * 1e-8 * -math.log(1e-8), abs=1e-7)
 
 
 def test_the_bound_is_strict() -> None:

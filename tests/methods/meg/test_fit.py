@@ -25,7 +25,7 @@ def sequences_of(model: ModelAdapter, edits: EditSet, config: FitConfig) -> list
 def one_at_a_time(
     model: ModelAdapter, form: NeuronForm, sequence: TokenSequence, initial: Tensor, layer: int, config: FitConfig
 ) -> Tensor:
-    """Batch one, the whole model at every step, gradients by autograd: the loop that everything else saves on."""
+    """Batch one, the whole model at every step, gradients by autograd: the plain loop."""
     flat = initial.clone().requires_grad_()
     kept: list[Tensor] = []
     decoder = model.layers[layer]

@@ -1,4 +1,4 @@
-"""The generator: the published size, learning by heart, going on bit for bit, and the control without diffusion."""
+"""The generator: the published size, memorising, continuing bit for bit, and the control without diffusion."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_published_sizes() -> None:
 
 
 def pairs(n: int = 8, size: int = 70, width: int = 24) -> tuple[Tensor, Tensor]:
-    """Unit vectors and neurons that share most of what they are, as fitted ones do."""
+    """Unit vectors, and neurons that have most in common, as fitted ones have."""
     random = torch.Generator().manual_seed(6)
     vectors = nn.functional.normalize(torch.randn(n, width, generator=random), dim=1)
     start = torch.randn(size, generator=random)

@@ -1,4 +1,4 @@
-"""The six numbers: an untouched model has locality 100, and a right answer counts however it is written."""
+"""The six numbers: an unedited model has locality 100, and case and full stops do not matter."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def test_an_untouched_model_has_full_locality(kind: str, request: pytest.Fixture
     model = request.getfixturevalue(kind)
     edits = tiny_facts[:10]
     reference = ask_base(model, edits, "{}", 8, show=False)
-    found = measure(None, model, edits, reference, "{}", 8, layer=1)
-    assert found.locality == (100, 100)
-    assert found.reliability is not None
-    assert found.reliability[0] == 0
+    measured = measure(None, model, edits, reference, "{}", 8, layer=1)
+    assert measured.locality == (100, 100)
+    assert measured.reliability is not None
+    assert measured.reliability[0] == 0
 
 
 def test_answers_of_the_tiny_model_are_found_right(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
-    """It knows its facts: asked for those, with or without a beginning-of-text token, most are right."""
+    """The model knows its facts, so most of its answers to them are right."""
     known = [e.model_copy(update={"target_new": e.target_true}) for e in tiny_facts[:20]]
     reference = ask_base(tiny_model, known, "{}", 6, show=False)
-    found = measure(None, tiny_model, known, reference, "{}", 6, layer=2)
-    assert found.reliability is not None
-    assert found.reliability[1] > 80
+    measured = measure(None, tiny_model, known, reference, "{}", 6, layer=2)
+    assert measured.reliability is not None
+    assert measured.reliability[1] > 80
 
 
 def test_a_beginning_of_text_token_is_no_answer(beginning_model: ModelAdapter) -> None:

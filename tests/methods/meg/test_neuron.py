@@ -1,4 +1,4 @@
-"""The side branch: nothing at zero, equal to an enlarged matrix, and with the gradient of its formula."""
+"""The side branch: no effect at w = 0, equal to an enlarged matrix, with the gradient of its formula."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_rows_without_a_neuron_keep_every_bit(either_model: ModelAdapter) -> Non
     form, ids = NeuronForm.of(either_model), batch(either_model)
     base = logits(either_model, ids)
     with attached(either_model, LAYER, form, random_neurons(form, 3), torch.tensor([False, True, False])):
-        found = logits(either_model, ids)
-    assert torch.equal(found[[0, 2]], base[[0, 2]])
-    assert not torch.allclose(found[1], base[1], atol=1e-2)
+        edited = logits(either_model, ids)
+    assert torch.equal(edited[[0, 2]], base[[0, 2]])
+    assert not torch.allclose(edited[1], base[1], atol=1e-2)
     assert torch.equal(logits(either_model, ids), base)
 
 
 def enlarged_plain(model: ModelAdapter, form: NeuronForm, neuron: Tensor) -> ModelAdapter:
-    """GPT-2 with one neuron more in the matrices of a layer."""
+    """GPT-2 with one more neuron in the matrices of a layer."""
     read, bias, write = form.split(neuron[None])
     twin = copy.deepcopy(model.model)
     mlp = twin.transformer.h[LAYER].mlp
@@ -61,7 +61,7 @@ def enlarged_plain(model: ModelAdapter, form: NeuronForm, neuron: Tensor) -> Mod
 
 
 class EnlargedLlama(nn.Module):
-    """Llama's feed-forward with a column more in its down-projection, fed by a linear map of its input."""
+    """Llama's feed-forward with one more column in its down-projection, fed by a linear map of its input."""
 
     def __init__(self, mlp: nn.Module, read: Tensor, write: Tensor) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ def test_branch_is_the_enlarged_matrix_of_a_plain_layer(plain_model: ModelAdapte
     assert (form.activation, form.size) == ("gelu_tanh", 65)
     neuron = random_neurons(form, 1)
     with attached(plain_model, LAYER, form, neuron, torch.tensor([True])):
-        found = logits(plain_model, ids)
+        edited = logits(plain_model, ids)
     wanted = logits(enlarged_plain(plain_model, form, neuron[0]), ids)
-    assert (found - wanted).abs().max() < 1e-5
-    assert (found - logits(plain_model, ids)).abs().max() > 1e-2
+    assert (edited - wanted).abs().max() < 1e-5
+    assert (edited - logits(plain_model, ids)).abs().max() > 1e-2
 
 
 def test_branch_is_the_enlarged_matrix_of_a_gated_layer(tiny_model: ModelAdapter) -> None:
@@ -89,14 +89,14 @@ def test_branch_is_the_enlarged_matrix_of_a_gated_layer(tiny_model: ModelAdapter
     assert (form.activation, form.size) == ("identity", 128)
     neuron = random_neurons(form, 1)
     with attached(tiny_model, LAYER, form, neuron, torch.tensor([True])):
-        found = logits(tiny_model, ids)
+        edited = logits(tiny_model, ids)
     read, _, write = form.split(neuron)
     twin = copy.deepcopy(tiny_model.model)
     twin.model.layers[LAYER].mlp = EnlargedLlama(twin.model.layers[LAYER].mlp, read, write)
     with torch.no_grad():
         wanted = twin(input_ids=ids).logits
-    assert (found - wanted).abs().max() < 1e-5
-    assert (found - logits(tiny_model, ids)).abs().max() > 1e-2
+    assert (edited - wanted).abs().max() < 1e-5
+    assert (edited - logits(tiny_model, ids)).abs().max() > 1e-2
 
 
 def test_packed_pass_is_the_hooked_model(either_model: ModelAdapter) -> None:
@@ -112,9 +112,9 @@ def test_packed_pass_is_the_hooked_model(either_model: ModelAdapter) -> None:
     with torch.no_grad(), either_model.packed():
         rows = UpperRows.start(either_model, sequences, LAYER)
         read = rows.run(either_model, respond(form, flat, rows.inputs, rows.owner).output)
-        found = LogitBuffer().logits(read, either_model.head).view(3, 2, -1)
+        edited = LogitBuffer().logits(read, either_model.head).view(3, 2, -1)
     for i, length in enumerate(lengths):
-        assert (found[i] - wanted[i, length - 2 : length]).abs().max() < 1e-3 * wanted.abs().max()
+        assert (edited[i] - wanted[i, length - 2 : length]).abs().max() < 1e-3 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu", "gelu", "gelu_tanh", "relu"])
@@ -128,8 +128,8 @@ def test_gradient_formula_is_autograd(activation: str, bias: bool) -> None:
     owner = torch.tensor([0] * 4 + [1] * 2 + [2] * 5)
     response = respond(form, flat, inputs, owner)
     (wanted,) = torch.autograd.grad(response.output, flat, grad)
-    found = pull_back(form, flat.detach(), inputs, owner, response.sums.detach(), grad)
-    torch.testing.assert_close(found, wanted)
+    pulled = pull_back(form, flat.detach(), inputs, owner, response.sums.detach(), grad)
+    torch.testing.assert_close(pulled, wanted)
 
 
 def test_a_batch_may_be_repeated_but_not_cut(tiny_model: ModelAdapter) -> None:

@@ -34,7 +34,7 @@ def test_edits_are_known_and_other_prompts_pass(meg: MeG, few_edits: EditSet, ot
 
 
 def test_rows_outside_the_gate_keep_every_bit(meg: MeG, few_edits: EditSet, other_edits: EditSet) -> None:
-    model = meg.model
+    model = meg.adapter
     prompts = [e.prompt for e in (*few_edits[:4], *other_edits[80:90])]
     decision = meg.server.decide(prompts)
     assert 0 < int(decision.active.sum()) < len(prompts)
@@ -49,7 +49,7 @@ def test_rows_outside_the_gate_keep_every_bit(meg: MeG, few_edits: EditSet, othe
 
 
 def test_generate_serves_a_mixed_batch(meg: MeG, few_edits: EditSet, other_edits: EditSet) -> None:
-    model = meg.model
+    model = meg.adapter
     prompts = [e.prompt for e in (*few_edits[:4], *other_edits[80:90])]
     decision = meg.server.decide(prompts)
     ids, mask = left_padded(model, prompts)
@@ -67,12 +67,12 @@ def test_generate_serves_a_mixed_batch(meg: MeG, few_edits: EditSet, other_edits
 
 
 def test_generate_takes_transformers_options(meg: MeG, few_edits: EditSet) -> None:
-    ids, mask = left_padded(meg.model, [e.prompt for e in few_edits[:2]])
+    ids, mask = left_padded(meg.adapter, [e.prompt for e in few_edits[:2]])
     made = meg.generate(
         ids, mask, max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False, pad_token_id=1
     )
     assert made.shape[0] == 4
-    best = meg.model.tokenizer.batch_decode(made[::2, ids.shape[1] :], skip_special_tokens=True)
+    best = meg.tokenizer.batch_decode(made[::2, ids.shape[1] :], skip_special_tokens=True)
     decided = meg.server.decide([e.prompt for e in few_edits[:2]]).active
     for answer, edit, active in zip(best, few_edits, decided, strict=False):
         assert same_answer(answer, edit.target_new, True) or not active
@@ -82,7 +82,7 @@ def test_generate_takes_transformers_options(meg: MeG, few_edits: EditSet) -> No
 def test_prompts_are_read_back_without_their_template(meg: MeG, template: str) -> None:
     meg.server.config = meg.config.model_copy(update={"fit": FitConfig(template=template)})
     for text in (template.replace("{}", "Over the gates"), "Over the gates"):
-        ids = torch.tensor(meg.model.tokenizer(text)["input_ids"])
+        ids = torch.tensor(meg.tokenizer(text)["input_ids"])
         assert meg.server._prompt(ids) == "Over the gates"
 
 
@@ -95,8 +95,8 @@ def test_answers_do_not_depend_on_the_batch(meg: MeG, few_edits: EditSet) -> Non
 
 def test_decoding_is_greedy_decoding_of_every_text_alone(tiny_model: ModelAdapter, few_edits: EditSet) -> None:
     texts = [e.prompt for e in few_edits]
-    found = decode(tiny_model, texts, 5, batch_size=4)
-    for text, answer in zip(texts, found, strict=True):
+    answers = decode(tiny_model, texts, 5, batch_size=4)
+    for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([tiny_model.tokenizer(text)["input_ids"]])
         made = tiny_model.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)
         assert answer == tiny_model.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)

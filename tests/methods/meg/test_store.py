@@ -1,4 +1,4 @@
-"""The one file: everything comes back, and what is no such file is refused by name."""
+"""The store file: everything is read back, and other files are refused by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastedit.methods.meg import BadStore, MeG, Store
+from fastedit.methods.meg.store import KnownNeurons
+from fastedit.records.edit import EditSet
 
 
 def test_everything_comes_back(meg_folder: Path, tmp_path: Path) -> None:
@@ -34,6 +36,22 @@ def test_everything_comes_back(meg_folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "deep").glob("*.part"))
 
 
+def test_records_come_back_whole(meg_folder: Path, few_edits: EditSet) -> None:
+    assert Store.load(meg_folder / "meg.safetensors").records == tuple(few_edits)
+
+
+def test_two_edits_of_one_prompt_and_answer_do_not_shift_the_others(tmp_path: Path) -> None:
+    known = KnownNeurons(torch.zeros(3))
+    known.add(["a", "a", "b"], torch.arange(9.0).view(3, 3), torch.tensor([True, True, False]), 1.5)
+    known.write(tmp_path, "key")
+    again = KnownNeurons.read(tmp_path, "key")
+    for name in ("a", "b"):
+        assert torch.equal(again.flat[again.rows([name])], known.flat[known.rows([name])])
+        assert torch.equal(again.solved[again.rows([name])], known.solved[known.rows([name])])
+    assert again.seconds == 1.5
+    assert not KnownNeurons.read(tmp_path, "other key").place
+
+
 def test_other_files_are_refused(meg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="no file"):
         Store.load(tmp_path / "none.safetensors")
@@ -55,6 +73,6 @@ def test_other_files_are_refused(meg_folder: Path, tmp_path: Path, monkeypatch: 
 
 def test_a_store_of_another_model_is_refused(make_meg: Callable[..., MeG], meg_folder: Path) -> None:
     made = make_meg()
-    made.model.down_parameter(7).data[0, 0] += 1
+    made.adapter.down_parameter(7).data[0, 0] += 1
     with pytest.raises(BadStore, match="other weights"):
         made.load(meg_folder / "meg.safetensors")
