@@ -6,7 +6,7 @@ Both run on packed rows; questions that begin alike share them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer, score_rows
 from fastedit.model.packed_attention import CausalPlan
-from fastedit.model.packed_passes import TreePass
+from fastedit.model.packed_passes import TreePass, group_by_budget
 from fastedit.model.tokens import TokenSequence, target_sequences
 from fastedit.runtime.progress import track
 
@@ -59,7 +59,8 @@ def answer(
     buffer = LogitBuffer()
     found: list[Answer] = []
     with model.packed():
-        for group in _groups(sequences):
+        for indices in group_by_budget([len(sequence.ids) for sequence in sequences], ROW_BUDGET):
+            group = [sequences[i] for i in indices]
             tree = TreePass.start(model, [sequence.ids for sequence in group])
             tail = [path[i] for path, s in zip(tree.tree.paths, group, strict=True) for i in s.scored]
             rows = model.run(
@@ -99,20 +100,6 @@ def _answers(
         found.append(Answer(mean, sequence.targets, tokens))
         start = stop
     return found
-
-
-def _groups(sequences: Sequence[TokenSequence]) -> Iterable[list[TokenSequence]]:
-    """Neighbouring sequences, up to ROW_BUDGET tokens together."""
-    group: list[TokenSequence] = []
-    used = 0
-    for sequence in sequences:
-        if group and used + len(sequence.ids) > ROW_BUDGET:
-            yield group
-            group, used = [], 0
-        group.append(sequence)
-        used += len(sequence.ids)
-    if group:
-        yield group
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ Rows move from device to device with the layers of a model that is spread over s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,6 +20,37 @@ from torch import Tensor
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.packed_attention import AttentionPlan, Rotary, plan_live, plan_sequences
 from fastedit.model.tokens import TokenSequence
+
+
+def group_by_budget(
+    sizes: Sequence[int], budget: int, order: Iterable[int] | None = None, padded: bool = False
+) -> list[list[int]]:
+    """Group items so that each group holds at most `budget` rows, or a single item that is larger.
+
+    sizes: number of rows of each item
+    order: indices of the items in the order in which groups are filled; None = the order of `sizes`
+    padded: count a group as its number of items times its largest item, as padded attention does; else as the sum
+    Returns the indices of each group. Only items that follow each other in `order` share a group."""
+    groups: list[list[int]] = []
+    group: list[int] = []
+    total = 0
+    largest = 0
+
+    for item in range(len(sizes)) if order is None else order:
+        size = sizes[item]
+        n_rows = (len(group) + 1) * max(largest, size) if padded else total + size
+
+        if not groups or n_rows > budget:
+            group = []
+            groups.append(group)
+            total = 0
+            largest = 0
+
+        group.append(item)
+        total += size
+        largest = max(largest, size)
+
+    return groups
 
 
 class RowTree:
