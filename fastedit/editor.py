@@ -328,7 +328,7 @@ class Editor:
                 yield report
                 if watch is not None:
                     watch.after_batch(report, last=number + 1 == len(batches))
-                if interrupts.wanted:
+                if interrupts.stop_requested:
                     raise KeyboardInterrupt
 
     def _edit_batch(self, number: int, batch: EditSet, guard: Guard, progress: Any) -> BatchReport:

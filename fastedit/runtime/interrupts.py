@@ -14,15 +14,15 @@ class Interrupts:
     """Inside the `with` block, the first Ctrl-C requests a stop after the current batch, the second abandons the batch.
 
     The signal handler only counts, so that no commit or rollback is cut in half. The editor calls `check` wherever a
-    batch may be abandoned and reads `wanted` after each batch. The handler is installed only in the main thread and
-    only if Python's default handler for Ctrl-C is active; a program with a handler of its own keeps it."""
+    batch may be abandoned and reads `stop_requested` after each batch. The handler is installed only in the main
+    thread and only if Python's default handler for Ctrl-C is active; a program with a handler of its own keeps it."""
 
     def __init__(self) -> None:
         self._count = 0
         self._is_ours = False
 
     @property
-    def wanted(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a stop after the current batch was requested."""
         return self._count > 0
 

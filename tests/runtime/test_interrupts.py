@@ -14,10 +14,10 @@ from fastedit.runtime.interrupts import Interrupts
 def test_the_first_signal_requests_a_stop_and_the_second_abandons(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), Interrupts() as interrupts:
         interrupts.check()
-        assert not interrupts.wanted
+        assert not interrupts.stop_requested
         signal.raise_signal(signal.SIGINT)
         interrupts.check()
-        assert interrupts.wanted
+        assert interrupts.stop_requested
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupts.check()
@@ -35,7 +35,7 @@ def test_a_program_keeps_a_handler_of_its_own() -> None:
     try:
         with Interrupts() as interrupts:
             signal.raise_signal(signal.SIGINT)
-            assert not interrupts.wanted
+            assert not interrupts.stop_requested
         assert signal.getsignal(signal.SIGINT) is own
     finally:
         signal.signal(signal.SIGINT, before)
