@@ -288,3 +288,12 @@ def test_an_operation_over_two_devices_is_noticed(spread_adapter):
         other = torch.zeros(3, 32, device="meta" if device.type == "cpu" else "cpu")
         with pytest.raises(RuntimeError, match=r"two .*devices"):
             find(spread_adapter.layers[layer], spread_adapter.family.gate)(other)
+
+
+def test_the_repr_is_one_line_with_the_model_sizes_and_source(random_adapter):
+    assert repr(random_adapter) == (
+        "ModelAdapter(LlamaForCausalLM, layers=4, d_model=32, d_ff=48, dtype=float64, device=cpu, source=None)"
+    )
+    random_adapter.source = "smollm2-135m"
+    random_adapter.model.to(torch.bfloat16)
+    assert repr(random_adapter).endswith("dtype=bfloat16, device=cpu, source='smollm2-135m')")
