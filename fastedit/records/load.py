@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastedit.records.check import check_on_invalid, named, repeated
-from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem, case_id_of, show, unknown
+from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem, case_id_of, show, unknown_field
 from fastedit.records.forms import READERS, Reader
 
 # How alike a name must be to a known one to be taken for it: `rephrse` is, `subject_id` is not.
@@ -264,7 +264,7 @@ class _Gathered:
                 continue
             owner = self.target_owners.get(name)
             if not reader.is_open or difflib.get_close_matches(name, reader.fields, n=1, cutoff=MISSPELT):
-                yield Problem(unknown(name, reader.fields), name)
+                yield Problem(unknown_field(name, reader.fields), name)
             elif owner is not None:
                 yield Problem(f"is what form {owner} edits towards, and unknown to form {reader.name}", name)
             else:
