@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from fastedit.methods.registry import METHODS, method_named
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.families import FAMILIES, Family
-from fastedit.model.load import load_model
+from fastedit.model.load import Dtype, load_model
 from fastedit.model.tokens import encode
-from fastedit.records.check import check_edits
+from fastedit.records.check import OnInvalid, check_edits
 from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.log import RunError
 from fastedit.runs.recorder import Recorder
@@ -33,9 +33,6 @@ from fastedit.weights.editable import EditableWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-OnInvalid = Literal["refuse", "skip"]
 
 
 class Editor:

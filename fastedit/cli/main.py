@@ -62,7 +62,13 @@ TEXT_FLAGS = ("moments", "moment_tokens")
 
 
 def _records(
-    console: Console, path: Path, start: int, limit: int | None, form: str, target_field: str | None, on_invalid: str
+    console: Console,
+    path: Path,
+    start: int,
+    limit: int | None,
+    form: str,
+    target_field: str | None,
+    on_invalid: OnInvalid,
 ) -> EditSet:
     from fastedit.records.load import load_edits
 

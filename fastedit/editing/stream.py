@@ -315,7 +315,7 @@ class Stream:
                 yield report
                 for watcher in watchers:
                     watcher.after_batch(report, last=number + 1 == len(batches))
-                if interrupts.wanted:
+                if interrupts.stop_requested:
                     raise KeyboardInterrupt
 
     def _try_batch(self, number: int, batch: EditSet, guard: Guard, progress: Progress) -> BatchReport:

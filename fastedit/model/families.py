@@ -1,9 +1,9 @@
-"""One row per model family: where its parts are, and the few things that differ, as data.
+"""Model families as data: one row per family says where its parts are and how it differs from the others.
 
 A row describes a decoder layer as
     sum    = rows + attention(attention_norm(rows))
-    output = sum + down(activation(gate(x)) * up(x))        x = ffn_norm(sum), or of `rows` in a parallel layer
-and each norm that a family has in another place, or lacks, is a field. A model is matched by structure, never by name.
+    output = sum + down(activation(gate(x)) * up(x))        x = ffn_norm(sum), or ffn_norm(rows) in a parallel layer
+Further norms are optional fields. The family of a model is chosen by the model's structure, not by its name.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ACTIVATION_NAMES = {
     "relu": "relu",
 }
 
+# The end of the error for a quantised model.
 QUANTISED = (
     "an update cannot be added to such a weight; load the model in bfloat16 or float32, edit it, and quantise what"
     " save_pretrained wrote"
@@ -38,82 +39,95 @@ Rotate = Callable[[Any, Tensor, torch.dtype], Rotary]
 
 
 class UnsupportedModel(ValueError):
-    """The model is of no known family, cannot be written to, or its own forward differs from ours."""
+    """A model of no known family, one whose weights cannot be edited, or one whose logits packed passes get wrong."""
 
 
 def attend_by_interface(module: Any, rows: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Attention modules that call transformers' attention interface, which `ModelAdapter.packed` answers."""
+    """Run an attention module that calls transformers' attention interface, which `ModelAdapter.packed` replaces."""
     return module(hidden_states=rows[None], position_embeddings=rotary, attention_mask=None, packed_plan=plan)[0][0]
 
 
 def attend_in_pairs(module: Any, rows: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """GPT-J's attention, which calls no interface: neighbouring elements turn together, and scores are float32."""
+    """Run GPT-J's attention, which does not call transformers' interface.
+
+    Its rotary embedding turns neighbouring elements together, and its scores are float32.
+    Raises ValueError without rotary tables."""
     if rotary is None:
         raise ValueError("attend_in_pairs: a row that uses it needs rotary tables")
+
     shape = (1, rows.shape[0], module.num_attention_heads, module.head_dim)
     query, key, value = (
         project(rows).view(shape).transpose(1, 2) for project in (module.q_proj, module.k_proj, module.v_proj)
     )
+
     working = torch.promote_types(rows.dtype, torch.float32)
     query, key = (_turn_pairs(part, *rotary).to(working) for part in (query, key))
     mixed = plan(module.layer_idx, query, key, value.to(working), module.head_dim**-0.5)
+
     return module.out_proj(mixed[0].flatten(1).to(rows.dtype))
 
 
 def _turn_pairs(part: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """part: (1, n_heads, n_rows, head_dim), of which the first pairs turn; cosine, sine: (1, n_rows, n_pairs)."""
+    """Rotate the first n_pairs pairs of neighbouring elements of queries or keys.
+
+    part: (1, n_heads, n_rows, head_dim); cosine, sine: (1, n_rows, n_pairs)"""
     width = 2 * cosine.shape[-1]
     even, odd = part[..., 0:width:2], part[..., 1:width:2]
     turned = torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1).flatten(-2)
+
     return torch.cat((turned, part[..., width:]), dim=-1)
 
 
 def rotate_by_module(module: Any, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Tables of a rotary embedding module for positions (n_rows,), one per layer type if it has several."""
+    """Rotary tables from a rotary embedding module for positions (n_rows,), one per layer type if it has several."""
     like = torch.empty(0, dtype=dtype, device=positions.device)
     kinds = getattr(module, "layer_types", None)
+
     if kinds is None:
         return Rotary({"": module(like, positions[None])})
+
     return Rotary({kind: module(like, positions[None], kind) for kind in kinds})
 
 
 def rotate_by_table(table: Tensor, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Rows of a table (n_positions, rotary_dim), sines before cosines, one per pair."""
+    """Rotary tables for positions (n_rows,) from a table (n_positions, 2 * n_pairs) of sines, then cosines."""
     sine, cosine = table[positions.to(table.device)].to(dtype).chunk(2, dim=-1)
+
     return Rotary({"": (cosine[None], sine[None])})
 
 
 def _part(what: str, default: Any = MISSING) -> Any:
+    """A field of `Family` with the description that `Family.needs` prints."""
     return field(metadata={"what": what}, **({} if default is MISSING else {"default": default}))
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family's row; `Family.needs()` says what each field holds.
+    """The row of a family; `Family.needs()` describes each field.
 
     Paths of `layers`, `embedding`, `final_norm`, `rotary`, `positions`, `project_in` and `project_out` start at the
-    model, all others at one decoder layer. A layer must have exactly the children `layer_modules`: an unknown extra (a
-    norm behind the feed-forward, say) changes the mathematics, so such a model is not of this family.
+    model, all others at a decoder layer. A decoder layer must have exactly the children `layer_modules`: one more, such
+    as a norm after the feed-forward, would change what the layer computes.
     """
 
-    name: str = _part("what to call it")
+    name: str = _part("the name of the family")
     layers: str = _part("path of the list of decoder layers")
     embedding: str = _part("path of the token embedding")
     attention: str = _part("path of the attention in a layer")
-    gate: str = _part("path of the projection into the neurons that the activation is taken of, in a layer")
+    gate: str = _part("path of the projection into the neurons to which the activation is applied, in a layer")
     down: str = _part("path of the projection out of the neurons, whose weight is edited, in a layer")
     layer_modules: frozenset[str] = _part("names of all children of a decoder layer")
     final_norm: str | None = _part("path of the norm before the head", None)
     rotary: str | None = _part("path of the rotary embedding", None)
     positions: str | None = _part("path of learned position embeddings", None)
-    project_in: str | None = _part("path of a projection behind the embedding, used if the model has it", None)
+    project_in: str | None = _part("path of a projection after the embedding, used if the model has it", None)
     project_out: str | None = _part("path of a projection before the head, used if the model has it", None)
     up: str | None = _part("path of the projection that multiplies the activation; gate's path = both in one", None)
     attention_norm: str | None = _part("norm of what attention reads", None)
-    attention_out_norm: str | None = _part("norm of what attention gives, before it is added", None)
-    sum_norm: str | None = _part("norm of the sum behind attention", None)
+    attention_out_norm: str | None = _part("norm of the output of attention, before it is added", None)
+    sum_norm: str | None = _part("norm of the sum after attention", None)
     ffn_norm: str | None = _part("norm of what the feed-forward reads; None = attention's, in a parallel layer", None)
-    ffn_out_norm: str | None = _part("norm of what the feed-forward gives, before it is added", None)
+    ffn_out_norm: str | None = _part("norm of the output of the feed-forward, before it is added", None)
     output_norm: str | None = _part("norm of the layer's output", None)
     parallel: bool = _part("True when attention and feed-forward read the same rows", False)
     activation: str = _part("name of the config entry that names the activation", "hidden_act")
@@ -123,31 +137,42 @@ class Family:
 
     @property
     def post_norm(self) -> bool:
-        """True when a norm stands between the down-projection and the layer's output: that is not h0 + W k then."""
+        """Whether a norm follows the down-projection, so that the layer's output is not residual + W k."""
         return self.ffn_out_norm is not None or self.output_norm is not None
 
     def misfits(self, model: Any) -> list[str]:
-        """What keeps `model` from being of this family; empty when it is."""
-        whole = (self.layers, self.embedding, self.final_norm, self.rotary, self.positions)
-        found = [f"has no {path}" for path in whole if not _has(model, path)]
+        """Why `model` is not of this family, one phrase per reason; empty if it is."""
+        paths = (self.layers, self.embedding, self.final_norm, self.rotary, self.positions)
+        reasons = [f"has no {path}" for path in paths if not _has(model, path)]
+
         layers = find(model, self.layers)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            return [*found, f"{self.layers} is no list of layers"]
-        names = {name for name, _ in layers[0].named_children()}
-        found += [f"a layer has no {name}" for name in sorted(self.layer_modules - names)]
-        found += [f"a layer has {name}" for name in sorted(names - self.layer_modules)]
+            return [*reasons, f"{self.layers} is no list of layers"]
+
+        reasons += self._layer_misfits(layers[0])
+
+        for name, value in self.config:
+            if (actual := getattr(text_config(model), name, None)) != value:
+                reasons.append(f"its config has {name}={actual!r}, not {value!r}")
+
+        return reasons
+
+    def _layer_misfits(self, layer: nn.Module) -> list[str]:
+        """As `misfits`, for one decoder layer."""
+        children = {name for name, _ in layer.named_children()}
+        reasons = [f"a layer has no {name}" for name in sorted(self.layer_modules - children)]
+        reasons += [f"a layer has {name}" for name in sorted(children - self.layer_modules)]
+
         parts = (self.attention, self.gate, self.up, self.down, self.attention_norm, self.attention_out_norm)
         norms = (self.sum_norm, self.ffn_norm, self.ffn_out_norm, self.output_norm)
-        inner = sorted({path for path in (*parts, *norms) if path is not None and "." in path})
-        found += [f"a layer has no {path}" for path in inner if not _has(layers[0], path)]
-        for name, value in self.config:
-            if (got := getattr(text_config(model), name, None)) != value:
-                found.append(f"its config has {name}={got!r}, not {value!r}")
-        return found
+        nested = sorted({path for path in (*parts, *norms) if path is not None and "." in path})
+        reasons += [f"a layer has no {path}" for path in nested if not _has(layer, path)]
+
+        return reasons
 
     @classmethod
     def needs(cls) -> str:
-        """What a row is made of, a line per field."""
+        """A description of every field, one line each, for errors."""
         return "\n".join(
             f"  {part.name}{'' if part.default is MISSING else ' (optional)'}: {part.metadata['what']}"
             for part in fields(cls)
@@ -155,29 +180,35 @@ class Family:
 
 
 def find(module: Any, path: str) -> Any:
-    """The part of `module` at a dotted path, or None."""
-    found = module
+    """The part of `module` at a dotted path, or None if there is none."""
+    part = module
+
     for name in path.split("."):
-        found = getattr(found, name, None)
-        if found is None:
+        part = getattr(part, name, None)
+        if part is None:
             return None
-    return found
+
+    return part
 
 
 def text_config(model: Any) -> Any:
-    """The config of a model's language part, or of the whole model where there is no other."""
+    """The config of a model's language part: a part of the config in a model that reads images too, else all of it."""
     config: Any = getattr(model, "config", None)
+
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def max_positions(config: Any) -> int:
-    """As many positions as the model has, or fewer where our passes would differ from its own beyond them: behind a
-    sliding window they would see too much, and a "longrope" turns otherwise in longer texts."""
+    """The number of positions up to which packed passes equal the model's own, at most as many as the model has.
+
+    Packed passes know no sliding window, and not the other rotary factors of a "longrope" in longer texts."""
     limits = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+
     rope = getattr(config, "rope_parameters", None) or {}
     for table in [rope] if "rope_type" in rope else rope.values():
         if isinstance(table, dict) and table.get("rope_type") == "longrope":
             limits.append(table.get("original_max_position_embeddings"))
+
     return min(int(limit) for limit in limits if limit)
 
 
@@ -293,7 +324,7 @@ OPT = Family(
     config=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False)),
 )
 
-# opt-350m alone: its norms stand behind the sums.
+# Only opt-350m: its norms follow the sums.
 OPT_350M = replace(
     OPT,
     name="opt-350m",
@@ -313,11 +344,14 @@ FAMILIES = (
 
 
 def choose(model: Any, families: Sequence[Family]) -> Family:
-    """The first row that fits. Raises UnsupportedModel, which says what the closest one lacks and what a row needs."""
+    """The first row that fits the model.
+
+    Raises UnsupportedModel, which says why the closest row does not fit and what a row needs."""
     misfits = [row.misfits(model) for row in families]
-    for row, found in zip(families, misfits, strict=True):
-        if not found:
+    for row, reasons in zip(families, misfits, strict=True):
+        if not reasons:
             return row
+
     closest = min(range(len(families)), key=lambda i: len(misfits[i]), default=None)
     why = "" if closest is None else f"; {families[closest].name!r} comes closest, but {', '.join(misfits[closest])}"
     raise UnsupportedModel(
@@ -327,25 +361,29 @@ def choose(model: Any, families: Sequence[Family]) -> Family:
 
 
 def refuse_quantised(name: str, config: Any) -> None:
-    """Raise UnsupportedModel if a config says that the model's weights are quantised."""
+    """Raise UnsupportedModel if the config of the model `name` says that its weights are quantised."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
+
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     method = str(getattr(method, "value", method))
-    # GGUF alone is turned into plain numbers when it is loaded.
+
+    # Weights from GGUF are dequantised when they are loaded.
     if method != "gguf":
         raise UnsupportedModel(f"{name} is quantised ({method}): {QUANTISED}")
 
 
 def check_weights(model: Any, family: Family, layers: nn.ModuleList) -> None:
-    """Raise UnsupportedModel unless every down-projection holds numbers that an update can be added to."""
+    """Raise UnsupportedModel unless an update can be added to the weight of every down-projection."""
     refuse_quantised(type(model).__name__, model.config)
+
     for i, layer in enumerate(layers):
         weight = getattr(find(layer, family.down), "weight", None)
         if not isinstance(weight, Tensor) or weight.dtype not in WEIGHT_DTYPES or weight.ndim != 2:
             what = getattr(weight, "dtype", "no weight")
             raise UnsupportedModel(f"layer {i}: {family.down} is quantised ({what}): {QUANTISED}")
+
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
         raise UnsupportedModel(
@@ -355,8 +393,12 @@ def check_weights(model: Any, family: Family, layers: nn.ModuleList) -> None:
 
 
 def activation_name(config: Any, entry: str) -> str:
-    """Our name (see ops.capture_keys) of the activation that a config names. Raises UnsupportedModel for others."""
+    """The activation's name in :mod:`fastedit.ops.capture_keys`, from the config's `entry`.
+
+    Raises UnsupportedModel for an unknown activation."""
     name = getattr(config, entry, None)
+
     if name not in ACTIVATION_NAMES:
         raise UnsupportedModel(f"activation {name!r} is not known; known: {', '.join(ACTIVATION_NAMES)}")
+
     return ACTIVATION_NAMES[name]

@@ -1,4 +1,4 @@
-"""Text sampled from the model itself: context templates, background text for second moments, fluency."""
+"""Text sampled from the model, for context templates, the background text of second moments, and fluency."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from fastedit.model.adapter import ModelAdapter
 
-# Beginnings of background text, so that samples differ from their first word on.
+# First words of background text, so that samples differ from the start.
 OPENERS = (
     "The", "In", "A", "It", "This", "When", "For", "He", "She", "They", "We", "You", "I", "As", "At", "But", "One",
     "There", "After", "With", "From", "During", "However", "Many", "What", "If", "On", "His", "Its", "New", "Although",
@@ -25,29 +25,37 @@ def sample_tokens(
     batch_size: int = 128,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """One continuation per prompt, `length` tokens in all with the prompt's, as token ids.
+    """Continue each prompt up to `length` tokens, the prompt's included; returns one list of token ids per prompt.
 
-    Prompts of equal token count run together, so nothing is padded; an end-of-text token is never sampled. The
-    global random state is left as it was. progress is called with the number of tokens made."""
+    top_k: one of the top_k next tokens is drawn by its probability; 1 is greedy. End-of-text is never drawn
+    seed: of the draws; the global random state stays as it is
+    batch_size: prompts run together. They have the same number of tokens, so that nothing is padded
+    progress: called with the number of tokens generated since the last call
+    Raises ValueError for a prompt that has `length` tokens or more."""
     encoded = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    found: list[list[int]] = [[] for _ in prompts]
     by_length: dict[int, list[int]] = {}
     for i, ids in enumerate(encoded):
         by_length.setdefault(len(ids), []).append(i)
+
+    samples: list[list[int]] = [[] for _ in prompts]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for count, members in sorted(by_length.items()):
-            if count >= length:
-                raise ValueError(f"prompt {prompts[members[0]]!r} has {count} tokens, no room in {length}")
+
+        for n_prompt, members in sorted(by_length.items()):
+            if n_prompt >= length:
+                raise ValueError(f"prompt {prompts[members[0]]!r} has {n_prompt} tokens, no room in {length}")
+
             for start in range(0, len(members), batch_size):
                 group = members[start : start + batch_size]
-                ids = torch.tensor([encoded[i] for i in group], device=model.device)
-                made = model.generate(ids, length - count, top_k)
-                for i, row in zip(group, made.tolist(), strict=True):
-                    found[i] = row
+                token_ids = torch.tensor([encoded[i] for i in group], device=model.device)
+                continued = model.generate(token_ids, length - n_prompt, top_k)
+
+                for i, row in zip(group, continued.tolist(), strict=True):
+                    samples[i] = row
                 if progress is not None:
-                    progress(len(group) * (length - count))
-    return found
+                    progress(len(group) * (length - n_prompt))
+
+    return samples
 
 
 def sample_background(
@@ -57,7 +65,10 @@ def sample_background(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Windows of text of the model's own making, together at least n_tokens, each `window` tokens long."""
-    count = -(-n_tokens // window)
-    prompts = [OPENERS[i % len(OPENERS)] for i in range(count)]
+    """Sample background text: windows of `window` token ids each, together at least n_tokens.
+
+    seed, progress: as for `sample_tokens`"""
+    n_windows = -(-n_tokens // window)
+    prompts = [OPENERS[i % len(OPENERS)] for i in range(n_windows)]
+
     return sample_tokens(model, prompts, window, 50, seed, progress=progress)

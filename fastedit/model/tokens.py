@@ -1,7 +1,7 @@
-"""Tokenisation in one place: texts -> token ids with the positions that matter.
+"""Tokenisation: from texts to token ids, with the positions that an edit or a score reads.
 
-A text is always tokenised whole, and positions are found through character offsets; token lists are never joined,
-because a tokenizer may merge or split differently at a seam.
+A text is always tokenised whole, and positions come from character offsets. Token lists are never joined, because a
+tokenizer may merge or split characters differently where two texts meet.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fastedit.records.edit import Edit
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Tokens fed to the model and what is read from them.
+    """Token ids that the model reads, and the positions that are read from it.
 
-    ids: the inputs, up to and including the last scored position (nothing after it is ever needed)
-    lookup: position of the lookup token (last token of the subject), or -1 when there is none
-    scored: positions whose next-token distribution is read; targets: the token expected there
+    ids: up to and including the last scored position; later tokens have no influence
+    lookup: position of the lookup token (the subject's last token), -1 if there is none
+    scored: positions whose next-token distribution is read; targets: the token expected after each of them
     """
 
     ids: tuple[int, ...]
@@ -29,46 +29,61 @@ class TokenSequence:
 
 
 def join(prompt: str, target: str) -> str:
-    """Prompt and target with exactly one space between: the target's leading space belongs to its first token."""
+    """Prompt and target with exactly one space between them, which belongs to the target's first token."""
     return f"{prompt.rstrip()} {target.strip()}"
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Token ids and character offsets of whole texts, with the special tokens the tokenizer itself adds."""
+    """Token ids and (start, end) character offsets of whole texts, with the special tokens the tokenizer adds."""
     if not texts:
         return [], []
+
     batch = tokenizer(list(texts), return_offsets_mapping=True, padding=False, truncation=False)
+
     return batch["input_ids"], batch["offset_mapping"]
 
 
 def lookup_position(offsets: Sequence[tuple[int, int]], end: int) -> int:
-    """Index of the token that holds character end - 1: the last real token starting before `end`."""
+    """Position of the token that holds character end - 1: the last token that has characters and starts before `end`.
+
+    Raises ValueError if there is none."""
     position = -1
+
     for index, (start, stop) in enumerate(offsets):
         if start < stop and start < end:
             position = index
+
     if position < 0:
         raise ValueError(f"no token starts before character {end}")
+
     return position
 
 
 def score_sequence(
     ids: Sequence[int], offsets: Sequence[tuple[int, int]], prompt_len: int, lookup: int = -1
 ) -> TokenSequence:
-    """A sequence whose target is every token that ends after character prompt_len.
+    """A sequence whose targets are the tokens from the first to the last one that ends after character prompt_len.
 
-    Raises ValueError when no token does (a target that tokenises to nothing) or when it is the first token."""
-    first = next((i for i, (start, stop) in enumerate(offsets) if stop > prompt_len and start < stop), None)
-    if first is None or first == 0:
+    Raises ValueError if there is no such token, or if the first one begins the text, since nothing predicts it."""
+    in_target = [i for i, (start, stop) in enumerate(offsets) if stop > prompt_len and start < stop]
+    if not in_target or in_target[0] == 0:
         raise ValueError("the target has no token of its own after the prompt")
-    last = max(i for i, (start, stop) in enumerate(offsets) if stop > prompt_len and start < stop)
-    scored = tuple(range(first - 1, last))
-    return TokenSequence(tuple(ids[:last]), lookup, scored, tuple(ids[first : last + 1]))
+
+    first = in_target[0]
+    last = in_target[-1]
+
+    return TokenSequence(
+        ids=tuple(ids[:last]),
+        lookup=lookup,
+        scored=tuple(range(first - 1, last)),
+        targets=tuple(ids[first : last + 1]),
+    )
 
 
 def target_sequences(tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[TokenSequence]:
     """One scored sequence per (prompt, target) pair."""
-    ids, offsets = encode(tokenizer, [join(p, t) for p, t in zip(prompts, targets, strict=True)])
+    ids, offsets = encode(tokenizer, [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)])
+
     return [
         score_sequence(row, spans, len(prompt.rstrip()))
         for row, spans, prompt in zip(ids, offsets, prompts, strict=True)
@@ -76,7 +91,7 @@ def target_sequences(tokenizer: Any, prompts: Sequence[str], targets: Sequence[s
 
 
 def whole_sequences(tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[TokenSequence]:
-    """As `target_sequences`, but the inputs go on to the target's last token, whose successor is looked at too."""
+    """As `target_sequences`, but `ids` include the target's last token, so that what follows it can be read too."""
     return [
         replace(sequence, ids=(*sequence.ids, sequence.targets[-1]))
         for sequence in target_sequences(tokenizer, prompts, targets)
@@ -84,37 +99,47 @@ def whole_sequences(tokenizer: Any, prompts: Sequence[str], targets: Sequence[st
 
 
 def rewrite_sequences(tokenizer: Any, edits: Sequence[Edit], templates: Sequence[str]) -> list[list[TokenSequence]]:
-    """For every edit one sequence per template: template(prompt) + target, with lookup and scored positions."""
-    texts, ends, lengths = [], [], []
+    """Per edit, one sequence per context template: the template filled with the prompt, and the new target.
+
+    templates: texts with one `{}`, where the prompt goes
+    Each sequence has a lookup position and scores the target's tokens."""
+    texts: list[str] = []
+    subject_ends: list[int] = []
+    prompt_lengths: list[int] = []
+
     for edit in edits:
         subject_end = edit.subject_span[1]
         for template in templates:
-            offset = template.index("{}")
             prompt = template.replace("{}", edit.prompt, 1).rstrip()
             texts.append(join(prompt, edit.target_new))
-            ends.append(offset + subject_end)
-            lengths.append(len(prompt))
+            subject_ends.append(template.index("{}") + subject_end)
+            prompt_lengths.append(len(prompt))
+
     ids, offsets = encode(tokenizer, texts)
-    flat = [
-        score_sequence(row, spans, length, lookup_position(spans, end))
-        for row, spans, end, length in zip(ids, offsets, ends, lengths, strict=True)
+    sequences = [
+        score_sequence(row, spans, prompt_length, lookup_position(spans, subject_end))
+        for row, spans, subject_end, prompt_length in zip(ids, offsets, subject_ends, prompt_lengths, strict=True)
     ]
-    width = len(templates)
-    return [flat[i : i + width] for i in range(0, len(flat), width)]
+
+    n_templates = len(templates)
+
+    return [sequences[i : i + n_templates] for i in range(0, len(sequences), n_templates)]
 
 
 def subject_sequences(tokenizer: Any, edits: Sequence[Edit]) -> list[TokenSequence]:
-    """ "{subject} is a" up to the subject's last token, the one position where the drift of the model is measured.
+    """Per edit, "{subject} is a" up to the subject's last token, the position at which the model's drift is measured.
 
-    What follows the subject cannot influence that position, so it is cut after tokenising the whole text."""
+    The whole text is tokenised and then cut, since later tokens have no influence on that position."""
     ids, offsets = encode(tokenizer, [f"{edit.subject} is a" for edit in edits])
-    found = []
+    sequences: list[TokenSequence] = []
+
     for row, spans, edit in zip(ids, offsets, edits, strict=True):
         position = lookup_position(spans, len(edit.subject))
-        found.append(TokenSequence(tuple(row[: position + 1]), position, (position,)))
-    return found
+        sequences.append(TokenSequence(tuple(row[: position + 1]), position, (position,)))
+
+    return sequences
 
 
 def lookup_prefix(sequence: TokenSequence) -> tuple[int, ...]:
-    """The tokens up to and including the lookup token: all that a key depends on."""
+    """Token ids up to and including the lookup token, the only ones on which a key depends."""
     return sequence.ids[: sequence.lookup + 1]

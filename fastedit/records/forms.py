@@ -1,6 +1,6 @@
-"""The forms of edit records that the field knows, each a `Reader` that makes edits of them.
+"""The published forms of edit records, each with a `Reader` that turns records into edits.
 
-A new form takes one more row in READERS, or in `load_edits(..., readers=...)`; nothing else knows the forms.
+A new form needs a `Reader` in READERS, or in `load_edits(..., readers=...)`, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from functools import partial
 from fastedit.records.draft import Draft, Path, Question, Record, is_blank
 from fastedit.records.edit import Edit, InvalidEdits, Problem, show
 
-# What stands in place of a true answer in the zsRE records that MEMIT's code makes.
+# The true answer of every zsRE record that MEMIT's code writes: it is unknown.
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes edits from one form of record.
+    """Turns records of one form into edits.
 
-    matches: whether a record has this form
-    to_edits: the edits of a record, towards the given one of `target_fields`; raises `InvalidEdits` or `ValueError`
-        for a wrong record, its `KeyError` means a missing field
+    name: the name of the form
+    matches: returns whether a record has this form
+    to_edits: returns the edits of a record whose `target_new` is the given one of `target_fields`. It raises
+        `InvalidEdits` or `ValueError` for a wrong record, and `KeyError` for a missing field
     target_fields: the fields that can become `target_new`, the usual one first
-    fields: the names a record may have; empty = any
-    is_open: other names are ignored, unless they look like one of `fields` misspelt: so for published data, which
-        carry columns of their own. What is written by hand is held to `fields`
+    fields: the fields that a record may have; empty = any
+    is_open: whether other fields are ignored, unless their names look like one of `fields` misspelt. True for
+        published data, which have further columns; False for records written by hand
     """
 
     name: str
@@ -38,19 +39,21 @@ class Reader:
 
 
 _CASE: dict[str, Path] = {"case_id": ("case_id",)}
+# zsRE's locality question.
 _LOC = Question(("loc",), (("loc_ans",),))
 
 
 def _flat(record: Record, target: str) -> list[Edit]:
+    """One flat object, as EasyEdit has it."""
     draft = Draft(record)
     draft.take(_CASE | {"subject": ("subject",), "prompt": ("prompt",), "target_new": (target,)})
     draft.take({"target_true": ("ground_truth",), "rephrase_prompts": ("rephrase_prompt",)})
-    draft.ask("locality", [Question(("locality_prompt",), (("locality_ground_truth",),))])
+    draft.take_probes("locality", [Question(("locality_prompt",), (("locality_ground_truth",),))])
     return [draft.edit()]
 
 
 def _request(*at: str | int) -> dict[str, Path]:
-    """Places in what MEMIT's code calls a request."""
+    """Places in a request of MEMIT's code that begins at `at`."""
     return _CASE | {
         "subject": (*at, "subject"),
         "prompt": (*at, "prompt"),
@@ -60,8 +63,10 @@ def _request(*at: str | int) -> dict[str, Path]:
 
 
 def _requests(record: Record, target: str) -> list[Edit]:
+    """A request of MEMIT's code as a record of its own."""
     draft = Draft(record)
     draft.take(_request())
+
     return [draft.edit()]
 
 
@@ -72,86 +77,106 @@ _COUNTERFACT = _request("requested_rewrite") | {
 
 
 def _counterfact(record: Record, target: str) -> list[Edit]:
+    """CounterFact, as MEMIT's code has it."""
     draft = Draft(record, lenient=True)
     draft.take(_COUNTERFACT)
-    # A neighbour shares the true answer of the record it stands in.
-    name, answers = "neighborhood_prompts", (_COUNTERFACT["target_true"],)
-    draft.ask("locality", [Question((name, i), answers) for i in draft.entries(name)])
+
+    # The right answer to a neighborhood prompt is the true answer of the record.
+    name = "neighborhood_prompts"
+    answers = (_COUNTERFACT["target_true"],)
+    draft.take_probes("locality", [Question((name, i), answers) for i in draft.entries(name)])
     return [draft.edit()]
 
 
 def _zsre_memit(record: Record, target: str) -> list[Edit]:
+    """zsRE in the form of CounterFact, as MEMIT's code writes it."""
     name = "neighborhood_prompts"
-    if whole := _joined(record.get(name)):
-        record = {**record, name: [whole]}
+    if question := _joined(record.get(name)):
+        record = {**record, name: [question]}
     draft = Draft(record, lenient=True)
-    unwanted = "target_true" if _true_answer(record) == END_OF_TEXT else None
-    draft.take({field: path for field, path in _COUNTERFACT.items() if field != unwanted})
-    draft.ask("locality", [Question((name, i, "prompt"), ((name, i, "target"),)) for i in draft.entries(name)])
+
+    without = "target_true" if _true_answer(record) == END_OF_TEXT else None
+    draft.take({field: path for field, path in _COUNTERFACT.items() if field != without})
+    draft.take_probes("locality", [Question((name, i, "prompt"), ((name, i, "target"),)) for i in draft.entries(name)])
     return [draft.edit()]
 
 
 def _true_answer(record: Record) -> object:
+    """The true answer of a rewrite, None if there is none."""
     rewrite = record.get("requested_rewrite")
     true = rewrite.get("target_true") if isinstance(rewrite, dict) else None
+
     return true.get("str") if isinstance(true, dict) else None
 
 
 def _joined(neighbours: object) -> dict[str, str] | None:
-    """The one question behind neighbours of which each asks for the next token of a single answer, or None.
+    """One question instead of neighbours that ask for the tokens of its answer one by one; None for other neighbours.
 
-    Each goes on where the one before ended, so the last holds the text of all. A token that is only a part of a
-    character was decoded to U+FFFD, which is not compared.
+    The prompt of each continues the one before, so the last prompt and target together are the whole text. A token
+    that is only part of a character was decoded to U+FFFD, which is not compared.
     """
-    if not isinstance(neighbours, list) or not neighbours or not all(isinstance(each, dict) for each in neighbours):
+    if not isinstance(neighbours, list) or not neighbours or not all(isinstance(part, dict) for part in neighbours):
         return None
-    parts = [(each.get("prompt"), each.get("target")) for each in neighbours]
+
+    parts = [(part.get("prompt"), part.get("target")) for part in neighbours]
     if not all(isinstance(prompt, str) and isinstance(target, str) for prompt, target in parts):
         return None
-    question, text = parts[0][0], "".join(parts[-1])
+
+    question = parts[0][0]
+    text = "".join(parts[-1])
     if not all(text.startswith((prompt + target).rstrip("\ufffd")) for prompt, target in parts):
         return None
+
     return {"prompt": question, "target": text[len(question) :]}
 
 
 def _zsre(record: Record, target: str) -> list[Edit]:
+    """zsRE as it was published for editing."""
     draft = Draft(record, lenient=True)
     draft.take(_CASE | {"subject": ("subject",), "prompt": ("src",), "rephrase_prompts": ("rephrase",)})
-    # The answers are true, `alt` is made up.
+
+    # `answers` are true, `alt` is invented.
     answer: Path = ("answers", 0)
     draft.take({"target_new": ("alt",), "target_true": answer} if target == "alt" else {"target_new": answer})
-    draft.ask("locality", [_LOC])
+    draft.take_probes("locality", [_LOC])
     return [draft.edit()]
 
 
 def _lifelong(prompt: str, rephrase: str, record: Record, target: str) -> list[Edit]:
-    """The data sets of UltraEdit, which differ in the names of two fields."""
+    """The data sets of UltraEdit, which differ in the names of the fields `prompt` and `rephrase`."""
     draft = Draft(record, lenient=True)
     draft.take(_CASE | {"subject": ("subject",), "prompt": (prompt,), "target_new": (target,)})
     draft.take({"rephrase_prompts": (rephrase,)})
-    draft.ask("locality", [_LOC])
+    draft.take_probes("locality", [_LOC])
+
     personas = [] if is_blank(record.get("personas")) else [Question(("personas",), ((target,),), "personas")]
-    draft.ask("portability", [*personas, Question(("mhop",), (("mhop_ans",),), "mhop")])
+    draft.take_probes("portability", [*personas, Question(("mhop",), (("mhop_ans",),), "mhop")])
     return [draft.edit()]
 
 
 def _knowedit(subject: str, prompt: str, record: Record, target: str) -> list[Edit]:
+    """The data sets of KnowEdit, which differ in the names of the fields `subject` and `prompt`."""
     draft = Draft(record, lenient=True)
     draft.take(_CASE | {"subject": (subject,), "prompt": (prompt,), "target_new": (target,)})
-    several = isinstance(record.get("ground_truth"), list)
-    draft.take({"target_true": ("ground_truth", 0) if several else ("ground_truth",)})
+
+    is_list = isinstance(record.get("ground_truth"), list)
+    draft.take({"target_true": ("ground_truth", 0) if is_list else ("ground_truth",)})
     draft.take({"rephrase_prompts": ("rephrase" if "rephrase" in record else "rephrase_prompt",)})
+
     for kind in ("locality", "portability"):
-        draft.ask(kind, list(_groups(draft, kind)))
+        draft.take_probes(kind, list(_groups(draft, kind)))
     return [draft.edit()]
 
 
 def _groups(draft: Draft, kind: str) -> Iterator[Question]:
-    """Of {group: [{prompt, ground_truth}]}, and of EasyEdit's requests, {group: {prompt: [..], ground_truth: [..]}}."""
+    """The questions of `locality` or `portability` in KnowEdit and in EasyEdit's requests.
+
+    KnowEdit has {group: [{prompt, ground_truth}]}, EasyEdit {group: {prompt: [..], ground_truth: [..]}}."""
     groups = draft.record.get(kind) or {}
     if not isinstance(groups, dict):
-        draft.blame(f"must be an object of groups, got {show(groups)}", (kind,))
+        draft.add_problem(f"must be an object of groups, got {show(groups)}", (kind,))
         return
+
     for group, members in groups.items():
         if not isinstance(members, dict):
             for i in draft.entries(kind, group):
@@ -159,78 +184,103 @@ def _groups(draft: Draft, kind: str) -> Iterator[Question]:
         elif not isinstance(members.get("prompt"), list):
             yield Question((kind, group, "prompt"), ((kind, group, "ground_truth"),), group)
         elif len(draft.entries(kind, group, "ground_truth")) != len(members["prompt"]):
-            wrong = f"must hold one entry for each of the {len(members['prompt'])} prompts"
-            draft.blame(f"{wrong}, got {show(members.get('ground_truth'))}", (kind, group, "ground_truth"))
+            message = f"must hold one entry for each of the {len(members['prompt'])} prompts"
+            draft.add_problem(f"{message}, got {show(members.get('ground_truth'))}", (kind, group, "ground_truth"))
         else:
             for i in draft.entries(kind, group, "prompt"):
                 yield Question((kind, group, "prompt", i), ((kind, group, "ground_truth", i),), group)
 
 
 def _mquake(record: Record, target: str) -> list[Edit]:
-    """One edit for each rewrite; the last one carries the questions, since only then the chain of facts is whole."""
+    """MQuAKE: one edit per rewrite. The questions belong to the last one, after which the whole chain is new."""
     drafts = [Draft(record, lenient=True) for _ in Draft(record).entries("requested_rewrite")]
     if not drafts:
         raise InvalidEdits([Problem("must hold at least one rewrite", "requested_rewrite")])
+
     for number, draft in enumerate(drafts):
         at: Path = ("requested_rewrite", number)
         draft.take(_request(*at) | {"rephrase_prompts": (*at, "question")})
-    last, answers = drafts[-1], (("new_answer",), ("new_answer_alias",))
-    chains = [Question(("questions", i), answers, "multi_hop") for i in last.entries("questions")]
+
+    last = drafts[-1]
+    answers = (("new_answer",), ("new_answer_alias",))
+    multi_hop = [Question(("questions", i), answers, "multi_hop") for i in last.entries("questions")]
     name = "new_single_hops"
-    hops = [
+    single_hop = [
         Question((name, i, "question"), ((name, i, "answer"), (name, i, "answer_alias")), "single_hop")
         for i in last.entries(name)
     ]
-    last.ask("portability", chains + hops)
+    last.take_probes("portability", multi_hop + single_hop)
+
+    return _all_edits(drafts)
+
+
+def _all_edits(drafts: Sequence[Draft]) -> list[Edit]:
+    """The edits of all drafts. Raises `InvalidEdits` with the problems of all, each once."""
     edits: list[Edit] = []
     problems: dict[Problem, None] = {}
+
     for draft in drafts:
         try:
             edits.append(draft.edit())
         except InvalidEdits as error:
             problems |= dict.fromkeys(error.problems)
+
     if problems:
         raise InvalidEdits(problems)
+
     return edits
 
 
+# Fields by which `matches` tells the forms apart.
 _FLAT = ("ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
 _GROUPED = ("portability", "locality", "rephrase")
 
 
 def _has(record: Record, *names: str) -> bool:
+    """Whether a record has any of the fields."""
     return any(name in record for name in names)
 
 
 def _is_bio(record: Record) -> bool:
+    """Whether a record is one of KnowEdit's WikiBio."""
     return "concept" in record or ("text" in record and "labels" in record)
 
 
 def _is_rewrite(kind: str, record: Record) -> bool:
-    """Which of the forms that hold a `requested_rewrite`."""
+    """Whether a record has the form `kind`, one of those with a `requested_rewrite`."""
     if "requested_rewrite" not in record:
         return False
+
     if isinstance(record["requested_rewrite"], list):
         return kind == "mquake"
+
     neighbours = record.get("neighborhood_prompts")
-    by_token = isinstance(neighbours, list) and any(isinstance(each, dict) for each in neighbours)
+    by_token = isinstance(neighbours, list) and any(isinstance(neighbour, dict) for neighbour in neighbours)
+
     return kind == ("zsre-memit" if by_token or _true_answer(record) == END_OF_TEXT else "counterfact")
 
 
 def _is_named(kind: str, record: Record) -> bool:
-    """Which of the forms that say prompt, subject and target_new."""
+    """Whether a record has the form `kind`, one of those with `prompt`, `subject` and mostly `target_new`."""
     if _has(record, "requested_rewrite", "src", "update") or _is_bio(record):
         return False
+
     if "ans" in record and "target_new" not in record:
         return kind == "ultraeditbench"
+
     if isinstance(record.get("target_new"), dict):
         return kind == "requests"
+
+    # With both target_new and ans two forms match, and the user has to choose one.
+    if "ans" in record and kind == "ultraeditbench":
+        return True
+
     form = "knowedit" if _has(record, *_GROUPED) else "counterfact-flat" if _has(record, *_FLAT) else "plain"
-    # With both a target_new and an ans, it is for the user to say which is meant.
-    both = "ans" in record and kind == "ultraeditbench"
-    return both or (kind == form and _has(record, "prompt", "subject", "target_new", *_FLAT, *_GROUPED))
+
+    return kind == form and _has(record, "prompt", "subject", "target_new", *_FLAT, *_GROUPED)
 
 
+# Fields of the forms.
 _BASIC = ("case_id", "prompt", "subject", "target_new")
 _LIFELONG = ("case_id", "subject", "ans", "loc", "loc_ans")
 _KNOWEDIT = ("ground_truth", "rephrase", "rephrase_prompt", "portability", "locality", "cond")
@@ -239,11 +289,10 @@ _REWRITE = (
     *("attribute_prompts", "generation_prompts"),
 )
 
-
 _REWRITE_TARGET = ("requested_rewrite.target_new.str",)
 
 READERS = (
-    # Plain is the flat form without what can only be measured.
+    # Plain is the flat form without the fields that are only measured.
     Reader("plain", partial(_is_named, "plain"), _flat, fields=(*_BASIC, *_FLAT)),
     Reader("counterfact-flat", partial(_is_named, "counterfact-flat"), _flat, fields=(*_BASIC, *_FLAT)),
     Reader(

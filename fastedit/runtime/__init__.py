@@ -1,1 +1,1 @@
-"""What has nothing to do with editing: progress, Ctrl-C, memory, cache, hashes, logged warnings."""
+"""Parts that know nothing of editing: progress, Ctrl-C, freed memory, the cache folder, hashes, logged warnings."""

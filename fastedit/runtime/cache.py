@@ -1,4 +1,4 @@
-"""The folder in which fastedit keeps what it computes once."""
+"""The cache folder."""
 
 from __future__ import annotations
 
@@ -7,5 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where fastedit keeps what it computes once: $FASTEDIT_CACHE, else ~/.cache/fastedit."""
+    """The cache folder, which may not exist yet: $FASTEDIT_CACHE if it is set, else ~/.cache/fastedit.
+
+    The environment is read at every call."""
     return Path(os.environ.get("FASTEDIT_CACHE") or Path.home() / ".cache" / "fastedit")

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Returns freed memory to the operating system."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 
 
 def give_back_freed() -> None:
-    """Return what was freed to the system, where the C library can (glibc; nothing happens elsewhere).
+    """Return freed memory to the operating system. Only glibc offers this; elsewhere the function does nothing.
 
-    glibc takes a large block from the system until the first one of its size is freed, and from its heap afterwards.
-    The blocks of a batch differ in size from those of the batch before, leave gaps that fit nothing, and the resident
-    memory of a stream grows from batch to batch although no tensor is kept."""
+    Once a large block has been freed, glibc serves later blocks of that size from its own heap. Each batch needs
+    blocks of other sizes and leaves gaps that the next batch cannot use, so without this call the resident memory of
+    a stream grows from batch to batch although no tensor is kept."""
     if not sys.platform.startswith("linux"):
         return
+
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""Hashes of tensors, and one text for one value."""
+"""Hashes of tensors, and a canonical text form of settings and records."""
 
 from __future__ import annotations
 
@@ -13,27 +13,39 @@ from torch import Tensor
 
 
 def canonical(data: Any) -> str:
-    """One text for one value: ASCII JSON, names sorted, NaN and infinities as strings."""
+    """`data` as JSON text that is the same for equal data: ASCII, names sorted, NaN and infinities as strings.
+
+    data: mappings, lists, tuples, strings, numbers, booleans and None. Raises TypeError for other types."""
     return json.dumps(_plain(data), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, hexadecimal."""
+    """SHA-256 over the names, dtypes, shapes and bytes of the tensors, hexadecimal. Their order does not matter."""
     digest = hashlib.sha256()
+
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))
+
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> Any:
-    """The tensor's numbers, row by row, as a buffer; copied only when on another device or not contiguous."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, as a buffer that hashes and files accept.
+
+    Copied only when the tensor is on another device or not contiguous."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _plain(value: Any) -> Any:
+    """The value in types that JSON has, with numbers that are not finite as strings."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _plain(member) for name, member in value.items()}
+
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(member) for member in value]
+
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+
+    return value

@@ -1,4 +1,4 @@
-"""Ctrl-C while batches are written: it comes between two of them, never inside one."""
+"""Ctrl-C while batches are written: it stops the stream between two batches, never inside one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ log = logging.getLogger(__name__)
 
 
 class Interrupts:
-    """Inside the `with` block the first Ctrl-C asks to stop after the batch at work, the second to abandon it.
+    """Inside the `with` block, the first Ctrl-C requests a stop after the current batch, the second abandons the batch.
 
-    Nothing is raised out of the blue, where a rollback or a commit could be cut in half: whoever works calls `check`
-    where a batch may be abandoned, and asks `wanted` after each. Where Python's own handler for Ctrl-C is not in force
-    (another thread than the main one, a program with a handler of its own) nothing is changed."""
+    The signal handler only counts, so that no commit or rollback is cut in half. The editor calls `check` wherever a
+    batch may be abandoned and reads `stop_requested` after each batch. The handler is installed only in the main
+    thread and only if Python's default handler for Ctrl-C is active; a program with a handler of its own keeps it."""
 
     def __init__(self) -> None:
         self._count = 0
         self._is_ours = False
 
     @property
-    def wanted(self) -> bool:
-        """Whether to stop after this batch."""
+    def stop_requested(self) -> bool:
+        """Whether a stop after the current batch was requested."""
         return self._count > 0
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if the batch at work is to be abandoned."""
+        """Raise KeyboardInterrupt if the current batch is to be abandoned."""
         if self._count > 1:
             raise KeyboardInterrupt
 
@@ -36,6 +36,7 @@ class Interrupts:
         if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._note)
             self._is_ours = True
+
         return self
 
     def __exit__(
@@ -47,5 +48,10 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        then = "stopping after this batch; once more to abandon it" if self._count == 1 else "abandoning this batch"
-        log.warning("interrupted: %s", then)
+
+        if self._count == 1:
+            reaction = "stopping after this batch; once more to abandon it"
+        else:
+            reaction = "abandoning this batch"
+
+        log.warning("interrupted: %s", reaction)

@@ -1,4 +1,4 @@
-"""One progress bar: items per second and time left, on a terminal only, after two seconds."""
+"""A progress bar with items per second and time left. It is shown on a terminal only, after two seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,7 +23,7 @@ SHOW_AFTER_S = 2.0
 
 
 class _RateColumn(TextColumn):
-    """Items per second over the whole task: rich's own speed forgets the past, and our steps are coarse."""
+    """Items per second since the task began. rich's own speed covers recent steps only, and ours are few and long."""
 
     def __init__(self, unit: str) -> None:
         super().__init__("")
@@ -31,16 +32,21 @@ class _RateColumn(TextColumn):
     def render(self, task: Task) -> Text:
         elapsed = task.elapsed or 0.0
         rate = task.completed / elapsed if elapsed > 0 else 0.0
-        return Text(f"{rate:.2f} {self._unit}/s" if rate < 100 else f"{rate:,.0f} {self._unit}/s")
+        number = f"{rate:.2f}" if rate < 100 else f"{rate:,.0f}"
+
+        return Text(f"{number} {self._unit}/s")
 
 
 @contextlib.contextmanager
 def track(total: int, label: str, unit: str, show: bool | None = None) -> Iterator[Callable[[float], None]]:
-    """Yields advance(n). show: None = when the error stream is a terminal."""
+    """Show a progress bar on the error stream while the `with` block runs.
+
+    total: number of items; label, unit: texts of the bar, the unit in the plural
+    show: whether to show the bar; None = only if the error stream is a terminal
+    Yields a function that is called with the number of items finished since its last call."""
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda n: None
         return
-    from rich.console import Console
 
     progress = Progress(
         TextColumn("{task.description}"),
@@ -57,6 +63,7 @@ def track(total: int, label: str, unit: str, show: bool | None = None) -> Iterat
 
     def advance(n: float) -> None:
         progress.advance(task, n)
+
         if time.monotonic() - started > SHOW_AFTER_S and not progress.live.is_started:
             progress.start()
 

@@ -1,4 +1,4 @@
-"""Collects the warnings that fastedit logs while something is done."""
+"""Collects the warnings that fastedit logs, so that reports can carry them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from types import TracebackType
 
 
 class Notes(logging.Handler):
-    """Inside the `with` block, the warnings that fastedit logs from this thread: `lines`, each once."""
+    """Collects the warnings that fastedit logs from this thread inside the `with` block.
+
+    lines: the messages in order, each once"""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -16,8 +18,9 @@ class Notes(logging.Handler):
         self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a message in."""
+        """Add the message of a record to `lines`, unless it is there or comes from another thread."""
         line = record.getMessage()
+
         if record.thread == self._thread and line not in self.lines:
             self.lines.append(line)
 

@@ -1,4 +1,7 @@
-"""The only code that writes into a parameter: add an update, restore columns, rewind to the original weights."""
+"""The only code that writes into a parameter: it adds updates, restores columns and rewinds to the original weights.
+
+W is a layer's down-projection, (d_model, d_ff); a column of W belongs to one neuron.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from fastedit.runtime.hashing import tensor_bytes
 class EditableWeights:
     """The down-projections of the edited layers.
 
-    Originals are copied when the object is made, so rewinding needs no second model. Half-precision weights get a
-    float32 master each, in which updates add up; the weight is the rounded master. Every tensor handed out is
-    (d_model, d_ff), however the model stores it, and lies on its layer's device; updates may come from elsewhere.
+    The original weights are copied when the object is made, so that rewinding needs no second model. A weight in half
+    precision has a float32 master, to which updates are added; the weight is the master rounded. Tensors returned are
+    (d_model, d_ff), however the model stores them, on the device of their layer. Updates may be on another device.
     """
 
     def __init__(self, model: ModelAdapter, layers: Sequence[int]) -> None:
@@ -32,71 +35,86 @@ class EditableWeights:
         }
 
     def current(self, layer: int) -> Tensor:
-        """The weight W as it is now, (d_model, d_ff); not to be written to."""
+        """The present weight W, (d_model, d_ff). A view: do not write to it."""
         return self._model.down_weight(layer)
 
     def original(self, layer: int) -> Tensor:
-        """The weight before any edit, (d_model, d_ff); not to be written to."""
+        """The weight before any edit, (d_model, d_ff). A view: do not write to it."""
         return self._model.oriented(layer, self._original[layer])
 
     def columns(self, layer: int, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Copies of the weight's columns `index` (None = all) and of its master's, for `restore`."""
-        master = self._master.get(layer)
+        """Copies of columns `index` (None = all) of the weight and of its master, (d_model, k) each, for `restore`.
+
+        The second is None if the weight has no master."""
         weight = self.current(layer)
+        master = self._master.get(layer)
+
         if index is None:
             return weight.clone(), None if master is None else master.clone()
+
         index = index.to(weight.device)
+
         return weight[:, index], None if master is None else master[:, index]
 
     def working_dtype(self, layer: int) -> torch.dtype:
-        """The dtype in which updates of a layer are added: float32, or float64 for float64 weights."""
+        """The dtype in which updates are added to a layer: float64 for a float64 weight, else float32."""
         return torch.promote_types(self.current(layer).dtype, torch.float32)
 
     def stored(self, layer: int, index: Tensor | None = None) -> Tensor:
-        """Copy of columns `index` (None = all), (d_model, k): of the master where there is one, else of the weight."""
+        """Copy of columns `index` (None = all) of the master, or of a weight that has none, (d_model, k)."""
         weight, master = self.columns(layer, index)
         return weight if master is None else master
 
     def changed(self, layer: int) -> Tensor | None:
-        """Columns that may differ from the original, (k,) int64; None = any."""
+        """Columns that may differ from the original weight, (k,) int64; None = any column."""
         return None
 
     def put(self, layer: int, index: Tensor | None, values: Tensor) -> None:
-        """Write what `stored` returned: the master takes it as it is, a weight in half precision is rounded from it."""
+        """Write columns that `stored` returned. A master takes them as they are, and its weight takes them rounded."""
         weight = self.current(layer)
         values = values.to(weight.device)
-        is_half = weight.dtype in (torch.bfloat16, torch.float16)
-        self.restore(layer, index, (values.to(weight.dtype), values.float() if is_half else None))
+        master = values.float() if _is_half(weight) else None
+
+        self.restore(layer, index, (values.to(weight.dtype), master))
 
     def reset(self) -> None:
-        """Go back to the weights before any edit."""
+        """Write the original weights back into the model."""
         for layer in self.layers:
             index = self.changed(layer)
             original = self.original(layer)
+
             self.put(layer, index, original if index is None else original[:, index])
 
     def add(self, layer: int, index: Tensor | None, residual: Tensor, solution: Tensor) -> None:
-        """W[:, S] += R^T X^T; see :func:`fastedit.ops.apply_delta.apply_delta`."""
+        """W[:, S] += R^T X^T; see :func:`fastedit.ops.apply_delta.apply_delta`.
+
+        index: S, (k,) int64 without repeats, or None for all columns
+        residual: R, (n, d_model); solution: X, (k, n)"""
         weight = self.current(layer)
-        chosen = None if index is None else index.to(weight.device)
-        residual, solution = residual.to(weight.device), solution.to(weight.device)
-        apply_delta(weight, residual, solution, chosen, self._master.get(layer))
+        columns = None if index is None else index.to(weight.device)
+        residual = residual.to(weight.device)
+        solution = solution.to(weight.device)
+
+        apply_delta(weight, residual, solution, columns, self._master.get(layer))
 
     def restore(self, layer: int, index: Tensor | None, saved: tuple[Tensor, Tensor | None]) -> None:
         """Put columns saved by `columns` back, bit for bit."""
-        target = self.current(layer)
-        chosen = slice(None) if index is None else index.to(target.device)
-        weight, master = saved
-        target[:, chosen] = weight
-        if master is not None:
-            self._master[layer][:, chosen] = master
+        weight = self.current(layer)
+        columns = slice(None) if index is None else index.to(weight.device)
+        saved_weight, saved_master = saved
+
+        weight[:, columns] = saved_weight
+        if saved_master is not None:
+            self._master[layer][:, columns] = saved_master
 
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
-        """The original weights inside the block, the present ones after it. Nothing is copied: tensors are swapped."""
+        """Give the model its original weights inside the block. Tensors are swapped, not copied."""
         present = {layer: self._model.down_parameter(layer).data for layer in self.layers}
+
         for layer in self.layers:
             self._model.down_parameter(layer).data = self._original[layer]
+
         try:
             yield
         finally:
@@ -104,102 +122,124 @@ class EditableWeights:
                 self._model.down_parameter(layer).data = present[layer]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the present edited weights and their masters, hexadecimal."""
+        """SHA-256 over the present weights of all edited layers and their masters, hexadecimal."""
         hashes = [_hash(*self.columns(layer, None)) for layer in self.layers]
+
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def layer_hash(self, layer: int) -> str:
-        """SHA-256 over one layer's present weight, and its master where there is one; hexadecimal."""
+        """SHA-256 over the present weight of one layer and its master, if it has one, hexadecimal."""
         return _hash(*self.columns(layer, None))
 
 
 class ColumnWeights(EditableWeights):
     """Down-projections of which few columns are written: originals and masters are kept column by column.
 
-    A column is copied when it is first overwritten, so that any layer may be written at the cost of what is touched.
+    A column is copied when it is first written, so that memory grows with the number of columns written and any layer
+    may be edited.
     """
 
     def __init__(self, model: ModelAdapter, layers: Sequence[int]) -> None:
         self._model = model
         self.layers = tuple(layers)
-        self._touched: dict[int, _Touched] = {}
+        self._touched: dict[int, _TouchedColumns] = {}
 
     def original(self, layer: int) -> Tensor:
         """The weight before any edit, (d_model, d_ff), as a copy."""
         weight = self.current(layer).clone()
+
         if (touched := self._touched.get(layer)) is not None:
             weight[:, touched.index] = touched.original
+
         return weight
 
     def columns(self, layer: int, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """As `EditableWeights.columns`; a column that was never written is its own master."""
         weight = self.current(layer)
-        chosen = self._chosen(layer, index)
-        columns = weight[:, chosen]
+        index = self._explicit(layer, index)
+        columns = weight[:, index]
+
         if not _is_half(weight):
             return columns, None
+
         touched = self._touched.get(layer)
-        return columns, columns.float() if touched is None else touched.masters(chosen, columns)
+        master = columns.float() if touched is None else touched.masters(index, columns)
+
+        return columns, master
 
     def add(self, layer: int, index: Tensor | None, residual: Tensor, solution: Tensor) -> None:
-        """As `EditableWeights.add`; no index may repeat."""
-        weight, chosen = self.current(layer), self._chosen(layer, index)
-        columns, master = self.columns(layer, chosen)
-        apply_delta(columns, residual.to(weight.device), solution.to(weight.device), None, master)
-        self.restore(layer, chosen, (columns, master))
+        """As `EditableWeights.add`."""
+        device = self.current(layer).device
+        index = self._explicit(layer, index)
+        columns, master = self.columns(layer, index)
+
+        apply_delta(columns, residual.to(device), solution.to(device), None, master)
+
+        self.restore(layer, index, (columns, master))
 
     def changed(self, layer: int) -> Tensor | None:
-        """As `EditableWeights.changed`: the columns ever written, ascending."""
+        """All columns that were ever written, (k,) int64, ascending."""
         touched = self._touched.get(layer)
         return torch.zeros(0, dtype=torch.int64) if touched is None else touched.index.sort().values
 
     def layer_hash(self, layer: int) -> str:
-        """SHA-256 over the columns of one layer that are not the original ones, with their masters; hexadecimal.
+        """SHA-256 over the columns of one layer that differ from the original ones, with their masters, hexadecimal.
 
-        Columns that were written and put back do not count."""
+        Columns that were written and restored since do not count."""
         if (touched := self._touched.get(layer)) is None:
             return _hash()
+
         columns, master = self.columns(layer, touched.index)
         differ = _differ(columns, touched.original)
         if master is not None:
             differ |= _differ(master, touched.original.float())
+
         index = touched.index[differ].sort().values
+
         return _hash(index, *self.columns(layer, index))
 
     def restore(self, layer: int, index: Tensor | None, saved: tuple[Tensor, Tensor | None]) -> None:
         """Put columns saved by `columns` back, bit for bit."""
-        weight, chosen = self.current(layer), self._chosen(layer, index)
+        weight = self.current(layer)
+        index = self._explicit(layer, index)
+        saved_weight, saved_master = saved
+
         if layer not in self._touched:
-            self._touched[layer] = _Touched.of(weight)
+            self._touched[layer] = _TouchedColumns.none_of(weight)
         touched = self._touched[layer]
-        touched.take_in(weight, chosen)
-        weight[:, chosen] = saved[0]
-        if saved[1] is not None and touched.master is not None:
-            touched.master[:, touched.place[chosen]] = saved[1]
+        touched.include(weight, index)
+
+        weight[:, index] = saved_weight
+        if saved_master is not None and touched.master is not None:
+            touched.master[:, touched.place[index]] = saved_master
 
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
-        """The original weights inside the block, the present ones after it, bit for bit."""
+        """Give the model its original weights inside the block, and the present ones after it, bit for bit."""
         present = {layer: self.current(layer)[:, touched.index] for layer, touched in self._touched.items()}
+
         for layer, touched in self._touched.items():
             self.current(layer)[:, touched.index] = touched.original
+
         try:
             yield
         finally:
             for layer, columns in present.items():
                 self.current(layer)[:, self._touched[layer].index] = columns
 
-    def _chosen(self, layer: int, index: Tensor | None) -> Tensor:
+    def _explicit(self, layer: int, index: Tensor | None) -> Tensor:
+        """The indices on the layer's device; those of all columns for None."""
         weight = self.current(layer)
         return torch.arange(weight.shape[1], device=weight.device) if index is None else index.to(weight.device)
 
 
 @dataclass
-class _Touched:
-    """Columns of one weight that were written.
+class _TouchedColumns:
+    """The k columns of one weight that were written.
 
-    place: (d_ff,) int64, where a column stands here, -1 = not written; index: (k,) int64; original: (d_model, k);
-    master: (d_model, k) float32 for half-precision weights
+    place: (d_ff,) int64, for each column of the weight its position among the k, -1 = not written
+    index: (k,) int64, the columns in the order in which they were first written
+    original: (d_model, k), as they were before; master: (d_model, k) float32, None unless the weight is half precision
     """
 
     place: Tensor
@@ -208,40 +248,50 @@ class _Touched:
     master: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor) -> _Touched:
-        none = torch.arange(0, device=weight.device)
-        columns = weight[:, none]
+    def none_of(cls, weight: Tensor) -> _TouchedColumns:
+        """The state before anything is written."""
+        index = torch.arange(0, device=weight.device)
+        columns = weight[:, index]
         place = torch.full(weight.shape[1:], -1, device=weight.device)
-        return cls(place, none, columns, columns.float() if _is_half(weight) else None)
 
-    def take_in(self, weight: Tensor, chosen: Tensor) -> None:
-        """Keep the columns of `chosen` (no repeats) that are not kept yet, as they are in the weight."""
-        new = chosen[self.place[chosen] < 0]
+        return cls(place, index, columns, columns.float() if _is_half(weight) else None)
+
+    def include(self, weight: Tensor, index: Tensor) -> None:
+        """Copy the columns `index` (without repeats) that are not among the k yet, as they are in the weight."""
+        new = index[self.place[index] < 0]
+
         self.place[new] = torch.arange(len(self.index), len(self.index) + len(new), device=weight.device)
         self.index = torch.cat([self.index, new])
         self.original = torch.cat([self.original, weight[:, new]], dim=1)
         if self.master is not None:
             self.master = torch.cat([self.master, weight[:, new].float()], dim=1)
 
-    def masters(self, chosen: Tensor, columns: Tensor) -> Tensor:
-        """Masters of the columns `chosen`, whose present content is `columns`."""
-        found, place = columns.float(), self.place[chosen]
+    def masters(self, index: Tensor, columns: Tensor) -> Tensor:
+        """Masters of the columns `index`, whose present content is `columns`. One never written is its own master."""
+        masters = columns.float()
+        place = self.place[index]
+
         if self.master is not None:
-            found[:, place >= 0] = self.master[:, place[place >= 0]]
-        return found
+            masters[:, place >= 0] = self.master[:, place[place >= 0]]
+
+        return masters
 
 
 def _differ(now: Tensor, was: Tensor) -> Tensor:
-    """(k,) bool: the columns that differ in a bit."""
+    """Which columns of two (d_model, k) tensors of one dtype differ in any bit, (k,) bool."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[now.element_size()]
+
     return (now.view(bits) != was.view(bits)).any(0)
 
 
 def _hash(*tensors: Tensor | None) -> str:
+    """SHA-256 over the bytes of the tensors, hexadecimal; None is left out."""
     digest = hashlib.sha256()
+
     for tensor in tensors:
         if tensor is not None:
             digest.update(tensor_bytes(tensor))
+
     return digest.hexdigest()
 
 

@@ -89,9 +89,20 @@ def test_unused_options_are_refused_with_a_sentence_each() -> None:
 
 
 VALUES = {
-    "preset": "smollm2-135m", "batch_size": "2", "moments": FACTS, "moment_tokens": "9", "on_error": "skip", "text": FACTS,
-    "fluency_prompts": "1", "watch": "1", "run_dir": "run", "canaries": "1", "max_growth": "2", "unedited": MODEL, "seed": "1",
-}  # fmt: skip
+    "preset": "smollm2-135m",
+    "batch_size": "2",
+    "moments": FACTS,
+    "moment_tokens": "9",
+    "on_error": "skip",
+    "text": FACTS,
+    "fluency_prompts": "1",
+    "watch": "1",
+    "run_dir": "run",
+    "canaries": "1",
+    "max_growth": "2",
+    "unedited": MODEL,
+    "seed": "1",
+}
 
 
 def option(name: str) -> list[str]:

@@ -17,12 +17,12 @@ def slow_answer(model: ModelAdapter, prompt: str, target: str) -> Answer:
     text = f"{prompt} {target}"
     encoded = model.tokenizer(text, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    wanted = [i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt)]
+    places = [i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt)]
     with torch.no_grad():
         log_probs = torch.log_softmax(model.model(torch.tensor([ids])).logits[0].double(), dim=-1)
-    best = tuple(int(log_probs[i - 1].argmax()) for i in wanted)
-    mean = float(sum(log_probs[i - 1, ids[i]] for i in wanted) / len(wanted))
-    return Answer(mean, tuple(ids[i] for i in wanted), best)
+    best = tuple(int(log_probs[i - 1].argmax()) for i in places)
+    mean = float(sum(log_probs[i - 1, ids[i]] for i in places) / len(places))
+    return Answer(mean, tuple(ids[i] for i in places), best)
 
 
 def test_answers_equal_full_forwards(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
@@ -32,7 +32,7 @@ def test_answers_equal_full_forwards(tiny_model: ModelAdapter, tiny_facts: EditS
         slow = slow_answer(tiny_model, prompt, target)
         assert ours.log_prob == pytest.approx(slow.log_prob, abs=1e-4)
         assert ours.best == slow.best
-        assert ours.wanted == slow.wanted
+        assert ours.targets == slow.targets
     assert 0 < sum(ours.exact for ours in found) < len(found)
 
 

@@ -80,8 +80,8 @@ def test_an_editor_takes_rows_of_ones_own(random_llama, random_tokenizer, tmp_pa
     random_tokenizer.save_pretrained(tmp_path)
     config = NSEConfig(layers=(1, 2), covariance_weight=1)
     options = {"families": (replace(LLAMA, name="mine"),), "config": config, "progress": False}
-    assert Editor.from_model(random_llama, random_tokenizer, **options).model.family.name == "mine"
-    assert Editor.from_pretrained(str(tmp_path), **options).model.family.name == "mine"
+    assert Editor.from_model(random_llama, random_tokenizer, **options).adapter.family.name == "mine"
+    assert Editor.from_pretrained(str(tmp_path), **options).adapter.family.name == "mine"
 
 
 @pytest.mark.parametrize("settings", [{"quant_method": "bitsandbytes"}, {"bits": 4}])
@@ -288,3 +288,12 @@ def test_an_operation_over_two_devices_is_noticed(spread_adapter):
         other = torch.zeros(3, 32, device="meta" if device.type == "cpu" else "cpu")
         with pytest.raises(RuntimeError, match=r"two .*devices"):
             find(spread_adapter.layers[layer], spread_adapter.family.gate)(other)
+
+
+def test_the_repr_is_one_line_with_the_model_sizes_and_source(random_adapter):
+    assert repr(random_adapter) == (
+        "ModelAdapter(LlamaForCausalLM, layers=4, d_model=32, d_ff=48, dtype=float64, device=cpu, source=None)"
+    )
+    random_adapter.source = "smollm2-135m"
+    random_adapter.model.to(torch.bfloat16)
+    assert repr(random_adapter).endswith("dtype=bfloat16, device=cpu, source='smollm2-135m')")

@@ -1,5 +1,6 @@
 """The edit record: what is made of good values, and that every problem names its place."""
 
+import inspect
 import pickle
 import subprocess
 import sys
@@ -104,6 +105,26 @@ def test_what_is_wrong_with_a_probe_is_told_by_its_place(kind):
     (problem,) = caught.value.problems
     assert (problem.case_id, problem.field) == (7, field)
     assert message in problem.message
+
+
+def test_the_signature_names_every_field_and_those_that_must_be_given():
+    parameters = inspect.signature(Edit).parameters
+    assert set(parameters) == set(Edit.model_fields)
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values())
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    assert required == {name for name, field in Edit.model_fields.items() if field.is_required()}
+    defaults = {name: field.default for name, field in Edit.model_fields.items() if not field.is_required()}
+    assert {name: parameters[name].default for name in defaults} == defaults
+
+
+def test_the_repr_is_one_line_that_counts_what_is_measured():
+    edit = Edit(**PLAIN, target_true="Pell", rephrase_prompts=["a", "b"], locality=("c", "d"))
+    assert repr(edit) == (
+        "Edit(case_id=7, prompt='The Orlen bridge is in', subject='Orlen bridge', target_new='Tavisk', "
+        "target_true='Pell', rephrase_prompts=<2>, locality=<1>)"
+    )
+    unnamed = Edit(prompt="{} is", subject="Rook", target_new="Pell")
+    assert repr(unnamed) == "Edit(prompt='Rook is', subject='Rook', target_new='Pell')"
 
 
 def test_the_count_is_left_out_at_twenty_and_singular_at_twenty_one():

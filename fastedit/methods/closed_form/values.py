@@ -22,7 +22,7 @@ from torch import Tensor
 from fastedit.methods.closed_form.config import ValueConfig
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer, log_probabilities, loss_rows
-from fastedit.model.packed_passes import live_rows
+from fastedit.model.packed_passes import group_by_budget, live_rows
 from fastedit.model.tokens import TokenSequence, rewrite_sequences, subject_sequences
 from fastedit.ops.sparse_adam import AdamSettings, sparse_adam
 from fastedit.records.edit import Edit
@@ -95,15 +95,8 @@ def group_by_length(sequences: Sequence[Sequence[TokenSequence]], token_budget: 
     """Indices of edits in groups of similar length, each of at most token_budget live rows (or one edit)."""
     longest = [max(len(s.ids) - s.lookup for s in rows) for rows in sequences]
     total = [sum(len(s.ids) - s.lookup for s in rows) for rows in sequences]
-    groups: list[list[int]] = []
-    used = 0
-    for i in sorted(range(len(sequences)), key=lambda i: (longest[i], total[i], i)):
-        if not groups or used + total[i] > token_budget:
-            groups.append([])
-            used = 0
-        groups[-1].append(i)
-        used += total[i]
-    return groups
+    order = sorted(range(len(sequences)), key=lambda i: (longest[i], total[i], i))
+    return group_by_budget(total, token_budget, order)
 
 
 @dataclass

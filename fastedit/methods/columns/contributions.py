@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer
-from fastedit.model.packed_passes import TreePass, take
+from fastedit.model.packed_passes import TreePass, group_by_budget, take
 from fastedit.model.tokens import TokenSequence, target_sequences
 from fastedit.ops.capture_keys import activate
 from fastedit.ops.score_neurons import score_neurons
@@ -114,7 +114,8 @@ def contributions(
     token_budget: tokens looked at in one pass
     excluded: (n_layers, d_ff) bool, neurons that score 0; None = none
     """
-    parts = [look(model, group, layers, gate_only) for group in _groups(sequences, token_budget)]
+    groups = group_by_budget([len(sequence.ids) for sequence in sequences], token_budget)
+    parts = [look(model, [sequences[i] for i in group], layers, gate_only) for group in groups]
     best = torch.cat([part.best for part in parts])
     counts = torch.tensor([len(s.scored) for s in sequences])
     first = counts.cumsum(0) - counts
@@ -164,16 +165,3 @@ def old_tokens(tokenizer: Any, edits: Sequence[Edit]) -> list[int | None]:
     answers = [edit.target_true or "" for edit in known]
     found = iter(target_sequences(tokenizer, [edit.prompt for edit in known], answers))
     return [None if edit.target_true is None else next(found).targets[0] for edit in edits]
-
-
-def _groups(sequences: Sequence[TokenSequence], token_budget: int) -> list[list[TokenSequence]]:
-    """The sequences in order, cut into groups of at most token_budget tokens (or one sequence)."""
-    groups: list[list[TokenSequence]] = []
-    used = 0
-    for sequence in sequences:
-        if not groups or used + len(sequence.ids) > token_budget:
-            groups.append([])
-            used = 0
-        groups[-1].append(sequence)
-        used += len(sequence.ids)
-    return groups

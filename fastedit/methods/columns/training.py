@@ -21,6 +21,7 @@ from fastedit.methods.columns.losses import ColumnLoss
 from fastedit.methods.columns.training_pass import ColumnRows, lowest_layers
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer
+from fastedit.model.packed_passes import group_by_budget
 from fastedit.model.tokens import TokenSequence
 from fastedit.ops.sparse_adam import AdamSettings, sparse_adam
 
@@ -162,15 +163,9 @@ def _by_layer(layers: Tensor, edits: Tensor) -> Tensor:
 
 def _groups(sequences: Sequence[TokenSequence], joins: Sequence[int], token_budget: int) -> list[list[int]]:
     """Edits that join at similar layers, in groups of at most token_budget rows (or one edit), lowest layer first."""
-    groups: list[list[int]] = []
-    used = 0
-    for i in sorted(range(len(sequences)), key=lambda i: (joins[i], len(sequences[i].ids), i)):
-        if not groups or used + len(sequences[i].ids) > token_budget:
-            groups.append([])
-            used = 0
-        groups[-1].append(i)
-        used += len(sequences[i].ids)
-    return groups
+    sizes = [len(sequence.ids) for sequence in sequences]
+    order = sorted(range(len(sequences)), key=lambda i: (joins[i], sizes[i], i))
+    return group_by_budget(sizes, token_budget, order)
 
 
 def _train_group(rows: ColumnRows, config: TrainConfig, progress: Callable[[float], None] | None) -> Trained:

@@ -18,7 +18,7 @@ from fastedit.methods.meg.stages import Stages
 from fastedit.methods.meg.store import Store
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family
-from fastedit.model.load import load_model
+from fastedit.model.load import Dtype, load_model
 from fastedit.records.check import check_edits
 from fastedit.records.edit import Edit, EditSet, Problem
 
@@ -105,7 +105,7 @@ class MeG:
         source: str,
         method: MethodName = "meg",
         config: MegConfig | Mapping[str, object] | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         device: str | Mapping[str, int | str] = "cpu",
         families: Sequence[Family] = FAMILIES,
         seed: int = 0,

@@ -16,7 +16,7 @@ from fastedit.evaluation.answers import LOGIT_ROWS
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer, score_rows
 from fastedit.model.packed_attention import plan_live
-from fastedit.model.packed_passes import TreePass, take
+from fastedit.model.packed_passes import TreePass, group_by_budget, take
 from fastedit.model.tokens import TokenSequence
 
 
@@ -79,15 +79,11 @@ class UpperRows:
 
 
 def group_by_rows(sequences: Sequence[TokenSequence], budget: int) -> list[list[int]]:
-    """Indices of sequences in groups of similar length, each of at most `budget` rows, or of one longer sequence. Rows
-    that the attention core pads with are counted."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(sequences)), key=lambda i: (len(sequences[i].ids), i)):
-        # Sorted by length: the newest is the longest.
-        if not groups or (len(groups[-1]) + 1) * len(sequences[i].ids) > budget:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
+    """Indices of sequences in groups of similar length, each of at most `budget` rows, padding of the attention core
+    included (or one sequence)."""
+    sizes = [len(sequence.ids) for sequence in sequences]
+    order = sorted(range(len(sequences)), key=lambda i: (sizes[i], i))
+    return group_by_budget(sizes, budget, order, padded=True)
 
 
 @torch.no_grad()

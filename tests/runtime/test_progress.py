@@ -1,0 +1,40 @@
+"""When a progress bar is shown, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastedit.runtime.progress import track
+
+
+@pytest.fixture
+def shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastedit.runtime.progress.SHOW_AFTER_S", -1.0)
+    # rich animates only what it takes for a terminal.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.mark.usefixtures("shown_at_once")
+def test_a_bar_counts_items_and_names_their_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    with track(4, "editing", "edits", show=True) as advance:
+        advance(1)
+        advance(2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in ("editing", "3/4", "edits/s"):
+        assert part in captured.err
+
+
+@pytest.mark.usefixtures("shown_at_once")
+@pytest.mark.parametrize("show", [False, None], ids=["off", "no terminal"])
+def test_no_bar_is_shown(show: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with track(2, "editing", "edits", show) as advance:
+        advance(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_short_task_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with track(2, "editing", "edits", show=True) as advance:
+        advance(2)
+    assert "editing" not in capsys.readouterr().err
