@@ -267,7 +267,7 @@ def test_a_written_value_is_reached(family_adapter):
     with torch.no_grad(), adapter.packed():
         *_, captured = KeySweep(adapter, EDITS, ["{}"], edited_layers(adapter))
     moved = captured.hidden - wanted.hidden
-    assert relative(moved, wanted.values - wanted.hidden) < 1e-2
+    assert relative(moved, wanted.z - wanted.hidden) < 1e-2
     assert float(moved.norm()) > 0.1
 
 

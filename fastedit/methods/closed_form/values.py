@@ -13,7 +13,7 @@ alone, and the last step's forward is not run: it could change nothing but a pri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -32,15 +32,26 @@ from fastedit.records.edit import Edit
 class Values:
     """Optimised values of n edits.
 
-    values: (n, d_model) float32, wanted hidden state after the value layer, or wanted output of its down-projection
-        where the model is post-norm; hidden: (n, d_model) the start h0
-    losses: (n,) loss at the last forward; steps: (n,) int64, Adam steps taken
+    z: (n, d_model) float32, the target hidden state after the value layer, or the target output of its
+        down-projection where the model is post-norm
+    hidden: (n, d_model) float32, the start h0
+    losses: (n,) float32, loss at the last forward
+    steps: (n,) int64, Adam steps taken
     """
 
-    values: Tensor
+    z: Tensor
     hidden: Tensor
     losses: Tensor
     steps: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under the names that run directories store; z is stored as "values"."""
+        return {"values": self.z, "hidden": self.hidden, "losses": self.losses, "steps": self.steps}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Values:
+        """The inverse of `tensors`. Raises KeyError for a missing name."""
+        return cls(tensors["values"], tensors["hidden"], tensors["losses"], tensors["steps"])
 
 
 def optimise_values(
@@ -75,7 +86,7 @@ def optimise_values(
             state = _Group(model, [sequences[i] for i in group], layer, config, upper)
             part = _optimise_group(state, config, progress)
             index = torch.tensor(group)
-            found.values[index] = part.values.cpu()
+            found.z[index] = part.z.cpu()
             found.hidden[index] = part.hidden.cpu()
             found.losses[index] = part.losses.cpu()
             found.steps[index] = part.steps.cpu()
@@ -219,7 +230,7 @@ def _optimise_group(group: _Group, config: ValueConfig, progress: Callable[[int]
         if config.stop_after_top1 is not None:
             stop = stop | (state.top1_steps >= config.stop_after_top1)
         if bool(stop.any()):
-            found.values[state.index[stop]] += state.delta[stop]
+            found.z[state.index[stop]] += state.delta[stop]
             if progress is not None:
                 progress(int(stop.sum()))
             state, grad = state.keep(~stop), grad[~stop]
@@ -228,7 +239,7 @@ def _optimise_group(group: _Group, config: ValueConfig, progress: Callable[[int]
             group.keep(~stop)
         sparse_adam(state.delta, grad, state.moment1, state.moment2, step, adam, state.decay, state.radius)
         found.steps[state.index] = step
-    found.values[state.index] += state.delta
+    found.z[state.index] += state.delta
     if progress is not None:
         progress(len(state.index))
     return found

@@ -22,7 +22,7 @@ def requests_of(published: ModuleType, batch: EditSet) -> list[Any]:
 
 def present_values(editor: Editor, batch: EditSet) -> torch.Tensor:
     config = editor.config
-    return optimise_values(editor.model, batch, editor.state.templates, config.layers[-1], config.value).values
+    return optimise_values(editor.model, batch, editor.state.templates, config.layers[-1], config.value).z
 
 
 def assert_same_stream(
@@ -138,7 +138,7 @@ def test_values_are_optimised_on_the_present_weights(
     wanted = present_values(editor, tiny_facts[6:10])
     monkeypatch.setattr("fastedit.methods.closed_form.recipe.optimise_values", spy)
     editor.edit(tiny_facts[6:10])
-    assert torch.equal(seen[0].values, wanted)
+    assert torch.equal(seen[0].z, wanted)
 
 
 def test_every_recipe_has_a_config_and_a_preset_for_the_default_model() -> None:

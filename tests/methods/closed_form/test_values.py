@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastedit.methods.closed_form.config import ValueConfig
-from fastedit.methods.closed_form.values import _Group, group_by_length, optimise_values
+from fastedit.methods.closed_form.values import Values, _Group, group_by_length, optimise_values
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.tokens import rewrite_sequences, subject_sequences
 from fastedit.records.edit import EditSet
@@ -79,7 +79,7 @@ def test_values_equal_the_published_ones(tiny_model: ModelAdapter, tiny_facts: E
         )
         assert int(found.steps[i]) == other.steps - 1
         moved = other.value - other.hidden0
-        assert float((found.values[i] - other.value).norm() / moved.norm()) < 1e-3
+        assert float((found.z[i] - other.value).norm() / moved.norm()) < 1e-3
         # The published loop's last forward is the one we do not run.
         last = other.losses[-1] if other.losses[-1] < CONFIG.stop_loss else other.losses[-2]
         assert float(found.losses[i]) == pytest.approx(last, rel=1e-3, abs=1e-5)
@@ -91,9 +91,9 @@ def test_edits_together_equal_edits_alone(tiny_model: ModelAdapter, tiny_facts: 
     small_groups = optimise_values(tiny_model, edits, TEMPLATES, LAYER, CONFIG.model_copy(update={"token_budget": 60}))
     for i in range(len(edits)):
         alone = optimise_values(tiny_model, edits[i : i + 1], TEMPLATES, LAYER, CONFIG)
-        scale = float((alone.values - alone.hidden).norm())
-        assert float((together.values[i] - alone.values[0]).norm()) < 1e-3 * scale
-        assert float((small_groups.values[i] - alone.values[0]).norm()) < 1e-3 * scale
+        scale = float((alone.z - alone.hidden).norm())
+        assert float((together.z[i] - alone.z[0]).norm()) < 1e-3 * scale
+        assert float((small_groups.z[i] - alone.z[0]).norm()) < 1e-3 * scale
         assert float(together.losses[i]) == pytest.approx(float(alone.losses[0]), rel=1e-3, abs=1e-5)
         assert int(together.steps[i]) == int(alone.steps[0])
 
@@ -106,7 +106,7 @@ def test_finished_rows_leave_and_the_others_do_not_notice(tiny_model: ModelAdapt
     assert len(set(stopped.steps.tolist())) > 2, "the edits should finish at different steps"
     assert bool((stopped.losses < 1.0).all() | (stopped.steps == CONFIG.steps - 1).all())
     late = stopped.steps == CONFIG.steps - 1
-    torch.testing.assert_close(stopped.values[late], through.values[late], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(stopped.z[late], through.z[late], rtol=1e-3, atol=1e-3)
     assert bool((stopped.steps <= through.steps).all())
 
 
@@ -128,7 +128,7 @@ def test_stop_after_top1_needs_that_many_steps_in_a_row(tiny_model: ModelAdapter
 def test_delta_stays_inside_the_clamp_radius(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
     config = ValueConfig(steps=10, lr=5.0, clamp=0.25)
     found = optimise_values(tiny_model, tiny_facts[:5], TEMPLATES, LAYER, config)
-    ratio = (found.values - found.hidden).norm(dim=1) / found.hidden.norm(dim=1)
+    ratio = (found.z - found.hidden).norm(dim=1) / found.hidden.norm(dim=1)
     assert bool((ratio <= 0.25 + 1e-5).all())
     assert float(ratio.max()) == pytest.approx(0.25, rel=1e-4)
 
@@ -157,3 +157,11 @@ def test_optimisation_leaves_the_model_as_it_was(tiny_model: ModelAdapter, tiny_
     optimise_values(tiny_model, tiny_facts[:2], TEMPLATES, LAYER, CONFIG)
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in tiny_model.model.parameters())
+
+
+def test_stored_names_are_those_of_run_directories() -> None:
+    values = Values(torch.ones(2, 3), torch.zeros(2, 3), torch.full((2,), 0.5), torch.tensor([4, 5]))
+    stored = values.tensors()
+    assert list(stored) == ["values", "hidden", "losses", "steps"]
+    assert stored["values"] is values.z
+    assert Values.from_tensors(dict(reversed(stored.items()))) == values
