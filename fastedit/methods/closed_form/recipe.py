@@ -110,7 +110,7 @@ class Batch:
     config: Any
     state: EditState
     trial: Trial
-    progress: Callable[[int], None] | None = None
+    progress: Callable[[float], None] | None = None
     known: Values | None = None
 
     def values(self) -> Values:
@@ -176,7 +176,7 @@ class Recipe:
         state: EditState,
         edits: Sequence[Edit],
         trial: Trial,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[float], None] | None = None,
         known: Mapping[str, Tensor] | None = None,
     ) -> BatchResult:
         """Write one batch inside its trial. known: its values, where they were optimised before."""

@@ -1,4 +1,4 @@
-"""Value optimisation: live positions against full forwards, together against alone, stop rules, groups."""
+"""Value optimisation: live rows against full forwards, edits together against edits alone, stop rules, groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastedit.methods.closed_form.config import ValueConfig
-from fastedit.methods.closed_form.values import Values, _Group, group_by_length, optimise_values
+from fastedit.methods.closed_form.values import ValueLoss, Values, group_by_length, optimise_values
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.tokens import rewrite_sequences, subject_sequences
 from fastedit.records.edit import EditSet
@@ -47,13 +47,14 @@ def test_live_loss_and_gradient_equal_the_full_forward(
 ) -> None:
     edits = tiny_facts[:8]
     with tiny_model.packed():
-        group = _Group(tiny_model, sequences_of(tiny_model, edits), LAYER, CONFIG, tiny_model)
-        group.evaluate(torch.zeros_like(group.hidden))
+        loss = ValueLoss(tiny_model, sequences_of(tiny_model, edits), LAYER, CONFIG, tiny_model)
+        loss.evaluate(torch.zeros_like(loss.hidden))
         generator = torch.Generator().manual_seed(5)
-        delta = torch.randn(group.hidden.shape, generator=generator)
-        delta *= 0.5 * group.hidden.norm(dim=1, keepdim=True) / delta.norm(dim=1, keepdim=True)
-        losses, grads, _ = group.evaluate(delta)
+        delta = torch.randn(loss.hidden.shape, generator=generator)
+        delta *= 0.5 * loss.hidden.norm(dim=1, keepdim=True) / delta.norm(dim=1, keepdim=True)
+        losses, grads, _ = loss.evaluate(delta)
     settings = settings_of(published)
+
     for i, edit in enumerate(edits):
         rows = published.value_rows(tiny_model.tokenizer, request_of(published, edit), TEMPLATES)
         batch = published.pad(rows, tiny_model.tokenizer, tiny_model.model)
@@ -62,8 +63,9 @@ def test_live_loss_and_gradient_equal_the_full_forward(
             row = delta[i].clone().requires_grad_()
             full, _ = published.value_loss(tiny_model.model, batch, row, settings, start)
             (full_grad,) = torch.autograd.grad(full, row)
+
         penalty = settings.weight_decay / start.hidden0.norm() ** 2
-        torch.testing.assert_close(group.hidden[i], start.hidden0, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss.hidden[i], start.hidden0, rtol=1e-5, atol=1e-5)
         assert float(losses[i] + penalty * delta[i].norm()) == pytest.approx(full.item(), rel=1e-5)
         ours = grads[i] + penalty * delta[i] / delta[i].norm()
         assert float((ours - full_grad).norm() / full_grad.norm()) < 1e-5
@@ -71,18 +73,19 @@ def test_live_loss_and_gradient_equal_the_full_forward(
 
 def test_values_equal_the_published_ones(tiny_model: ModelAdapter, tiny_facts: EditSet, published: ModuleType) -> None:
     edits = tiny_facts[:6]
-    found = optimise_values(tiny_model, edits, TEMPLATES, LAYER, CONFIG)
+    values = optimise_values(tiny_model, edits, TEMPLATES, LAYER, CONFIG)
+
     for i, edit in enumerate(edits):
         request = request_of(published, edit)
         other = published.optimise_value(
             tiny_model.model, tiny_model.tokenizer, request, TEMPLATES, settings_of(published)
         )
-        assert int(found.steps[i]) == other.steps - 1
+        assert int(values.steps[i]) == other.steps - 1
         moved = other.value - other.hidden0
-        assert float((found.z[i] - other.value).norm() / moved.norm()) < 1e-3
+        assert float((values.z[i] - other.value).norm() / moved.norm()) < 1e-3
         # The published loop's last forward is the one we do not run.
         last = other.losses[-1] if other.losses[-1] < CONFIG.stop_loss else other.losses[-2]
-        assert float(found.losses[i]) == pytest.approx(last, rel=1e-3, abs=1e-5)
+        assert float(values.losses[i]) == pytest.approx(last, rel=1e-3, abs=1e-5)
 
 
 def test_edits_together_equal_edits_alone(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
@@ -127,8 +130,8 @@ def test_stop_after_top1_needs_that_many_steps_in_a_row(tiny_model: ModelAdapter
 
 def test_delta_stays_inside_the_clamp_radius(tiny_model: ModelAdapter, tiny_facts: EditSet) -> None:
     config = ValueConfig(steps=10, lr=5.0, clamp=0.25)
-    found = optimise_values(tiny_model, tiny_facts[:5], TEMPLATES, LAYER, config)
-    ratio = (found.z - found.hidden).norm(dim=1) / found.hidden.norm(dim=1)
+    values = optimise_values(tiny_model, tiny_facts[:5], TEMPLATES, LAYER, config)
+    ratio = (values.z - values.hidden).norm(dim=1) / values.hidden.norm(dim=1)
     assert bool((ratio <= 0.25 + 1e-5).all())
     assert float(ratio.max()) == pytest.approx(0.25, rel=1e-4)
 
