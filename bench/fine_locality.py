@@ -19,7 +19,7 @@ from column_rows import Row
 from columns import Bench, Cost
 from timing import machine_line
 
-from fastedit.methods.columns.contributions import contributions, look, old_tokens
+from fastedit.methods.columns.contributions import choose_slots, observe, old_tokens
 from fastedit.model.tokens import whole_sequences
 from fastedit.records.edit import Edit
 
@@ -29,9 +29,9 @@ FUNCTION_WORDS = {"the", "a", "an", "in", "of", "to", "for", "on", "at", "by", "
 def activations(bench: Bench, prompts: Sequence[str], targets: Sequence[str], layers: range) -> torch.Tensor:
     """(n_layers, n_prompts, d_ff) where the target's first token is predicted."""
     sequences = whole_sequences(bench.model.tokenizer, prompts, targets)
-    seen = look(bench.model, sequences, layers)
+    observed = observe(bench.model, sequences, layers)
     first = torch.tensor([0, *[len(s.targets) for s in sequences]]).cumsum(0)[:-1]
-    return torch.stack([seen.activations[layer][first] for layer in layers])
+    return torch.stack([observed.activations[layer][first] for layer in layers])
 
 
 def examine(bench: Bench, edits: Sequence[Edit], settings: Sequence[str]) -> list[dict[str, Any]]:
@@ -47,9 +47,9 @@ def examine(bench: Bench, edits: Sequence[Edit], settings: Sequence[str]) -> lis
         own = activations(bench, [e.prompt for e in edits], [e.target_new for e in edits], layers)
         near = activations(bench, [e.locality[0].prompt for e in edits], [e.target_new for e in edits], layers)
         sequences = whole_sequences(bench.model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
-        said = look(bench.model, sequences, ()).best.tolist()
+        said = observe(bench.model, sequences, ()).greedy.tolist()
         left_out = editor.state.left_out
-        slots = contributions(bench.model, sequences, config.neurons, chosen, tokens=tokens, excluded=left_out)
+        slots = choose_slots(bench.model, sequences, config.neurons, chosen, tokens=tokens, excluded=left_out)
     found, first = [], 0
     for number, _ in enumerate(bench.alone(editor, edits, Cost(bench.model.d_model, 1))):
         after = bench.measure(edits[number : number + 1], None, 0).metrics(before)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastedit.methods.columns.config import AttributionConfig
-from fastedit.methods.columns.contributions import look
+from fastedit.methods.columns.contributions import observe
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer
 from fastedit.model.packed_attention import AttentionPlan, Rotary, plan_live
@@ -101,7 +101,7 @@ def attribute(
     answers = [e.target_new if config.answer != "old" or e.target_true is None else e.target_true for e in edits]
     sequences = target_sequences(model.tokenizer, [e.prompt for e in edits], answers)
     with torch.no_grad():
-        seen = torch.split(look(model, sequences, ()).best.cpu(), [len(s.scored) for s in sequences])
+        seen = torch.split(observe(model, sequences, ()).greedy.cpu(), [len(s.scored) for s in sequences])
     for i, edit in enumerate(edits):
         if config.answer == "greedy" or (config.answer == "old" and edit.target_true is None):
             sequences[i] = replace(sequences[i], targets=tuple(seen[i].tolist()))

@@ -58,19 +58,19 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """The model's state at the scored positions of sequences, one row each.
 
-    activations: layer -> (n_scored, d_ff); best: (n_scored,) int64, the model's own next token
+    activations: layer -> (n_scored, d_ff); greedy: (n_scored,) int64, the model's own next token
     """
 
     activations: dict[int, Tensor]
-    best: Tensor
+    greedy: Tensor
 
 
-def look(
+def observe(
     model: ModelAdapter, sequences: Sequence[TokenSequence], layers: Sequence[int], gate_only: bool = False
-) -> Seen:
+) -> Observation:
     """One pass without gradient; sequences that begin alike share rows. Use inside `model.packed()`.
 
     gate_only: the activation without the up projection, where there is one"""
@@ -89,7 +89,7 @@ def look(
                 activations[layer] = take(keys, scored)
         run = run.at(rows)
     final = model.final_norm(take(run.rows, scored))
-    return Seen(
+    return Observation(
         activations,
         LogitBuffer(torch.promote_types(model.dtype, torch.float32))
         .logits(final, model.head)
@@ -98,7 +98,7 @@ def look(
     )
 
 
-def contributions(
+def choose_slots(
     model: ModelAdapter,
     sequences: Sequence[TokenSequence],
     k: int,
@@ -114,8 +114,8 @@ def contributions(
     token_budget: tokens looked at in one pass
     excluded: (n_layers, d_ff) bool, neurons that score 0; None = none
     """
-    parts = [look(model, group, layers, gate_only) for group in _groups(sequences, token_budget)]
-    best = torch.cat([part.best for part in parts])
+    parts = [observe(model, group, layers, gate_only) for group in _groups(sequences, token_budget)]
+    best = torch.cat([part.greedy for part in parts])
     counts = torch.tensor([len(s.scored) for s in sequences])
     first = counts.cumsum(0) - counts
     for place, token in zip(first.tolist(), tokens, strict=False):
@@ -149,10 +149,10 @@ def common_neurons(
 ) -> Tensor:
     """Neurons that would be chosen for more than `share` of all positions of background text, (n_layers, d_ff) bool.
 
-    windows: token ids of texts; the other arguments as for `contributions`. Use inside `model.packed()`.
+    windows: token ids of texts; the other arguments as for `choose_slots`. Use inside `model.packed()`.
     What pushes " the" wherever an article is due says nothing about a fact; changing it changes every text."""
     texts = [TokenSequence(tuple(window), -1, tuple(range(len(window)))) for window in windows if window]
-    slots = contributions(model, texts, k, layers, gate_only)
+    slots = choose_slots(model, texts, k, layers, gate_only)
     counts = torch.bincount(slots.layers * model.d_ff + slots.neurons, minlength=model.n_layers * model.d_ff)
     n_positions = sum(len(text.scored) for text in texts)
     return (counts > share * n_positions).view(model.n_layers, model.d_ff)

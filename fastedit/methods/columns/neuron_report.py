@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.methods.columns.contributions import Seen, contributions, look
+from fastedit.methods.columns.contributions import Observation, choose_slots, observe
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.tokens import TokenSequence, whole_sequences
 from fastedit.ops.score_neurons import score_neurons
@@ -96,21 +96,21 @@ def locate_neurons(
     sequences = whole_sequences(model.tokenizer, [prompt], [target])
     n_candidates = model.n_layers - frozen_layers
     with torch.no_grad(), model.packed():
-        seen = look(model, sequences, range(model.n_layers))
-        slots = contributions(model, sequences, k, range(n_candidates))
-        directions = model.unembedding(seen.best)
+        observed = observe(model, sequences, range(model.n_layers))
+        slots = choose_slots(model, sequences, k, range(n_candidates))
+        directions = model.unembedding(observed.greedy)
         largest = [
             score_neurons(keys, model.down_weight(layer), directions.to(keys.device, keys.dtype), 1).values.cpu()
-            for layer, keys in seen.activations.items()
+            for layer, keys in observed.activations.items()
         ]
-        neurons = _describe(model, sequences[0], seen, slots.layers, slots.neurons, slots.scores, n_promoted)
+        neurons = _describe(model, sequences[0], observed, slots.layers, slots.neurons, slots.scores, n_promoted)
     return Located(prompt, neurons, torch.cat(largest, 1).T.float(), n_candidates)
 
 
 def _describe(
     model: ModelAdapter,
     sequence: TokenSequence,
-    seen: Seen,
+    observed: Observation,
     layers: Tensor,
     neurons: Tensor,
     scores: Tensor,
@@ -123,11 +123,11 @@ def _describe(
     found = []
     for slot, (layer, neuron) in enumerate(zip(layers.tolist(), neurons.tolist(), strict=True)):
         token = slot // per_token
-        pushed = seen.activations[layer][token, neuron] * model.down_weight(layer)[:, neuron]
+        pushed = observed.activations[layer][token, neuron] * model.down_weight(layer)[:, neuron]
         every = torch.arange(model.head.weight.shape[0])
         logits = model.unembedding(every) @ pushed.to(model.device)
         promoted = logits.topk(min(n_promoted, len(every))).indices.tolist()
-        said = name(int(seen.best[token]))
+        said = name(int(observed.greedy[token]))
         promotes = tuple(name(t) for t in promoted)
         found.append(Neuron(name(sequence.targets[token]), said, layer, neuron, float(scores[slot]), promotes))
     return tuple(found)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastedit.methods.columns.config import TrainConfig
-from fastedit.methods.columns.contributions import Slots, contributions, look
+from fastedit.methods.columns.contributions import Slots, choose_slots, observe
 from fastedit.methods.columns.training import train_columns, train_shared
 from fastedit.methods.columns.training_pass import lowest_layers
 from fastedit.model.adapter import ModelAdapter
@@ -48,7 +48,7 @@ def published(module, adapter, sequence, gate_only=False):
 
 def trained(adapter, sequences, gate_only=False, config=TRAIN):
     with torch.no_grad(), adapter.packed():
-        slots = contributions(adapter, sequences, 3, LAYERS, gate_only)
+        slots = choose_slots(adapter, sequences, 3, LAYERS, gate_only)
         return slots, train_columns(adapter, sequences, slots, config)
 
 
@@ -117,7 +117,7 @@ def test_equal_scores_go_to_the_lowest_layer_and_neuron(random_adapter):
             random_adapter.down_weight(layer).zero_()
         sequences = whole_sequences(random_adapter.tokenizer, PROMPTS[:2], TARGETS[:2])
         with random_adapter.packed():
-            slots = contributions(random_adapter, sequences, 3, range(1, 3))
+            slots = choose_slots(random_adapter, sequences, 3, range(1, 3))
     assert set(slots.layers.tolist()) == {1}
     assert slots.neurons.view(-1, 3).tolist() == [[0, 1, 2]] * (len(slots) // 3)
 
@@ -126,11 +126,11 @@ def test_a_token_in_place_of_the_models_own_changes_the_first_slot_only(random_a
     random_adapter.model.eval()
     sequences = whole_sequences(random_adapter.tokenizer, PROMPTS[:2], TARGETS[:2])
     with torch.no_grad(), random_adapter.packed():
-        own = look(random_adapter, sequences, ()).best
-        plain = contributions(random_adapter, sequences, 3, LAYERS)
-        same = contributions(random_adapter, sequences, 3, LAYERS, tokens=[int(own[0]), None])
-        other = contributions(random_adapter, sequences, 3, LAYERS, tokens=[(int(own[0]) + 5) % 300, None])
-        small = contributions(random_adapter, sequences, 3, LAYERS, token_budget=1)
+        own = observe(random_adapter, sequences, ()).greedy
+        plain = choose_slots(random_adapter, sequences, 3, LAYERS)
+        same = choose_slots(random_adapter, sequences, 3, LAYERS, tokens=[int(own[0]), None])
+        other = choose_slots(random_adapter, sequences, 3, LAYERS, tokens=[(int(own[0]) + 5) % 300, None])
+        small = choose_slots(random_adapter, sequences, 3, LAYERS, token_budget=1)
     assert torch.equal(plain.neurons, same.neurons)
     assert plain.neurons[:3].tolist() != other.neurons[:3].tolist()
     assert torch.equal(plain.neurons[3:], other.neurons[3:])
