@@ -201,7 +201,7 @@ def disagreement(editor: Editor, found: Baseline, edits: EditSet) -> list[str]:
     ours = optimise_values(editor.adapter, edits, editor.state.templates, editor.config.layers[-1], editor.config.value)
     problems = []
     for i, edit in enumerate(edits):
-        change = torch.cosine_similarity(ours.values[i] - ours.hidden[i], found.values[i] - found.hidden[i], dim=0)
+        change = torch.cosine_similarity(ours.z[i] - ours.hidden[i], found.values[i] - found.hidden[i], dim=0)
         if not float(change) > 0.999:
             problems.append(f"case {edit.case_id}: cosine of the value's change is {float(change):.6f}")
         last = last_loss(found.losses[i], editor.config.value.steps)

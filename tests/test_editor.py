@@ -97,7 +97,7 @@ class TestTrouble:
             found = real(model, edits, *rest)
             for row, edit in enumerate(edits):
                 if edit.case_id == 13:
-                    found.values[row, 7] = float("nan")
+                    found.z[row, 7] = float("nan")
             return found
 
         monkeypatch.setattr(base, "optimise_values", with_nan)

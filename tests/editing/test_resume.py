@@ -145,7 +145,7 @@ def test_stopping_and_skipping_batches(
         found = real(model, edits, *rest)
         for row, edit in enumerate(edits):
             if edit.case_id == stream[7].case_id:
-                found.values[row, 7] = float("nan")
+                found.z[row, 7] = float("nan")
         return found
 
     with monkeypatch.context() as broken:

@@ -13,7 +13,7 @@ from fastedit.editor import Editor
 from fastedit.methods.closed_form.config import NSEConfig, TemplateConfig, ValueConfig
 from fastedit.methods.closed_form.keys import KeySweep
 from fastedit.methods.closed_form.second_moments import accumulate
-from fastedit.methods.closed_form.values import _Group
+from fastedit.methods.closed_form.values import ValueLoss
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, LLAMA, Family, UnsupportedModel, find
 from fastedit.model.load import ModelNotFound, load_model
@@ -273,7 +273,7 @@ def test_every_tensor_goes_to_the_device_of_the_module_that_uses_it(spread_adapt
         rewrites = rewrite_sequences(adapter.tokenizer, EDITS, ["{}", "The old house. {}"])
         subjects = subject_sequences(adapter.tokenizer, EDITS)
         sequences = [[*rows, subject] for rows, subject in zip(rewrites, subjects, strict=True)]
-        group = _Group(adapter, sequences, LAYER, VALUE, adapter)
+        group = ValueLoss(adapter, sequences, LAYER, VALUE, adapter)
         for _ in range(2):
             losses, grads, top1 = group.evaluate(torch.zeros_like(group.hidden))
             assert {part.device for part in (losses, grads, top1)} == {home}

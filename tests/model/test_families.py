@@ -11,7 +11,7 @@ from fastedit.editor import Editor
 from fastedit.methods.closed_form.config import NSEConfig, TemplateConfig, ValueConfig
 from fastedit.methods.closed_form.keys import KeySweep, template_weights
 from fastedit.methods.closed_form.second_moments import accumulate
-from fastedit.methods.closed_form.values import _Group, optimise_values
+from fastedit.methods.closed_form.values import ValueLoss, optimise_values
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import UnsupportedModel, find
 from fastedit.model.logits import LogitBuffer
@@ -172,7 +172,7 @@ def test_live_loss_and_gradient_are_those_of_the_full_forward(family_adapter):
     subjects = subject_sequences(adapter.tokenizer, EDITS)
     sequences = [[*rows, subject] for rows, subject in zip(rewrites, subjects, strict=True)]
     with adapter.packed():
-        group = _Group(adapter, sequences, LAYER, VALUE, adapter)
+        group = ValueLoss(adapter, sequences, LAYER, VALUE, adapter)
         group.evaluate(torch.zeros_like(group.hidden))
         delta = torch.randn(group.hidden.shape, generator=torch.Generator().manual_seed(2))
         delta *= 0.5 * group.hidden.norm(dim=1, keepdim=True) / delta.norm(dim=1, keepdim=True)
@@ -267,7 +267,7 @@ def test_a_written_value_is_reached(family_adapter):
     with torch.no_grad(), adapter.packed():
         *_, captured = KeySweep(adapter, EDITS, ["{}"], edited_layers(adapter))
     moved = captured.hidden - wanted.hidden
-    assert relative(moved, wanted.values - wanted.hidden) < 1e-2
+    assert relative(moved, wanted.z - wanted.hidden) < 1e-2
     assert float(moved.norm()) > 0.1
 
 

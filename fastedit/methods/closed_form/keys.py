@@ -1,8 +1,9 @@
-"""Keys and hidden states at lookup tokens, in one incremental sweep over the edited layers.
+"""Keys and hidden states at the lookup tokens, from one pass that stops at every edited layer.
 
-The published codes run the whole model once per layer for keys and once more for hidden states. A key at layer e
-depends on the tokens up to the lookup token and the layers up to e alone, so one pass that stops at every edited layer
-gives all of them, and the rows entering the first edited layer are the same in every round of a batch.
+The published codes run the whole model once per edited layer for the keys and once more for the hidden states. A key at
+layer e depends only on the tokens up to the lookup token and on the layers up to e. One pass that stops at every edited
+layer therefore yields all of them. The rows that enter the first edited layer do not change between the rounds of a
+batch, so they are computed once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastedit.model.adapter import Mixed, ModelAdapter
-from fastedit.model.packed_passes import TreePass, take
+from fastedit.model.packed_passes import RowTree, TreePass, take
 from fastedit.model.tokens import lookup_prefix, rewrite_sequences
 from fastedit.ops._chain import Chain, system_chain
 from fastedit.ops.capture_keys import Keys, capture_keys
@@ -22,12 +23,13 @@ from fastedit.records.edit import Edit
 
 
 class LayerCapture(NamedTuple):
-    """What a sweep finds at one edited layer, with the weights as they are at that moment.
+    """What a sweep captures at one edited layer, with the weights as they are at that moment.
 
-    gate, up: (n_edits, n_templates, d_ff) at the lookup tokens; up is None where the feed-forward has no such part
+    gate, up: (n_edits, n_templates, d_ff) in the model's dtype, the outputs of the two projections at the lookup
+        tokens; up is None where the feed-forward block has no up projection
     hidden: (n_edits, d_model) float32, the present value on the plain prompt: the hidden state after the value layer,
-        or its down-projection's output where the model is post-norm
-    All on `ModelAdapter.device`.
+        or the output of its down-projection where the model is post-norm
+    All tensors are on `ModelAdapter.device`.
     """
 
     layer: int
@@ -39,9 +41,11 @@ class LayerCapture(NamedTuple):
 class KeySweep:
     """Sweeps over the edited layers for one batch of edits.
 
-    Iterating yields a LayerCapture per layer, shallow to deep; the caller may change that layer's down-projection
-    before it asks for the next one, and the sweep goes on with the changed weight. It can be iterated again (the next
-    round): the rows below the first edited layer are kept. Use inside `model.packed()` and `torch.no_grad()`.
+    edits: the batch; templates: context templates, the first of them "{}"; layers: the edited layers, ascending
+
+    Iterating yields a LayerCapture per layer, lowest layer first. The caller may change that layer's down-projection
+    before it asks for the next capture, and the sweep continues with the changed weight. Each round iterates again;
+    the rows below the first edited layer are kept. Use inside `model.packed()` and `torch.no_grad()`.
     Raises ValueError for several layers of a post-norm model.
     """
 
@@ -49,37 +53,45 @@ class KeySweep:
         self, model: ModelAdapter, edits: Sequence[Edit], templates: Sequence[str], layers: Sequence[int]
     ) -> None:
         model.check_layers(layers)
-        self.model, self.layers = model, tuple(layers)
-        self.n_edits, self.n_templates = len(edits), len(templates)
-        rewrites = rewrite_sequences(model.tokenizer, edits, templates)
-        sequences = [lookup_prefix(sequence) for rows in rewrites for sequence in rows]
-        self.entry = TreePass.start(model, sequences).run(model, range(self.layers[0]))
-        self.lookup = self.entry.tree.last()
-        plain = range(0, len(sequences), self.n_templates)
-        self.plain = self.entry.subset(model, [sequences[s] for s in plain], plain)
-        self.plain_lookup = self.plain.tree.last()
-        self.plain_rows = torch.zeros(self.plain.tree.n_rows, dtype=torch.int64)
-        for path, source in zip(self.plain.tree.paths, plain, strict=True):
-            self.plain_rows[torch.tensor(path)] = torch.tensor(self.entry.tree.paths[source])
-        self.plain_rows = self.plain_rows.to(self.entry.rows.device)
+        self.model = model
+        self.layers = tuple(layers)
+        self.n_edits = len(edits)
+        self.n_templates = len(templates)
         self.weights = template_weights(self.n_templates).to(model.device)
 
+        rewrites = rewrite_sequences(model.tokenizer, edits, templates)
+        prefixes = [lookup_prefix(sequence) for rows in rewrites for sequence in rows]
+        self.entry = TreePass.start(model, prefixes).run(model, range(self.layers[0]))
+        self.lookup = self.entry.tree.last()
+
+        # The plain prompt of an edit is its first template's.
+        plain = range(0, len(prefixes), self.n_templates)
+        self.plain = self.entry.subset(model, [prefixes[s] for s in plain], plain)
+        self.plain_lookup = self.plain.tree.last()
+        self.plain_rows = _rows_in(self.entry.tree, self.plain.tree, plain).to(self.entry.rows.device)
+
     def __iter__(self) -> Iterator[LayerCapture]:
-        model, sweep = self.model, self.entry
+        model = self.model
+        sweep = self.entry
         shape = (self.n_edits, self.n_templates, model.d_ff)
+
         for position, layer in enumerate(self.layers):
             mixed = model.mix(layer, sweep.rows, sweep.plan, sweep.rotary)
             hidden = self._hidden(layer, mixed)
+
             gate, up = model.gate_up(layer, take(mixed.ffn_input, self.lookup))
             gate = gate.to(model.device).reshape(shape)
             up = None if up is None else up.to(model.device).reshape(shape)
             yield LayerCapture(layer, gate, up, hidden)
+
             if position + 1 < len(self.layers):
                 between = range(layer + 1, self.layers[position + 1])
                 sweep = sweep.at(model.feed_forward(layer, mixed)).run(model, between)
 
     def keys(self, captured: LayerCapture, active: Tensor | None = None) -> Keys:
-        """Keys of all edits, and their mass over the active ones."""
+        """Keys of all edits, (n_edits, d_ff) float32, and their mass over the active edits, (d_ff,) float32.
+
+        active: (n_edits,) bool; None = all edits"""
         name = self.model.activation_name
         return capture_keys(captured.gate, captured.up, self.weights, name, active)
 
@@ -93,9 +105,11 @@ class KeySweep:
         past: Tensor | None,
         rule: dict[str, float],
     ) -> Chain:
-        """Keys and mass as above, the neurons that `rule` selects by mass, and their system matrix, to be read.
+        """Keys and mass as from `keys`, the neurons that `rule` selects by their mass, and these neurons' system
+        matrix. `Chain.read` returns neurons and matrix.
 
-        moment, weight, history, past: as of `system_chain`; rule: one of its two shares by name"""
+        moment, weight, history, past: as for `system_chain`
+        rule: one of its two shares by name, see `selection.mass_rule`"""
         name = self.model.activation_name
         rows = (captured.gate, captured.up, self.weights, name, active)
         return system_chain(
@@ -103,23 +117,38 @@ class KeySweep:
         )
 
     def _hidden(self, layer: int, mixed: Mixed) -> Tensor:
-        """The present value: the plain prompts' rows alone go on from here."""
-        model, last = self.model, self.layers[-1]
+        """The present value, (n_edits, d_model) float32. Above `layer` only the rows of the plain prompts are run."""
+        model = self.model
+        last = self.layers[-1]
         rows = take(self.plain_rows, self.plain_lookup) if layer == last else self.plain_rows
         plain = Mixed(take(mixed.residual, rows), take(mixed.ffn_input, rows))
         if model.post_norm:
             return model.ffn_output(layer, plain.ffn_input).float().to(model.device)
-        found = model.feed_forward(layer, plain)
+
+        hidden = model.feed_forward(layer, plain)
         if layer < last:
             above = range(layer + 1, last + 1)
-            found = model.run(found, above, self.plain.plan, self.plain.rotary, tail=self.plain_lookup)
-        return found.float().to(model.device)
+            hidden = model.run(hidden, above, self.plain.plan, self.plain.rotary, tail=self.plain_lookup)
+        return hidden.float().to(model.device)
 
 
 def template_weights(n_templates: int) -> Tensor:
-    """(n_templates,) float32: half for the plain template, half shared by the sampled ones (MEMIT's two groups)."""
+    """Weight of each context template in the mean of a key, (n_templates,) float32.
+
+    Half for the plain template, half shared by the sampled ones: the two groups of MEMIT's released code."""
     if n_templates == 1:
         return torch.ones(1)
+
     weights = torch.full((n_templates,), 0.5 / (n_templates - 1))
     weights[0] = 0.5
     return weights
+
+
+def _rows_in(tree: RowTree, part: RowTree, sources: Sequence[int]) -> Tensor:
+    """The row of `tree` for each row of `part`, (part.n_rows,) int64.
+
+    sources: sequence i of `part` is sequence sources[i] of `tree`"""
+    rows = torch.zeros(part.n_rows, dtype=torch.int64)
+    for path, source in zip(part.paths, sources, strict=True):
+        rows[torch.tensor(path)] = torch.tensor(tree.paths[source])
+    return rows

@@ -90,7 +90,7 @@ class BatchResult:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a later solve can start from, by name: the values."""
-        return dict(vars(self.values))
+        return self.values.tensors()
 
     @property
     def losses(self) -> Tensor:
@@ -191,7 +191,7 @@ class ClosedFormMethod(Method[F, ClosedFormState]):
         known: Mapping[str, Tensor] | None = None,
     ) -> BatchResult:
         """Write one batch inside its trial. known: its values, where they were optimised before."""
-        values = None if known is None else Values(**known)
+        values = None if known is None else Values.from_tensors(known)
         return self.recipe(Batch(start.model, edits, start.config, state, trial, progress, values))
 
     def _second_moments(self, start: Start[F]) -> dict[int, Tensor]:
@@ -221,7 +221,7 @@ def write_sweep(
     active = torch.ones(len(batch.edits), dtype=torch.bool)
     rows = torch.arange(len(batch.edits))
     for position, captured in enumerate(sweep):
-        residual = result.values.values.to(captured.hidden.device) - captured.hidden
+        residual = result.values.z.to(captured.hidden.device) - captured.hidden
         if position == 0:
             active = active.to(residual.device) if choose_edits is None else choose_edits(residual)
             # Looked at once: from here to the solve of a layer nothing waits for the device.

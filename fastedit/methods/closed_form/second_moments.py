@@ -1,15 +1,15 @@
-"""Second moments C = mean(k k^T) of background keys, for all wanted layers in one pass that stops after the last.
+"""Second moments C = mean of k k^T over background keys, for all wanted layers in one pass that stops after the last.
 
-Stored as one safetensors file per layer, the lower triangle packed, with its provenance; found again by a content key
-over (weights that produce the keys, layer, source, tokens, window), so nothing is computed twice and nothing foreign
-is taken for ours.
+Each layer has a safetensors file of its own with the lower triangle, packed, and its provenance: the weights that
+produce the keys, the layer, the source of the text, the number of tokens and the window. The file is named by a hash
+of the provenance. A second moment is therefore computed once, and never taken for that of another model or text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ FORMAT = "fastedit second moment 1"
 
 
 class BadMoments(ValueError):
-    """A file of second moments that is corrupt or belongs to something else."""
+    """A file of second moments is damaged, or it belongs to another model, layer or text."""
 
 
 def second_moments(
@@ -40,20 +40,27 @@ def second_moments(
     folder: Path | None = None,
     show: bool | None = None,
 ) -> dict[int, Tensor]:
-    """layer -> C, (d_ff, d_ff) float32: loaded from `folder` (default: the cache) where stored, else computed and
-    stored there. Raises BadMoments for a stored file that does not hold what its name says."""
+    """Second moments by layer, each C (d_ff, d_ff) float32 on `ModelAdapter.device`.
+
+    Stored ones are loaded; the others are computed in one pass and stored.
+
+    folder: where they are stored; None = in the cache
+    show: True or False shows or hides the progress bar, None as the terminal can
+    Raises BadMoments for a stored file that does not hold what its name says, ValueError for an empty text."""
     folder = folder or cache_folder() / "moments"
-    about = {layer: provenance(model, layer, source, config) for layer in layers}
-    paths = {layer: folder / f"{content_key(about[layer])}.safetensors" for layer in layers}
+    origins = {layer: provenance(model, layer, source, config) for layer in layers}
+    paths = {layer: folder / f"{content_key(origin)}.safetensors" for layer, origin in origins.items()}
+
     missing = [layer for layer in layers if not paths[layer].exists()]
     if missing:
         windows = source.windows(model, config, show)
-        total = sum(len(window) for window in windows)
-        with track(total, "second moments", "tokens", show) as advance:
-            made = accumulate(model, missing, windows, config.token_budget, advance)
+        n_tokens = sum(len(window) for window in windows)
+        with track(n_tokens, "second moments", "tokens", show) as advance:
+            moments = accumulate(model, missing, windows, config.token_budget, advance)
         for layer in missing:
-            save_moment(paths[layer], made[layer], {**about[layer], "tokens_used": str(total)})
-    return {layer: load_moment(paths[layer], model.d_ff, about[layer]).to(model.device) for layer in layers}
+            save_moment(paths[layer], moments[layer], {**origins[layer], "tokens_used": str(n_tokens)})
+
+    return {layer: load_moment(paths[layer], model.d_ff, origins[layer]).to(model.device) for layer in layers}
 
 
 @torch.no_grad()
@@ -62,34 +69,46 @@ def accumulate(
     layers: Sequence[int],
     windows: Sequence[Sequence[int]],
     token_budget: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[int, Tensor]:
-    """layer -> mean of k k^T over all tokens of all windows, (d_ff, d_ff) float32.
+    """Mean of k k^T over all tokens of all windows, by layer, each (d_ff, d_ff) float32 on the layer's device.
 
-    Windows of one length run together, up to token_budget tokens, so nothing is padded. Products and sums in float32,
-    one addition per batch."""
+    windows: token ids
+    token_budget: tokens run together; only windows of one length are, so nothing is padded
+    progress: called with the number of tokens that were run since the last call
+    Products and sums are taken in float32, with one addition per batch."""
     sums = {layer: torch.zeros(model.d_ff, model.d_ff, device=model.layer_device(layer)) for layer in layers}
+    with model.packed():
+        for windows_of_batch in _batches(windows, token_budget):
+            batch = torch.tensor(windows_of_batch, device=model.device)
+            _add_batch(model, sums, batch)
+            if progress is not None:
+                progress(batch.numel())
+
+    n_tokens = sum(len(window) for window in windows)
+    return {layer: summed.div_(n_tokens) for layer, summed in sums.items()}
+
+
+def _batches(windows: Sequence[Sequence[int]], token_budget: int) -> Iterator[list[Sequence[int]]]:
+    """Batches of windows of one length, each of at most token_budget tokens (or one window)."""
     by_length: dict[int, list[Sequence[int]]] = {}
     for window in windows:
         by_length.setdefault(len(window), []).append(window)
-    with model.packed():
-        for length, group in by_length.items():
-            size = max(1, token_budget // length)
-            for start in range(0, len(group), size):
-                batch = torch.tensor(group[start : start + size], device=model.device)
-                _add_batch(model, sums, batch)
-                if progress is not None:
-                    progress(batch.numel())
-    total = sum(len(window) for window in windows)
-    return {layer: summed.div_(total) for layer, summed in sums.items()}
+
+    for length, group in by_length.items():
+        size = max(1, token_budget // length)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _add_batch(model: ModelAdapter, sums: dict[int, Tensor], batch: Tensor) -> None:
+    """Add k k^T of every token of `batch` (n_sequences, length) int64 to the sums, in place."""
     n_sequences, length = batch.shape
     plan = CausalPlan(length)
     positions = torch.arange(length, device=batch.device).repeat(n_sequences)
     rotary = model.rotary(positions)
     rows = model.embed(batch.flatten(), positions)
+
     for layer in range(max(sums) + 1):
         mixed = model.mix(layer, rows, plan, rotary)
         if layer in sums:
@@ -100,7 +119,7 @@ def _add_batch(model: ModelAdapter, sums: dict[int, Tensor], batch: Tensor) -> N
 
 
 def provenance(model: ModelAdapter, layer: int, source: Source, config: MomentConfig) -> dict[str, str]:
-    """Everything the second moment of a layer depends on."""
+    """Everything that the second moment of a layer depends on."""
     return {
         "format": FORMAT,
         "weights": model.weights_hash(layer),
@@ -111,24 +130,26 @@ def provenance(model: ModelAdapter, layer: int, source: Source, config: MomentCo
     }
 
 
-def content_key(about: dict[str, str]) -> str:
-    """File name of a provenance: 32 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+def content_key(origin: dict[str, str]) -> str:
+    """The file name of a provenance: 32 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def save_moment(path: Path, moment: Tensor, about: dict[str, str]) -> None:
-    """Write the lower triangle of C (d_ff, d_ff), packed row by row, with its provenance; atomic."""
+def save_moment(path: Path, moment: Tensor, origin: dict[str, str]) -> None:
+    """Write the lower triangle of C (d_ff, d_ff), packed row by row, with its provenance, in one atomic step."""
     lower = moment.cpu()[torch.tril_indices(*moment.shape).unbind()].contiguous()
     digest = hashlib.sha256(lower.numpy().tobytes()).hexdigest()
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({"second_moment": lower}, partial, {**about, "d_ff": str(moment.shape[0]), "sha256": digest})
+    save_file({"second_moment": lower}, partial, {**origin, "d_ff": str(moment.shape[0]), "sha256": digest})
     partial.replace(path)
 
 
-def load_moment(path: Path, d_ff: int, about: dict[str, str] | None = None) -> Tensor:
-    """C, (d_ff, d_ff) float32. With `about`, its provenance must be the file's.
+def load_moment(path: Path, d_ff: int, origin: dict[str, str] | None = None) -> Tensor:
+    """C, (d_ff, d_ff) float32 on the CPU.
 
+    origin: the provenance that the file must have; None = any
     Raises BadMoments naming the file and the reason."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -136,19 +157,32 @@ def load_moment(path: Path, d_ff: int, about: dict[str, str] | None = None) -> T
             lower = file.get_tensor("second_moment")
     except (SafetensorError, OSError) as error:
         raise BadMoments(f"{path}: not a readable file of second moments ({error})") from error
+
+    _check_file(path, metadata, lower, d_ff, origin or {})
+    moment = _symmetric(lower, d_ff)
+    if not bool(torch.isfinite(moment).all()) or not bool((moment.diagonal() >= 0).all()):
+        raise BadMoments(f"{path}: holds NaN, Inf or a negative diagonal")
+    return moment
+
+
+def _check_file(path: Path, metadata: dict[str, str], lower: Tensor, d_ff: int, origin: dict[str, str]) -> None:
+    """Raises BadMoments where format, size, checksum or provenance of a file are not the wanted ones."""
     if metadata.get("format") != FORMAT:
         raise BadMoments(f"{path}: format {metadata.get('format')!r}, wanted {FORMAT!r}")
     if metadata.get("d_ff") != str(d_ff) or lower.numel() != d_ff * (d_ff + 1) // 2:
         raise BadMoments(f"{path}: made for d_ff {metadata.get('d_ff')}, the model has {d_ff}")
     if hashlib.sha256(lower.numpy().tobytes()).hexdigest() != metadata.get("sha256"):
         raise BadMoments(f"{path}: its numbers do not match their checksum; delete the file to compute it again")
-    for name, wanted in (about or {}).items():
+
+    for name, wanted in origin.items():
         if metadata.get(name) != wanted:
             raise BadMoments(f"{path}: {name} is {metadata.get(name)!r}, wanted {wanted!r}")
+
+
+def _symmetric(lower: Tensor, d_ff: int) -> Tensor:
+    """The symmetric matrix (d_ff, d_ff) of a packed lower triangle (d_ff * (d_ff + 1) / 2,)."""
     moment = torch.zeros(d_ff, d_ff)
     rows, columns = torch.tril_indices(d_ff, d_ff).unbind()
     moment[rows, columns] = lower
     moment[columns, rows] = lower
-    if not bool(torch.isfinite(moment).all()) or not bool((moment.diagonal() >= 0).all()):
-        raise BadMoments(f"{path}: holds NaN, Inf or a negative diagonal")
     return moment

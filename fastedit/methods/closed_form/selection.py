@@ -1,4 +1,4 @@
-"""Which edits take part in a round, and which neurons are written."""
+"""Selection: which edits take part in a round, and which neurons are written."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from torch import Tensor
 
 
 def active_edits(residual: Tensor, smallest: float, largest: float) -> Tensor:
-    """(n_edits,) bool: smallest < ||z - h|| < largest, both strict. residual: (n_edits, d_model).
+    """Edits with smallest < ||residual|| < largest, both strict; (n_edits,) bool.
 
-    NSE's rule; its upper bound is in the released code only. A NaN residual is kept out by neither bound: it counts
-    as active, so that the update is refused instead of the edit being skipped silently."""
+    residual: (n_edits, d_model), z - h
+
+    This is NSE's rule; the upper bound is in its released code only. An edit whose residual is NaN counts as active:
+    its update is then refused, where the edit would otherwise be skipped in silence."""
     distance = torch.linalg.vector_norm(residual, dim=1)
     return ~((distance <= smallest) | (distance >= largest))
 
 
 def mass_rule(share: float, as_released: bool) -> dict[str, float] | None:
-    """The rule by which neurons are selected, as an argument of `select_neurons`; None for every neuron.
+    """The rule that selects neurons by their mass, as keyword arguments of `select_neurons`; None = every neuron.
 
-    The paper takes the smallest set reaching `share` of the mass; the released code the largest set within it."""
+    share: p in (0, 1], share of the summed mass
+    as_released: False, the smallest set that reaches the share (NSE's paper); True, the largest set within it (NSE's
+        released code)"""
     if share >= 1:
         return None
     return {"within": share} if as_released else {"reaching": share}

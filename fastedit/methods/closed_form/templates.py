@@ -1,4 +1,4 @@
-"""Context templates: beginnings sampled from the model, over which keys and values are averaged."""
+"""Context templates: prefixes sampled from the model, over which keys and values are averaged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from fastedit.model.sampling import sample_tokens
 
 
 def sample_templates(model: ModelAdapter, config: TemplateConfig, seed: int) -> tuple[str, ...]:
-    """Context templates: "{}" and one sampled beginning per seed word, each ending in ". {}".
+    """Context templates: "{}", then one sampled prefix per seed word, each ending in ". {}".
 
-    As in MEMIT: top-k sampling, NFKD, braces blanked. Special tokens are dropped, which the released code forgets."""
+    As in MEMIT's released code: top-k sampling, NFKD normalisation, braces replaced by spaces. Special tokens are
+    dropped, which the released code does not do."""
     rows = sample_tokens(model, config.seeds, config.length, config.top_k, seed)
     texts = model.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    clean = (unicodedata.normalize("NFKD", text).replace("{", " ").replace("}", " ") for text in texts)
-    return ("{}", *(f"{text.strip()}. {{}}" for text in clean))
+    prefixes = (unicodedata.normalize("NFKD", text).replace("{", " ").replace("}", " ") for text in texts)
+    return ("{}", *(f"{prefix.strip()}. {{}}" for prefix in prefixes))

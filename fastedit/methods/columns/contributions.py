@@ -1,16 +1,16 @@
-"""Which neurons to edit: FiNE's contribution scores, ranked over all layers for every target token.
+"""FiNE's choice of neurons: contribution scores, ranked over all layers for every target token.
 
-At the position whose logits predict target token y_j, with the model as it is and the beginning of the target given,
+At the position whose logits predict target token y_j, with the beginning of the target given,
     c_j(l, i) = a_l[j, i] * <W_l[:, i], E[t_j]>        t_j the token scored, E the unembedding
-and the k pairs (l, i) with the largest c_j are chosen: signed, no norm, bias or softmax, one ranking over all layers
-but the last few. The chosen neurons of an edit are those of its target tokens one after the other; one that is chosen
-for two tokens is there twice.
+(FiNE, ICLR 2025, arXiv 2503.01090). The k pairs (l, i) with the largest c_j are chosen. Scores are signed; they contain
+no norm, bias or softmax; one ranking covers all layers but the last few. The slots of an edit are those of its target
+tokens one after the other, and a neuron that is chosen for two tokens has two slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +27,13 @@ from fastedit.records.edit import Edit
 
 @dataclass(frozen=True)
 class Slots:
-    """Columns chosen for edits, (n_slots,) each on the CPU: edit (its position in the batch), layer and neuron int64,
-    score float; sorted by edit, then by target token, then by descending score. scales: factor of what is added to
-    each column, or None for 1."""
+    """Columns chosen for edits, all tensors (n_slots,) on the CPU, sorted by edit.
+
+    edits: int64, the edit's position in its batch
+    layers, neurons: int64
+    scores: floating point, the score of the neuron
+    scales: floating point, factor of what is added to the column; None = 1
+    """
 
     edits: Tensor
     layers: Tensor
@@ -42,14 +46,19 @@ class Slots:
 
     @classmethod
     def joined(cls, parts: Sequence[Slots]) -> Slots:
-        """The slots of all parts, one behind the other; all with scales, or none."""
-        columns: list[list[Any]] = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
-        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
-        return cls(*joined)
+        """The slots of all parts, one part after the other. All parts have scales, or none has."""
+        scales = [part.scales for part in parts if part.scales is not None]
+        return cls(
+            torch.cat([part.edits for part in parts]),
+            torch.cat([part.layers for part in parts]),
+            torch.cat([part.neurons for part in parts]),
+            torch.cat([part.scores for part in parts]),
+            torch.cat(scales) if scales else None,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The columns by name, scales only where there are some."""
-        return {name: column for name, column in vars(self).items() if column is not None}
+        """The tensors by name, without scales where they are None."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def pick(self, index: Tensor) -> Slots:
         """The slots at `index`, int64 or bool."""
@@ -58,47 +67,48 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The model's state at the scored positions of sequences, one row each.
+class Observation:
+    """What a pass reads at the scored positions of sequences, one row per position.
 
-    activations: layer -> (n_scored, d_ff); best: (n_scored,) int64, the model's own next token
+    activations: layer -> (n_scored, d_ff) in the model's dtype, on the layer's device
+    greedy: (n_scored,) int64, the token that the model ranks first, on `ModelAdapter.device`
     """
 
     activations: dict[int, Tensor]
-    best: Tensor
+    greedy: Tensor
 
 
-def look(
+def observe(
     model: ModelAdapter, sequences: Sequence[TokenSequence], layers: Sequence[int], gate_only: bool = False
-) -> Seen:
-    """One pass without gradient; sequences that begin alike share rows. Use inside `model.packed()`.
+) -> Observation:
+    """Activations of `layers` and greedy tokens at the scored positions, by one pass without gradient.
 
-    gate_only: the activation without the up projection, where there is one"""
+    Sequences that begin alike share rows. Use inside `model.packed()`.
+
+    gate_only: read the activation function's output instead of the down-projection's input; the two differ where there
+        is an up projection"""
     run = TreePass.start(model, [s.ids for s in sequences])
     scored = torch.tensor([path[p] for path, s in zip(run.tree.paths, sequences, strict=True) for p in s.scored])
+
     activations: dict[int, Tensor] = {}
     wanted = set(layers)
     for layer in range(model.n_layers):
         mixed = model.mix(layer, run.rows, run.plan, run.rotary)
         rows, keys = model.feed_forward_with_keys(layer, mixed)
-        if layer in wanted:
-            if gate_only:
-                gate, _ = model.gate_up(layer, take(mixed.ffn_input, scored))
-                activations[layer] = activate(gate, model.activation_name)
-            else:
-                activations[layer] = take(keys, scored)
+        if layer in wanted and gate_only:
+            gate, _ = model.gate_up(layer, take(mixed.ffn_input, scored))
+            activations[layer] = activate(gate, model.activation_name)
+        elif layer in wanted:
+            activations[layer] = take(keys, scored)
         run = run.at(rows)
+
     final = model.final_norm(take(run.rows, scored))
-    return Seen(
-        activations,
-        LogitBuffer(torch.promote_types(model.dtype, torch.float32))
-        .logits(final, model.head)
-        .argmax(1)
-        .to(model.device),
-    )
+    buffer = LogitBuffer(torch.promote_types(model.dtype, torch.float32))
+    greedy = buffer.logits(final, model.head).argmax(1).to(model.device)
+    return Observation(activations, greedy)
 
 
-def contributions(
+def choose_slots(
     model: ModelAdapter,
     sequences: Sequence[TokenSequence],
     k: int,
@@ -108,36 +118,37 @@ def contributions(
     token_budget: int = 4096,
     excluded: Tensor | None = None,
 ) -> Slots:
-    """The k neurons of `layers` with the largest contribution for every scored position. Use inside `model.packed()`.
+    """The k neurons of `layers` with the largest contribution at every scored position. Use inside `model.packed()`.
 
-    tokens: per sequence, the token scored at its first position in place of the model's own; None or () = its own
-    token_budget: tokens looked at in one pass
-    excluded: (n_layers, d_ff) bool, neurons that score 0; None = none
-    """
+    gate_only: as for `observe`
+    tokens: per sequence the token scored at its first scored position, in place of the greedy one; None or () = greedy
+    token_budget: tokens run in one pass
+    excluded: (n_layers, d_ff) bool, neurons whose score is set to 0; None = none
+    The slots of a position are sorted by descending score; among equal scores the lowest layer comes first, then the
+    lowest neuron."""
     groups = group_by_budget([len(sequence.ids) for sequence in sequences], token_budget)
-    parts = [look(model, [sequences[i] for i in group], layers, gate_only) for group in groups]
-    best = torch.cat([part.best for part in parts])
+    observations = [observe(model, [sequences[i] for i in group], layers, gate_only) for group in groups]
     counts = torch.tensor([len(s.scored) for s in sequences])
-    first = counts.cumsum(0) - counts
-    for place, token in zip(first.tolist(), tokens, strict=False):
-        if token is not None:
-            best[place] = token
-    directions = model.unembedding(best)
-    values, flat = [], []
+    greedy = torch.cat([observation.greedy for observation in observations])
+    directions = model.unembedding(_scored_tokens(greedy, counts, tokens))
+
+    scores: list[Tensor] = []
+    neurons: list[Tensor] = []
     for layer in layers:
         weight = model.down_weight(layer)
-        keys = torch.cat([part.activations[layer] for part in parts])
+        keys = torch.cat([observation.activations[layer] for observation in observations])
         if excluded is not None:
             keys = keys.masked_fill(excluded[layer].to(keys.device), 0)
-        found = score_neurons(keys, weight, directions.to(weight.device, weight.dtype), min(k, model.d_ff))
-        values.append(found.values.to(model.device))
-        flat.append(found.neurons.to(model.device) + layer * model.d_ff)
-    # Stable: among equal scores the lowest layer, then the lowest neuron, comes first.
-    order = torch.cat(values, 1).argsort(dim=1, descending=True, stable=True)[:, :k]
-    chosen = torch.cat(flat, 1).gather(1, order).flatten().cpu()
-    scores = torch.cat(values, 1).gather(1, order).flatten().cpu()
+        best = score_neurons(keys, weight, directions.to(weight.device, weight.dtype), min(k, model.d_ff))
+        scores.append(best.values.to(model.device))
+        neurons.append(best.neurons.to(model.device) + layer * model.d_ff)
+
+    # The stable sort keeps the order of layers and neurons among equal scores.
+    order = torch.cat(scores, 1).argsort(dim=1, descending=True, stable=True)[:, :k]
+    chosen = torch.cat(neurons, 1).gather(1, order).flatten().cpu()
+    chosen_scores = torch.cat(scores, 1).gather(1, order).flatten().cpu()
     edits = torch.arange(len(sequences)).repeat_interleave(counts * order.shape[1])
-    return Slots(edits, chosen // model.d_ff, chosen % model.d_ff, scores)
+    return Slots(edits, chosen // model.d_ff, chosen % model.d_ff, chosen_scores)
 
 
 def common_neurons(
@@ -148,20 +159,36 @@ def common_neurons(
     share: float,
     gate_only: bool = False,
 ) -> Tensor:
-    """Neurons that would be chosen for more than `share` of all positions of background text, (n_layers, d_ff) bool.
+    """Neurons that would be chosen at more than `share` of all positions of background text, (n_layers, d_ff) bool.
 
-    windows: token ids of texts; the other arguments as for `contributions`. Use inside `model.packed()`.
-    What pushes " the" wherever an article is due says nothing about a fact; changing it changes every text."""
+    windows: token ids of texts; the other arguments as for `choose_slots`. Use inside `model.packed()`.
+
+    A neuron that pushes " the" wherever an article is due is not specific to a fact, and changing it changes every
+    text."""
     texts = [TokenSequence(tuple(window), -1, tuple(range(len(window)))) for window in windows if window]
-    slots = contributions(model, texts, k, layers, gate_only)
+    slots = choose_slots(model, texts, k, layers, gate_only)
+
     counts = torch.bincount(slots.layers * model.d_ff + slots.neurons, minlength=model.n_layers * model.d_ff)
     n_positions = sum(len(text.scored) for text in texts)
     return (counts > share * n_positions).view(model.n_layers, model.d_ff)
 
 
 def old_tokens(tokenizer: Any, edits: Sequence[Edit]) -> list[int | None]:
-    """The first token of each edit's `target_true` behind its prompt; None where the record has none."""
-    known = [edit for edit in edits if edit.target_true is not None]
-    answers = [edit.target_true or "" for edit in known]
-    found = iter(target_sequences(tokenizer, [edit.prompt for edit in known], answers))
-    return [None if edit.target_true is None else next(found).targets[0] for edit in edits]
+    """The first token of each edit's `target_true` after its prompt; None where the record has no `target_true`."""
+    answered = [(edit.prompt, edit.target_true) for edit in edits if edit.target_true is not None]
+    sequences = iter(
+        target_sequences(tokenizer, [prompt for prompt, _ in answered], [answer for _, answer in answered])
+    )
+    return [None if edit.target_true is None else next(sequences).targets[0] for edit in edits]
+
+
+def _scored_tokens(greedy: Tensor, counts: Tensor, tokens: Sequence[int | None]) -> Tensor:
+    """The token scored at every position, (n_scored,) int64: the greedy one, or at a first position that of `tokens`.
+
+    counts: (n_sequences,) int64, scored positions of each sequence"""
+    scored = greedy.clone()
+    first = counts.cumsum(0) - counts
+    for position, token in zip(first.tolist(), tokens, strict=False):
+        if token is not None:
+            scored[position] = token
+    return scored

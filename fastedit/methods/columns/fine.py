@@ -1,7 +1,7 @@
 """FiNE, fine-grained neuron-level editing (ICLR 2025, arXiv 2503.01090): a few neurons per target token, located over
 all layers but the last ones by what each adds to the token that the model says now, and one vector per neuron trained.
 
-    W_l[:, i] += delta_r        for every chosen (l, i); see `locate.contributions` and `columns.train_columns`
+    W_l[:, i] += delta_r        for every chosen (l, i); see `contributions.choose_slots` and `training.train_columns`
 Every edit of a batch is located and trained on the weights before the batch, and the vectors are summed, as in the
 released code; batches of one are sequential editing. Nothing protects earlier edits, unless `protect` (ours) says so.
 Differences from the released code, each on purpose: prompt and target are tokenised as one text; no end-of-text is put
@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastedit.methods.columns.config import FiNEConfig
-from fastedit.methods.columns.contributions import contributions, old_tokens
+from fastedit.methods.columns.contributions import choose_slots, old_tokens
 from fastedit.methods.columns.recipe import ColumnBatch, ColumnMethod, ColumnResult, write_columns
 from fastedit.methods.columns.state import LeftOut
 from fastedit.methods.columns.training import train_columns
@@ -30,7 +30,7 @@ def fine(batch: ColumnBatch[FiNEConfig, LeftOut]) -> ColumnResult:
     tokens = old_tokens(model.tokenizer, batch.edits) if config.token == "old" else ()
     with model.packed():
         left_out = batch.state.left_out
-        slots = contributions(model, sequences, config.neurons, layers, gate_only, tokens, excluded=left_out)
+        slots = choose_slots(model, sequences, config.neurons, layers, gate_only, tokens, excluded=left_out)
         trained = train_columns(model, sequences, slots, config.train, batch.progress)
     return write_columns(batch, slots, trained)
 

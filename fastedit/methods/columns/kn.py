@@ -16,7 +16,7 @@ import torch
 from fastedit.methods.base import NoState
 from fastedit.methods.columns.attribution import attribute
 from fastedit.methods.columns.config import KNConfig
-from fastedit.methods.columns.contributions import Slots, look
+from fastedit.methods.columns.contributions import Slots, observe
 from fastedit.methods.columns.recipe import ColumnBatch, ColumnMethod, ColumnResult, write_columns
 from fastedit.methods.columns.training import Trained
 from fastedit.model.tokens import target_sequences
@@ -30,13 +30,13 @@ def kn(batch: ColumnBatch[KNConfig, NoState]) -> ColumnResult:
     with model.packed():
         scores = attribute(model, batch.edits, config.attribution, batch.stage(1, model.n_layers))
         scores = scores[:, : model.n_layers - config.frozen_layers]
-        best = look(model, sequences, ()).best
+        greedy = observe(model, sequences, ()).greedy
     edits, layers, neurons = (scores > config.threshold * scores.amax((1, 2), keepdim=True)).nonzero().unbind(1)
     slots = Slots(edits, layers, neurons, scores[edits, layers, neurons])
     counts = torch.tensor([len(s.targets) for s in sequences])
     owner = torch.arange(len(sequences)).repeat_interleave(counts)
     wanted = torch.tensor([token for s in sequences for token in s.targets])
-    change = model.token_embedding(wanted) - model.token_embedding(best)
+    change = model.token_embedding(wanted) - model.token_embedding(greedy)
     like = change.to(torch.promote_types(model.dtype, torch.float32)).cpu()
     moved = like.new_zeros(len(sequences), model.d_model).index_add_(0, owner, like)
     moved = torch.where(counts[:, None] == 1, 2 * moved, moved)

@@ -1,4 +1,4 @@
-"""The neurons that FiNE would write for one edit: a table, plain data, and a heat map over the layers."""
+"""A report of the neurons that FiNE would write for one edit: a table, plain data, a heat map over the layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.methods.columns.contributions import Seen, contributions, look
+from fastedit.methods.columns.contributions import Observation, Slots, choose_slots, observe
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.tokens import TokenSequence, whole_sequences
 from fastedit.ops.score_neurons import score_neurons
@@ -19,9 +19,10 @@ from fastedit.ops.score_neurons import score_neurons
 class Neuron:
     """One chosen neuron.
 
-    target: the target token at whose position it was chosen; said: the token that the model says there now
-    score: what the neuron adds to that token's logit, before the final norm
-    promotes: the tokens to whose logits it adds most there, the first one most
+    target: the target token at whose position it was chosen
+    said: the token that the model ranks first there now
+    score: what the neuron adds to the logit of `said`, before the final norm
+    promotes: the tokens whose logits it raises most there, in descending order
     """
 
     target: str
@@ -33,9 +34,13 @@ class Neuron:
 
 
 @dataclass(frozen=True)
-class Located:
-    """neurons: those chosen, target token by target token; largest: (n_layers, n_target_tokens), the largest
-    contribution of any neuron of a layer; n_candidates: layers from which neurons are chosen, the lowest ones."""
+class NeuronReport:
+    """The neurons chosen for one edit.
+
+    neurons: target token by target token, each by descending score
+    largest: (n_layers, n_target_tokens) float32, the largest contribution of any neuron of a layer
+    n_candidates: number of layers from which neurons are chosen, counted from the lowest
+    """
 
     prompt: str
     neurons: tuple[Neuron, ...]
@@ -57,9 +62,10 @@ class Located:
             (n.target, n.said, str(n.layer), str(n.neuron), f"{n.score:.3f}", " ".join(n.promotes))
             for n in self.neurons
         ]
-        width = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+        widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
         return "\n".join(
-            "  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in (head, *rows)
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *rows)
         )
 
     def plot(self, path: Path) -> None:
@@ -68,9 +74,11 @@ class Located:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ValueError("a plot needs matplotlib: pip install 'fastedit-engine[plot]'") from error
+
         targets = list(dict.fromkeys((n.target, n.said) for n in self.neurons))
         n_layers, n_tokens = self.largest.shape
         figure = Figure(figsize=(2.5 + 0.9 * n_tokens, 1.5 + 0.2 * n_layers), layout="constrained")
+
         axes = figure.add_subplot()
         image = axes.imshow(self.largest.numpy(), origin="lower", aspect="auto", cmap="viridis")
         axes.axhline(self.n_candidates - 0.5, color="white", linestyle="--")
@@ -78,56 +86,61 @@ class Located:
             axes.set_xticks(range(n_tokens), [f"{target} (now {said})" for target, said in targets], rotation=30)
         axes.set_ylabel("layer")
         axes.set_title(self.prompt, fontsize=8)
+
         figure.colorbar(image, label="largest contribution of a neuron")
         figure.savefig(path, format="png", dpi=120)
 
 
 def locate_neurons(
     model: ModelAdapter, prompt: str, target: str, k: int = 5, frozen_layers: int = 3, n_promoted: int = 5
-) -> Located:
-    """Locate the k neurons per target token of the edit prompt -> target in all layers but the last `frozen_layers`.
+) -> NeuronReport:
+    """The k neurons per target token that FiNE chooses for the edit prompt -> target.
 
+    frozen_layers: the last layers, in which no neuron is chosen
+    n_promoted: number of promoted tokens reported for each neuron
     Raises ValueError for a blank prompt or target and when no layer is left."""
     for name, text in (("prompt", prompt), ("target", target)):
         if not text.strip():
             raise ValueError(f"{name} must not be blank, got {text!r}")
     if not 0 <= frozen_layers < model.n_layers:
         raise ValueError(f"frozen_layers must be in [0, {model.n_layers}), got {frozen_layers}")
+
     sequences = whole_sequences(model.tokenizer, [prompt], [target])
     n_candidates = model.n_layers - frozen_layers
     with torch.no_grad(), model.packed():
-        seen = look(model, sequences, range(model.n_layers))
-        slots = contributions(model, sequences, k, range(n_candidates))
-        directions = model.unembedding(seen.best)
+        observed = observe(model, sequences, range(model.n_layers))
+        slots = choose_slots(model, sequences, k, range(n_candidates))
+        directions = model.unembedding(observed.greedy)
         largest = [
             score_neurons(keys, model.down_weight(layer), directions.to(keys.device, keys.dtype), 1).values.cpu()
-            for layer, keys in seen.activations.items()
+            for layer, keys in observed.activations.items()
         ]
-        neurons = _describe(model, sequences[0], seen, slots.layers, slots.neurons, slots.scores, n_promoted)
-    return Located(prompt, neurons, torch.cat(largest, 1).T.float(), n_candidates)
+        neurons = _describe(model, sequences[0], observed, slots, n_promoted)
+    return NeuronReport(prompt, neurons, torch.cat(largest, 1).T.float(), n_candidates)
 
 
 def _describe(
-    model: ModelAdapter,
-    sequence: TokenSequence,
-    seen: Seen,
-    layers: Tensor,
-    neurons: Tensor,
-    scores: Tensor,
-    n_promoted: int,
+    model: ModelAdapter, sequence: TokenSequence, observed: Observation, slots: Slots, n_promoted: int
 ) -> tuple[Neuron, ...]:
-    def name(token: int) -> str:
-        return repr(model.tokenizer.decode([token]))
+    """The slots of one sequence in words. observed: all layers at its scored positions"""
+    decode = model.tokenizer.decode
+    unembedding = model.unembedding(torch.arange(model.head.weight.shape[0]))
+    per_token = len(slots) // len(sequence.targets)
 
-    per_token = len(layers) // len(sequence.targets)
-    found = []
-    for slot, (layer, neuron) in enumerate(zip(layers.tolist(), neurons.tolist(), strict=True)):
-        token = slot // per_token
-        pushed = seen.activations[layer][token, neuron] * model.down_weight(layer)[:, neuron]
-        every = torch.arange(model.head.weight.shape[0])
-        logits = model.unembedding(every) @ pushed.to(model.device)
-        promoted = logits.topk(min(n_promoted, len(every))).indices.tolist()
-        said = name(int(seen.best[token]))
-        promotes = tuple(name(t) for t in promoted)
-        found.append(Neuron(name(sequence.targets[token]), said, layer, neuron, float(scores[slot]), promotes))
-    return tuple(found)
+    neurons: list[Neuron] = []
+    for number, (layer, neuron) in enumerate(zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True)):
+        place = number // per_token
+        added = observed.activations[layer][place, neuron] * model.down_weight(layer)[:, neuron]
+        logits = unembedding @ added.to(model.device)
+        promoted = logits.topk(min(n_promoted, len(logits))).indices.tolist()
+        neurons.append(
+            Neuron(
+                target=repr(decode([sequence.targets[place]])),
+                said=repr(decode([int(observed.greedy[place])])),
+                layer=layer,
+                neuron=neuron,
+                score=float(slots.scores[number]),
+                promotes=tuple(repr(decode([token])) for token in promoted),
+            )
+        )
+    return tuple(neurons)

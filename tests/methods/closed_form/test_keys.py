@@ -1,4 +1,4 @@
-"""The incremental key sweep against full forwards, also while the weights change under it."""
+"""The key sweep against full forwards, also while the weights change between layers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def requests_of(published: ModuleType, edits: EditSet) -> list[Any]:
     return [published.Request(e.prompt, e.subject_span[1], e.subject, e.target_new) for e in edits]
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
@@ -28,10 +28,12 @@ def test_sweep_equals_full_forwards_while_weights_change(
     tiny_model: ModelAdapter, tiny_facts: EditSet, published: ModuleType
 ) -> None:
     edits = tiny_facts[:9]
-    requests, model, tokenizer = requests_of(published, edits), tiny_model.model, tiny_model.tokenizer
+    requests = requests_of(published, edits)
+    model, tokenizer = tiny_model.model, tiny_model.tokenizer
     generator = torch.Generator().manual_seed(1)
     with tiny_model.packed():
         sweep = KeySweep(tiny_model, edits, TEMPLATES, LAYERS)
+
     for _ in range(2):
         with tiny_model.packed():
             steps = iter(sweep)
@@ -39,12 +41,14 @@ def test_sweep_equals_full_forwards_while_weights_change(
             with tiny_model.packed():
                 captured = next(steps)
                 keys, mass = sweep.keys(captured)
+
             assert captured.layer == layer
             full = published.compute_keys(model, tokenizer, requests, TEMPLATES, layer)
             assert relative(keys, full) < 1e-5
             assert relative(mass, full.abs().sum(0)) < 1e-5
             hidden = published.compute_hidden(model, tokenizer, requests, LAYERS[-1])
             assert relative(captured.hidden, hidden) < 1e-5
+
             weight = tiny_model.down_weight(layer)
             weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=generator)
 

@@ -45,7 +45,7 @@ def test_updates_equal_the_transcription(
     for start in (0, 6, 12):
         batch = tiny_facts[start : start + 6]
         with editor.weights.rewound():
-            values = optimise_values(editor.adapter, batch, state.templates, config.layers[-1], config.value).values
+            values = optimise_values(editor.adapter, batch, state.templates, config.layers[-1], config.value).z
         before = {layer: editor.weights.current(layer).clone() for layer in config.layers}
         editor.edit(batch)
         requests = [published.Request(e.prompt, e.subject_span[1], e.subject, e.target_new) for e in batch]
@@ -104,5 +104,5 @@ def test_values_in_the_middle_of_a_stream_are_those_of_the_original_weights(
     edited = optimise_values(editor.adapter, batch, editor.state.templates, layer, editor.config.value)
     with editor.weights.rewound():
         rewound = optimise_values(editor.adapter, batch, editor.state.templates, layer, editor.config.value)
-    assert torch.equal(rewound.values, fresh.values)
-    assert not torch.equal(edited.values, fresh.values)
+    assert torch.equal(rewound.z, fresh.z)
+    assert not torch.equal(edited.z, fresh.z)

@@ -1,4 +1,4 @@
-"""Null spaces: the right span, stored once, and a stored file that is not what it says is refused."""
+"""Null spaces: their span, eigenvectors stored once, damaged files refused."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def moment() -> torch.Tensor:
 @pytest.mark.parametrize("threshold", [2.0, 0.02, 0.001])
 def test_basis_spans_the_small_directions(tmp_path: Path, threshold: float) -> None:
     basis = null_space(moment(), threshold, tmp_path)
-    values = torch.linalg.eigvalsh(moment().double())
-    assert basis.shape == (20, int((values < threshold).sum()))
+    eigenvalues = torch.linalg.eigvalsh(moment().double())
+
+    assert basis.shape == (20, int((eigenvalues < threshold).sum()))
     assert float((basis.T @ basis - torch.eye(basis.shape[1])).abs().max()) < 1e-6
     assert float((basis.T @ moment().double() @ basis).diagonal().max()) < threshold
 
@@ -45,9 +46,11 @@ def test_a_broken_or_foreign_file_is_refused(tmp_path: Path) -> None:
     null_space(moment(), 0.02, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     good = path.read_bytes()
+
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(BadMoments, match="not a readable file"):
         null_space(moment(), 0.02, tmp_path)
+
     save_file({"values": torch.ones(20), "vectors": torch.eye(20)}, path, {"format": "something else"})
     with pytest.raises(BadMoments, match="delete it"):
         null_space(moment(), 0.02, tmp_path)

@@ -25,10 +25,10 @@ def test_values_in_bf16_pass_the_parity_gate(tiny_editor: Callable[..., Editor],
     exact = optimise_values(editor.adapter, batch, templates, config.layers[-1], config.value)
     half = config.value.model_copy(update={"dtype": "bfloat16"})
     rough = optimise_values(editor.adapter, batch, templates, config.layers[-1], half)
-    assert rough.values.dtype == torch.float32
-    assert not torch.equal(rough.values, exact.values)
+    assert rough.z.dtype == torch.float32
+    assert not torch.equal(rough.z, exact.z)
     assert float((rough.losses - exact.losses).abs().mean()) < 0.05
-    change = torch.cosine_similarity(rough.values - rough.hidden, exact.values - exact.hidden, dim=1)
+    change = torch.cosine_similarity(rough.z - rough.hidden, exact.z - exact.hidden, dim=1)
     assert float(change.mean()) > 0.9
     worse = optimise_values(editor.adapter, batch, templates, config.layers[-1], half.model_copy(update={"steps": 3}))
     assert float((worse.losses - exact.losses).abs().mean()) > 0.05, "unfinished values must fail the gate"

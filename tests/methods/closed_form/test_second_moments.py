@@ -1,4 +1,4 @@
-"""Second moments against a loop over the model's own forward, and files that are reused or refused."""
+"""Second moments against a loop over the model's own forward; which files are reused and which refused."""
 
 import struct
 
@@ -40,16 +40,21 @@ def folder(tmp_path):
 
 
 def naive(model, layer, windows):
-    """Mean of k k^T, one token at a time, float64; keys are what the down-projection is given."""
-    total, count = torch.zeros(D_FF, D_FF, dtype=torch.float64), 0
-    seen = []
-    hook = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    """Mean of k k^T, one token at a time, in float64; a key is the input of the down-projection."""
+    total = torch.zeros(D_FF, D_FF, dtype=torch.float64)
+    count = 0
+    inputs_seen = []
+    hook = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
+        lambda m, inputs: inputs_seen.append(inputs[0])
+    )
+
     for window in windows:
         with torch.no_grad():
             model(input_ids=torch.tensor([window]))
-        for key in seen.pop()[0]:
+        for key in inputs_seen.pop()[0]:
             total += torch.outer(key, key)
             count += 1
+
     hook.remove()
     return total / count
 
@@ -61,22 +66,22 @@ def forbid(module):
     return module.register_forward_pre_hook(refuse)
 
 
-def close(found, wanted):
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+def assert_near(moment, expected):
+    torch.testing.assert_close(moment.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("token_budget", [1, 8, 1000])
 def test_moments_are_the_mean_over_all_tokens_of_all_windows(random_adapter, token_budget):
-    made = []
-    found = accumulate(random_adapter, [0, 2], WINDOWS, token_budget, made.append)
-    assert set(found) == {0, 2}
-    assert sum(made) == sum(map(len, WINDOWS))
-    for layer, moment in found.items():
+    counts = []
+    moments = accumulate(random_adapter, [0, 2], WINDOWS, token_budget, counts.append)
+    assert set(moments) == {0, 2}
+    assert sum(counts) == sum(map(len, WINDOWS))
+    for layer, moment in moments.items():
         assert moment.dtype == torch.float32
-        close(moment, naive(random_adapter.model, layer, WINDOWS))
+        assert_near(moment, naive(random_adapter.model, layer, WINDOWS))
 
 
-def test_nothing_above_the_last_wanted_layer_runs(random_adapter):
+def test_no_layer_above_the_last_wanted_one_runs(random_adapter):
     forbid(random_adapter.layers[2])
     forbid(random_adapter.layers[2].self_attn)
     forbid(random_adapter.model.lm_head)
@@ -86,13 +91,13 @@ def test_nothing_above_the_last_wanted_layer_runs(random_adapter):
 
 
 def test_a_text_file_is_cut_into_windows_of_its_own_tokens(random_adapter, source, folder):
-    found = second_moments(random_adapter, [1, 3], source, CONFIG, folder)
+    moments = second_moments(random_adapter, [1, 3], source, CONFIG, folder)
     ids = random_adapter.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:90]
     windows = [ids[i : i + 20] for i in range(0, 90, 20)]
     assert [len(window) for window in windows] == [20, 20, 20, 20, 10]
     assert source.windows(random_adapter, CONFIG, show=False) == windows
-    for layer, moment in found.items():
-        close(moment, naive(random_adapter.model, layer, windows))
+    for layer, moment in moments.items():
+        assert_near(moment, naive(random_adapter.model, layer, windows))
 
 
 def test_a_window_is_never_longer_than_the_model_can_read(random_adapter, source):
@@ -106,11 +111,11 @@ def test_a_short_text_is_used_whole(random_adapter, source):
     assert random_adapter.tokenizer.decode(ids).startswith(TEXT.rstrip())
 
 
-def test_without_a_text_the_model_makes_its_own(random_adapter, folder):
-    found = second_moments(random_adapter, [2], Source(seed=3), CONFIG, folder)
+def test_without_a_text_the_model_writes_its_own(random_adapter, folder):
+    moments = second_moments(random_adapter, [2], Source(seed=3), CONFIG, folder)
     windows = Source(seed=3).windows(random_adapter, CONFIG, show=False)
     assert sum(map(len, windows)) >= CONFIG.tokens
-    close(found[2], naive(random_adapter.model, 2, windows))
+    assert_near(moments[2], naive(random_adapter.model, 2, windows))
     assert Source(seed=4).windows(random_adapter, CONFIG, show=False) != windows
 
 
@@ -132,7 +137,7 @@ def test_stored_moments_are_not_computed_again(random_adapter, source, folder):
     assert all(torch.equal(first[layer], again[layer]) for layer in (0, 1))
     assert [path.stat().st_mtime_ns for path in sorted(folder.iterdir())] == times
     hook.remove()
-    # Only what is missing is made.
+    # Only missing second moments are computed.
     second_moments(random_adapter, [1, 2], source, CONFIG, folder)
     assert len(list(folder.iterdir())) == 3
     assert [path.stat().st_mtime_ns for path in files] == times
@@ -171,17 +176,17 @@ def change_nothing(model, source):
 
 
 @pytest.mark.parametrize(
-    ("change", "made"),
+    ("change", "n_files"),
     [(change_weight_below, 2), (change_embedding, 2), (change_text, 2), (change_nothing, 1)],
 )
-def test_moments_are_made_anew_when_and_only_when_keys_may_change(random_adapter, source, folder, change, made):
+def test_moments_are_computed_again_exactly_when_keys_may_change(random_adapter, source, folder, change, n_files):
     second_moments(random_adapter, [1], source, CONFIG, folder)
     change(random_adapter.model, source)
     second_moments(random_adapter, [1], source, CONFIG, folder)
-    assert len(list(folder.iterdir())) == made
+    assert len(list(folder.iterdir())) == n_files
 
 
-def test_every_setting_has_a_part_in_the_name(random_adapter, source):
+def test_every_setting_changes_the_name(random_adapter, source):
     base = provenance(random_adapter, 1, source, CONFIG)
     others = [
         provenance(random_adapter, 2, source, CONFIG),
@@ -191,7 +196,7 @@ def test_every_setting_has_a_part_in_the_name(random_adapter, source):
         provenance(random_adapter, 1, source, CONFIG.model_copy(update={"window": 21})),
     ]
     assert len({content_key(about) for about in [base, *others]}) == 6
-    # How many tokens run together changes nothing but the rounding.
+    # The token budget changes rounding only.
     assert provenance(random_adapter, 1, source, CONFIG.model_copy(update={"token_budget": 9})) == base
 
 

@@ -23,7 +23,7 @@ def requests_of(published: ModuleType, batch: EditSet) -> list[Any]:
 
 def present_values(editor: Editor, batch: EditSet) -> torch.Tensor:
     config = editor.config
-    return optimise_values(editor.adapter, batch, editor.state.templates, config.layers[-1], config.value).values
+    return optimise_values(editor.adapter, batch, editor.state.templates, config.layers[-1], config.value).z
 
 
 def assert_same_stream(
@@ -139,7 +139,7 @@ def test_values_are_optimised_on_the_present_weights(
     wanted = present_values(editor, tiny_facts[6:10])
     monkeypatch.setattr("fastedit.methods.closed_form.recipe.optimise_values", spy)
     editor.edit(tiny_facts[6:10])
-    assert torch.equal(seen[0].values, wanted)
+    assert torch.equal(seen[0].z, wanted)
 
 
 def test_every_method_has_its_name_and_a_preset_for_the_default_model() -> None:

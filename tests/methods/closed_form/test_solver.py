@@ -1,4 +1,4 @@
-"""Systems: low-rank history against the dense solve, sub-blocks, jitter, past keys."""
+"""Linear systems: the low-rank forms against the dense solve, selected neurons, jitter, past keys."""
 
 from __future__ import annotations
 
@@ -24,29 +24,32 @@ def keys(n: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(n, D_FF, generator=torch.Generator().manual_seed(seed))
 
 
-def residual(system: torch.Tensor, found: torch.Tensor, wanted: torch.Tensor) -> float:
-    scale = system.norm() * found.norm() + wanted.norm()
-    return float((system @ found - wanted).norm() / scale)
+def backward_error(system: torch.Tensor, solution: torch.Tensor, wanted: torch.Tensor) -> float:
+    scale = system.norm() * solution.norm() + wanted.norm()
+    return float((system @ solution - wanted).norm() / scale)
 
 
 @pytest.mark.parametrize("n_past", [0, 7, 30, 31, 200], ids=lambda n: f"{n} past edits")
 @pytest.mark.parametrize("share", [None, 0.4], ids=["all neurons", "selected"])
 def test_solution_solves_the_dense_system(n_past: int, share: float | None) -> None:
-    solver, past, batch = RidgeSolver(moment(), 50.0), PastKeys(D_FF), keys(5)
+    solver = RidgeSolver(moment(), 50.0)
+    past, batch = PastKeys(D_FF), keys(5)
     old = keys(n_past, seed=2)
     for start in range(0, n_past, 9):
         past.add(old[start : start + 9])
     assert (past.rows is None) == (n_past > D_FF // 2)
+
     index = None if share is None else torch.arange(0, D_FF, 3)
-    found = solver.solve(batch, past, index)
+    solution = solver.solve(batch, past, index)
     chosen = torch.arange(D_FF) if index is None else index
     dense = 50.0 * moment().double() + old.double().T @ old.double() + batch.double().T @ batch.double()
     system, wanted = dense[chosen][:, chosen], batch.double()[:, chosen].T
-    assert found.shape == (len(chosen), 5)
-    assert residual(system, found, wanted) < 1e-6
+
+    assert solution.shape == (len(chosen), 5)
+    assert backward_error(system, solution, wanted) < 1e-6
     exact = torch.linalg.solve(system, wanted)
-    assert float((found - exact).norm() / exact.norm()) < 1e-4
-    assert residual(system, torch.zeros_like(found), wanted) > 0.5, "zeros must fail the same yardstick"
+    assert float((solution - exact).norm() / exact.norm()) < 1e-4
+    assert backward_error(system, torch.zeros_like(solution), wanted) > 0.5, "zeros must fail the same yardstick"
 
 
 def test_past_keys_restore_bit_for_bit() -> None:
@@ -56,12 +59,14 @@ def test_past_keys_restore_bit_for_bit() -> None:
     past.add(keys(20, seed=3))
     assert past.rows is None
     assert past.n_edits == 40
+
     dense = past.dense.clone()
     second = {**past.tensors(), "dense": dense.clone()}
     past.add(keys(5, seed=4))
     past.load(second)
     assert past.n_edits == 40
     assert torch.equal(past.dense, dense)
+
     past.load(first)
     assert past.n_edits == 20
     assert past.dense is None
@@ -94,14 +99,17 @@ def test_null_space_solution_is_alphaedits(n_past: int, rank: int) -> None:
     past, batch, old = PastKeys(D_FF), keys(5), keys(n_past, seed=2)
     for start in range(0, n_past, 9):
         past.add(old[start : start + 9])
-    found = NullSpaceSolver(basis, ridge).solve(batch, past)
+    solution = NullSpaceSolver(basis, ridge).solve(batch, past)
+
     project = basis @ basis.T
     gram = old.double().T @ old.double() + batch.double().T @ batch.double()
     system, wanted = project @ gram + ridge * torch.eye(D_FF), project @ batch.double().T
     exact = torch.linalg.solve(system, wanted)
-    assert found.shape == (D_FF, 5)
-    assert residual(system, found, wanted) < 1e-6
-    assert float((found - exact).norm() / exact.norm()) < 1e-5
-    assert residual(system, torch.zeros_like(found), wanted) > 0.5, "zeros must fail the same yardstick"
+
+    assert solution.shape == (D_FF, 5)
+    assert backward_error(system, solution, wanted) < 1e-6
+    assert float((solution - exact).norm() / exact.norm()) < 1e-5
+    assert backward_error(system, torch.zeros_like(solution), wanted) > 0.5, "zeros must fail the same yardstick"
+
     with pytest.raises(ValueError, match="every neuron"):
         NullSpaceSolver(basis, ridge).solve(batch, past, torch.arange(3))

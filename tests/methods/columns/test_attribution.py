@@ -1,4 +1,4 @@
-"""Integrated gradients against hooks on the model's own forward, and the identity of columns and activations."""
+"""Integrated gradients against hooks on the model's own forward; ensembles and the slots made of them."""
 
 import copy
 
@@ -27,7 +27,7 @@ def sequences_of(adapter):
     return target_sequences(adapter.tokenizer, PROMPTS, TARGETS)
 
 
-def found_by(adapter, **options):
+def attributions(adapter, **options):
     with torch.no_grad(), adapter.packed():
         return integrated_gradients(adapter, sequences_of(adapter), **{"steps": 3, **options})
 
@@ -47,16 +47,19 @@ def probabilities(adapter, sequence, hooks, places=None):
 
 
 def observed(adapter, sequence):
-    kept = {}
+    """layer -> keys at every position, (n_tokens, d_ff)."""
+    keys = {}
     hooks = {
-        layer: (lambda _, inputs, layer=layer: kept.__setitem__(layer, inputs[0][0].detach().clone()))
+        layer: (lambda _, inputs, layer=layer: keys.__setitem__(layer, inputs[0][0].detach().clone()))
         for layer in range(adapter.n_layers)
     }
     probabilities(adapter, sequence, hooks)
-    return kept
+    return keys
 
 
 def replacing(rows, content):
+    """A hook that puts `content` in place of the keys at `rows`."""
+
     def hook(_, inputs):
         new = inputs[0].clone()
         new[0, rows] = content
@@ -71,7 +74,6 @@ def by_hooks(adapter, sequence, layers, steps, rows, places=None):
     total = {layer: torch.zeros(adapter.d_ff, dtype=torch.float64) for layer in layers}
     for r in range(steps):
         leaves = {layer: (keys[layer][rows] * (r + 0.5) / steps).requires_grad_() for layer in layers}
-
         hooks = {layer: replacing(rows, leaf) for layer, leaf in leaves.items()}
         score = probabilities(adapter, sequence, hooks, places)
         for layer, grad in zip(layers, torch.autograd.grad(score, list(leaves.values())), strict=True):
@@ -82,7 +84,7 @@ def by_hooks(adapter, sequence, layers, steps, rows, places=None):
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("path", ["layer", "joint"])
 def test_scores_are_those_of_hooks_on_the_models_forward(adapter, path, everywhere):
-    found = found_by(adapter, path=path, everywhere=everywhere)
+    scores = attributions(adapter, path=path, everywhere=everywhere)
     for edit, sequence in enumerate(sequences_of(adapter)):
         rows = list(range(len(sequence.ids))) if everywhere else list(sequence.scored)
         layers = range(adapter.n_layers)
@@ -90,51 +92,54 @@ def test_scores_are_those_of_hooks_on_the_models_forward(adapter, path, everywhe
             wanted = by_hooks(adapter, sequence, list(layers), 3, rows)
         else:
             wanted = torch.cat([by_hooks(adapter, sequence, [layer], 3, rows) for layer in layers])
-        torch.testing.assert_close(found[edit], wanted, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(scores[edit], wanted, rtol=1e-9, atol=1e-15)
 
 
 def test_apart_scales_one_position_at_a_time(adapter):
-    found = found_by(adapter, tokens="apart")
+    apart = attributions(adapter, tokens="apart")
     for edit, sequence in enumerate(sequences_of(adapter)):
-        wanted = torch.zeros_like(found[edit])
+        wanted = torch.zeros_like(apart[edit])
         for place, position in enumerate(sequence.scored):
             for layer in range(adapter.n_layers):
                 wanted[layer] += by_hooks(adapter, sequence, [layer], 3, [position], [place])[0]
-        torch.testing.assert_close(found[edit], wanted, rtol=1e-9, atol=1e-15)
-    assert not torch.allclose(found, found_by(adapter))
+        torch.testing.assert_close(apart[edit], wanted, rtol=1e-9, atol=1e-15)
+    assert not torch.allclose(apart, attributions(adapter))
 
 
 def test_a_columns_attribution_is_that_of_its_activations(adapter):
     """<W[:, k], dP / dW[:, k]> = sum_p a[p, k] (W^T g_p)_k at every node: scaling columns scales activations."""
-    found = found_by(adapter, steps=2, everywhere=True)
+    scores = attributions(adapter, steps=2, everywhere=True)
     sequence = sequences_of(adapter)[0]
+
     for layer in range(adapter.n_layers):
         parameter = adapter.down_parameter(layer)
-        before, wanted = parameter.detach().clone(), torch.zeros(adapter.d_ff, dtype=torch.float64)
+        before = parameter.detach().clone()
+        wanted = torch.zeros(adapter.d_ff, dtype=torch.float64)
         for beta in (0.25, 0.75):
             parameter.data = before * beta
             parameter.requires_grad_(True)
             (grad,) = torch.autograd.grad(probabilities(adapter, sequence, {}), parameter)
             wanted += (adapter.oriented(layer, before) * adapter.oriented(layer, grad)).sum(0) / 2
         parameter.data = before
-        torch.testing.assert_close(found[0, layer], wanted, rtol=1e-9, atol=1e-16)
+
+        torch.testing.assert_close(scores[0, layer], wanted, rtol=1e-9, atol=1e-16)
 
 
-def test_the_path_adds_up_to_what_the_layer_does(adapter):
-    """Completeness: with many nodes a layer's scores sum to P(observed) - P(the layer's neurons silent)."""
+def test_the_scores_of_a_layer_sum_to_its_effect(adapter):
+    """Completeness: with many nodes a layer's scores sum to P - P(with the layer's neurons set to zero)."""
     sequence = sequences_of(adapter)[0]
-    found = found_by(adapter, steps=400, tokens="together")[0]
+    scores = attributions(adapter, steps=400, tokens="together")[0]
     rows = list(sequence.scored)
 
     for layer in range(adapter.n_layers):
         silent = probabilities(adapter, sequence, {layer: replacing(rows, 0)})
         effect = probabilities(adapter, sequence, {}) - silent
-        assert float(found[layer].sum()) == pytest.approx(float(effect.detach()), rel=1e-4, abs=1e-9)
+        assert float(scores[layer].sum()) == pytest.approx(float(effect.detach()), rel=1e-4, abs=1e-9)
 
 
 @pytest.mark.parametrize("path", ["layer", "joint"])
-def test_nodes_together_are_nodes_one_after_the_other(adapter, path):
-    alone, some, whole = (found_by(adapter, steps=6, path=path, row_budget=budget) for budget in (1, 25, 1000))
+def test_nodes_run_together_give_the_scores_of_nodes_run_apart(adapter, path):
+    alone, some, whole = (attributions(adapter, steps=6, path=path, row_budget=budget) for budget in (1, 25, 1000))
     torch.testing.assert_close(some, alone, rtol=1e-9, atol=1e-15)
     torch.testing.assert_close(whole, alone, rtol=1e-9, atol=1e-15)
 
@@ -142,7 +147,7 @@ def test_nodes_together_are_nodes_one_after_the_other(adapter, path):
 @pytest.mark.parametrize("options", [{"steps": 0}, {"path": "all"}, {"tokens": "each"}])
 def test_wrong_options_are_named(adapter, options):
     with pytest.raises(ValueError, match="integrated_gradients: wanted"):
-        found_by(adapter, **options)
+        attributions(adapter, **options)
 
 
 def test_the_ensemble_lies_above_one_threshold_for_all_layers():
@@ -162,13 +167,13 @@ def test_the_slots_of_a_batch(kind):
     scores = torch.zeros(2, 3, 10)
     scores[0, 1, 4], scores[0, 2, 0], scores[1, 1, 4], scores[1, 0, 7] = 5, 4, 1, 3
     slots = chosen(scores, KNEConfig(share=2 / 30, ensemble=kind, alpha=3.0))
-    found = list(zip(slots.edits.tolist(), slots.layers.tolist(), slots.neurons.tolist(), strict=True))
+    members = list(zip(slots.edits.tolist(), slots.layers.tolist(), slots.neurons.tolist(), strict=True))
     wanted = {
         "shared": [(0, 1, 4), (0, 2, 0)],
         "union": [(0, 0, 7), (0, 1, 4), (0, 2, 0)],
         "own": [(0, 1, 4), (0, 2, 0), (1, 0, 7), (1, 1, 4)],
     }
-    assert found == wanted[kind]
+    assert members == wanted[kind]
     assert slots.scales.tolist() == [3.0] * len(slots)
     whole = chosen(scores, KNEConfig(share=2 / 30, ensemble=kind, alpha=3.0, alpha_per="all"))
     assert whole.scales[0] == pytest.approx(3 / (len(slots) / (2 if kind == "own" else 1)) ** 0.5)
@@ -189,7 +194,7 @@ def test_one_ensemble_for_one_edit_trains_like_its_own(random_adapter):
 
 @pytest.mark.parametrize("token_budget", [5, 1000])
 def test_the_ensemble_follows_the_mean_loss_of_the_batch(random_adapter, token_budget):
-    """One Adam step is a sign step: its direction is that of the summed gradients, whatever the grouping."""
+    """One Adam step is a sign step: it follows the summed gradients, however edits are grouped."""
     random_adapter.model.eval()
     sequences = whole_sequences(random_adapter.tokenizer, PROMPTS, TARGETS)
     slots = Slots(*(torch.tensor(part) for part in ([0, 0], [1, 2], [5, 9], [0.0, 0.0])))

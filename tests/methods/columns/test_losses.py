@@ -45,14 +45,14 @@ def definition(before, rows, head, config):
         stop = start + n_prompt + len(target)
         log_p = logits_of(rows[start:stop], head).log_softmax(-1)
         log_p0 = logits_of(before[start:stop], head).log_softmax(-1)
-        each = torch.stack([-log_p[n_prompt - 1 + j, token] for j, token in enumerate(target)])
-        loss = each.max() if config.reduce == "worst" else each.mean()
+        token_losses = torch.stack([-log_p[n_prompt - 1 + j, token] for j, token in enumerate(target)])
+        loss = token_losses.max() if config.reduce == "worst" else token_losses.mean()
         if n_prompt > 1:
             drift = (log_p0.exp() * (log_p0 - log_p)).sum(-1)[: n_prompt - 1]
             loss = loss + config.kl_factor * drift.mean()
         repeated = torch.stack([-torch.log(1 - log_p[-1, token].exp()) for token in target])
         losses.append(loss + config.repetition_factor * repeated.max())
-        worsts.append(each.max())
+        worsts.append(token_losses.max())
         start = stop
     return torch.stack(losses), torch.stack(worsts)
 
@@ -74,22 +74,21 @@ def test_losses_and_gradient_are_those_of_the_definition(changes, softcap):
     head, before, rows = parts(1, softcap)
     loss, buffer = ColumnLoss(sequences(), config, torch.device("cpu")), LogitBuffer(torch.float64)
     loss(before, head, buffer)
-    found = loss(rows, head, buffer)
+    scored = loss(rows, head, buffer)
+
     rows.requires_grad_()
     losses, worst = definition(before, rows, head, config)
     (grad,) = torch.autograd.grad(losses.sum(), rows)
-    torch.testing.assert_close(found.losses, losses.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.worst, worst.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.grad, grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(scored.losses, losses.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scored.worst, worst.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scored.grad, grad, rtol=1e-10, atol=1e-12)
 
 
 def test_nothing_has_drifted_at_the_first_call():
     head, before, _ = parts(2, None)
-    settings = {"repetition_factor": 0.0}
-    found = ColumnLoss(sequences(), TrainConfig(**settings), torch.device("cpu"))(
-        before, head, LogitBuffer(torch.float64)
-    )
-    assert torch.equal(found.losses, found.worst)
+    loss = ColumnLoss(sequences(), TrainConfig(repetition_factor=0.0), torch.device("cpu"))
+    scored = loss(before, head, LogitBuffer(torch.float64))
+    assert torch.equal(scored.losses, scored.worst)
 
 
 def test_edits_that_go_on_keep_their_reference():
@@ -97,26 +96,27 @@ def test_edits_that_go_on_keep_their_reference():
     loss, buffer = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu")), LogitBuffer(torch.float64)
     loss(before, head, buffer)
     whole = loss(rows, head, buffer)
+
     mask = torch.tensor([True, False, True, False])
     lengths = torch.tensor([n_prompt + len(target) for n_prompt, target in TEXTS])
-    kept = mask.repeat_interleave(lengths)
-    found = loss.keep(mask)(rows[kept], head, buffer)
-    torch.testing.assert_close(found.losses, whole.losses[mask])
-    torch.testing.assert_close(found.grad, whole.grad[kept])
+    rows_going = mask.repeat_interleave(lengths)
+    going = loss.keep(mask)(rows[rows_going], head, buffer)
+    torch.testing.assert_close(going.losses, whole.losses[mask])
+    torch.testing.assert_close(going.grad, whole.grad[rows_going])
 
 
 def test_a_target_that_is_certain_has_a_finite_repetition_loss():
     head, _, rows = parts(4, None)
     loss = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu"))
     certain = Head(head.weight, torch.where(torch.arange(VOCABULARY) == 7, 1e4, 0.0).double())
-    found = loss(rows, certain, LogitBuffer(torch.float64))
-    assert found.losses.isfinite().all()
-    assert found.grad.isfinite().all()
+    scored = loss(rows, certain, LogitBuffer(torch.float64))
+    assert scored.losses.isfinite().all()
+    assert scored.grad.isfinite().all()
 
 
-def test_a_row_without_a_number_is_told_by_its_edit_alone():
+def test_a_nan_row_shows_in_its_own_edit_only():
     head, _, rows = parts(5, None)
     rows[1] = torch.nan
     rows[3] = torch.nan
-    found = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu"))(rows, head, LogitBuffer(torch.float64))
-    assert found.worst.isnan().tolist() == [True, False, False, False]
+    scored = ColumnLoss(sequences(), TrainConfig(), torch.device("cpu"))(rows, head, LogitBuffer(torch.float64))
+    assert scored.worst.isnan().tolist() == [True, False, False, False]

@@ -1,4 +1,4 @@
-"""The table of an edit's neurons against scores written out."""
+"""The report of an edit's neurons against scores computed with hooks."""
 
 import json
 import sys
@@ -13,32 +13,35 @@ PROMPT, TARGET = "The main product of Kequunan is", "glass beads"
 
 
 def test_neurons_scores_and_promoted_tokens_are_those_of_the_definition(tiny_model):
-    found = locate_neurons(tiny_model, PROMPT, TARGET, k=3, frozen_layers=2, n_promoted=4)
+    report = locate_neurons(tiny_model, PROMPT, TARGET, k=3, frozen_layers=2, n_promoted=4)
     (sequence,) = whole_sequences(tiny_model.tokenizer, [PROMPT], [TARGET])
-    model, kept = tiny_model.model.eval(), {}
+    model = tiny_model.model.eval()
+    keys = {}
     for number, layer in enumerate(model.model.layers):
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, i, number=number: kept.__setitem__(number, i[0][0]))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, i, number=number: keys.__setitem__(number, i[0][0]))
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([sequence.ids])).logits[0]
-    assert len(found.neurons) == 3 * len(sequence.targets)
+
+    assert len(report.neurons) == 3 * len(sequence.targets)
     decode = tiny_model.tokenizer.decode
-    for slot, neuron in enumerate(found.neurons):
+    for slot, neuron in enumerate(report.neurons):
         token = slot // 3
         position = sequence.scored[token]
         assert neuron.target == repr(decode([sequence.targets[token]]))
         said = int(logits[position].argmax())
         assert neuron.said == repr(decode([said]))
         column = model.model.layers[neuron.layer].mlp.down_proj.weight[:, neuron.neuron]
-        pushed = model.lm_head.weight @ (kept[neuron.layer][position, neuron.neuron] * column)
-        assert neuron.score == pytest.approx(float(pushed[said]), rel=1e-4)
-        assert neuron.promotes == tuple(repr(decode([t])) for t in pushed.topk(4).indices.tolist())
+        logits_added = model.lm_head.weight @ (keys[neuron.layer][position, neuron.neuron] * column)
+        assert neuron.score == pytest.approx(float(logits_added[said]), rel=1e-4)
+        assert neuron.promotes == tuple(repr(decode([t])) for t in logits_added.topk(4).indices.tolist())
         assert neuron.layer < tiny_model.n_layers - 2
-        assert neuron.score <= float(found.largest[neuron.layer, token]) + 1e-5
-    assert found.largest.shape == (tiny_model.n_layers, len(sequence.targets))
-    best = max((n.score, n.layer) for n in found.neurons[:3])
-    assert best[0] == pytest.approx(float(found.largest[:-2, 0].max()), rel=1e-5)
-    assert len(str(found).splitlines()) == 1 + len(found.neurons)
-    assert json.loads(json.dumps(found.to_dict()))["neurons"][0]["layer"] == found.neurons[0].layer
+        assert neuron.score <= float(report.largest[neuron.layer, token]) + 1e-5
+
+    assert report.largest.shape == (tiny_model.n_layers, len(sequence.targets))
+    best = max((n.score, n.layer) for n in report.neurons[:3])
+    assert best[0] == pytest.approx(float(report.largest[:-2, 0].max()), rel=1e-5)
+    assert len(str(report).splitlines()) == 1 + len(report.neurons)
+    assert json.loads(json.dumps(report.to_dict()))["neurons"][0]["layer"] == report.neurons[0].layer
 
 
 def test_the_heat_map_is_a_png(tiny_model, tmp_path):

@@ -1,4 +1,4 @@
-"""Locating and training columns for many edits at once against the published procedure, one edit at a time."""
+"""Choosing and training columns for many edits at once against the published procedure, one edit at a time."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastedit.methods.columns.config import TrainConfig
-from fastedit.methods.columns.contributions import Slots, contributions, look
+from fastedit.methods.columns.contributions import Slots, choose_slots, observe
 from fastedit.methods.columns.training import train_columns, train_shared
 from fastedit.methods.columns.training_pass import lowest_layers
 from fastedit.model.adapter import ModelAdapter
@@ -46,9 +46,9 @@ def published(module, adapter, sequence, gate_only=False):
     return module.edit_one(adapter.model, downs_of(adapter), prompt, sequence.targets, settings, gates)
 
 
-def trained(adapter, sequences, gate_only=False, config=TRAIN):
+def choose_and_train(adapter, sequences, gate_only=False, config=TRAIN):
     with torch.no_grad(), adapter.packed():
-        slots = contributions(adapter, sequences, 3, LAYERS, gate_only)
+        slots = choose_slots(adapter, sequences, 3, LAYERS, gate_only)
         return slots, train_columns(adapter, sequences, slots, config)
 
 
@@ -56,7 +56,7 @@ def trained(adapter, sequences, gate_only=False, config=TRAIN):
 def test_neurons_losses_and_stop_are_those_of_the_published_procedure(adapter, request, published_fine):
     bound = LOSS_BOUND.get(request.node.callspec.params["adapter"], 1e-9)
     sequences = whole_sequences(adapter.tokenizer, PROMPTS, TARGETS)
-    slots, found = trained(adapter, sequences)
+    slots, trained = choose_and_train(adapter, sequences)
     steps = []
     for edit, sequence in enumerate(sequences):
         wanted = published(published_fine, adapter, sequence)
@@ -65,11 +65,11 @@ def test_neurons_losses_and_stop_are_those_of_the_published_procedure(adapter, r
         assert chosen == wanted.slots
         torch.testing.assert_close(slots.scores[here], wanted.scores, rtol=bound, atol=bound)
         curve = torch.tensor([loss for loss, _ in wanted.losses], dtype=torch.float64)
-        torch.testing.assert_close(found.curve[: len(curve), edit], curve, rtol=bound, atol=0)
-        assert found.curve[len(wanted.losses) :, edit].isnan().all()
-        assert found.worst[edit] == pytest.approx(wanted.losses[-1][1], rel=bound)
-        assert found.steps[edit] == wanted.steps
-        torch.testing.assert_close(found.delta[here], wanted.delta, rtol=0, atol=1e3 * bound)
+        torch.testing.assert_close(trained.curve[: len(curve), edit], curve, rtol=bound, atol=0)
+        assert trained.curve[len(wanted.losses) :, edit].isnan().all()
+        assert trained.worst[edit] == pytest.approx(wanted.losses[-1][1], rel=bound)
+        assert trained.steps[edit] == wanted.steps
+        torch.testing.assert_close(trained.delta[here], wanted.delta, rtol=0, atol=1e3 * bound)
         steps.append(wanted.steps)
     assert len(set(steps)) > 1, "every edit took as many steps: compaction was not tried"
 
@@ -77,8 +77,8 @@ def test_neurons_losses_and_stop_are_those_of_the_published_procedure(adapter, r
 @pytest.mark.parametrize("adapter", ["llama"], indirect=True)
 def test_the_released_score_leaves_the_up_projection_out(adapter, published_fine):
     sequences = whole_sequences(adapter.tokenizer, PROMPTS[:2], TARGETS[:2])
-    slots, _ = trained(adapter, sequences, gate_only=True, config=TRAIN.model_copy(update={"steps": 1}))
-    full, _ = trained(adapter, sequences, config=TRAIN.model_copy(update={"steps": 1}))
+    slots, _ = choose_and_train(adapter, sequences, gate_only=True, config=TRAIN.model_copy(update={"steps": 1}))
+    full, _ = choose_and_train(adapter, sequences, config=TRAIN.model_copy(update={"steps": 1}))
     for edit, sequence in enumerate(sequences):
         here = slots.edits == edit
         chosen = list(zip(slots.layers[here].tolist(), slots.neurons[here].tolist(), strict=True))
@@ -90,11 +90,13 @@ def test_the_released_score_leaves_the_up_projection_out(adapter, published_fine
 def test_edits_together_are_edits_alone(random_adapter, token_budget):
     random_adapter.model.eval()
     sequences = whole_sequences(random_adapter.tokenizer, PROMPTS, TARGETS)
-    slots, found = trained(random_adapter, sequences, config=TRAIN.model_copy(update={"token_budget": token_budget}))
+    slots, trained = choose_and_train(
+        random_adapter, sequences, config=TRAIN.model_copy(update={"token_budget": token_budget})
+    )
     for edit, sequence in enumerate(sequences):
-        _, alone = trained(random_adapter, [sequence])
-        torch.testing.assert_close(found.delta[slots.edits == edit], alone.delta, rtol=1e-5, atol=1e-7)
-        assert found.steps[edit] == alone.steps[0]
+        _, alone = choose_and_train(random_adapter, [sequence])
+        torch.testing.assert_close(trained.delta[slots.edits == edit], alone.delta, rtol=1e-5, atol=1e-7)
+        assert trained.steps[edit] == alone.steps[0]
 
 
 def test_a_neuron_chosen_twice_is_trained_twice(random_adapter):
@@ -117,20 +119,20 @@ def test_equal_scores_go_to_the_lowest_layer_and_neuron(random_adapter):
             random_adapter.down_weight(layer).zero_()
         sequences = whole_sequences(random_adapter.tokenizer, PROMPTS[:2], TARGETS[:2])
         with random_adapter.packed():
-            slots = contributions(random_adapter, sequences, 3, range(1, 3))
+            slots = choose_slots(random_adapter, sequences, 3, range(1, 3))
     assert set(slots.layers.tolist()) == {1}
     assert slots.neurons.view(-1, 3).tolist() == [[0, 1, 2]] * (len(slots) // 3)
 
 
-def test_a_token_in_place_of_the_models_own_changes_the_first_slot_only(random_adapter):
+def test_a_given_token_changes_the_slots_of_the_first_position_only(random_adapter):
     random_adapter.model.eval()
     sequences = whole_sequences(random_adapter.tokenizer, PROMPTS[:2], TARGETS[:2])
     with torch.no_grad(), random_adapter.packed():
-        own = look(random_adapter, sequences, ()).best
-        plain = contributions(random_adapter, sequences, 3, LAYERS)
-        same = contributions(random_adapter, sequences, 3, LAYERS, tokens=[int(own[0]), None])
-        other = contributions(random_adapter, sequences, 3, LAYERS, tokens=[(int(own[0]) + 5) % 300, None])
-        small = contributions(random_adapter, sequences, 3, LAYERS, token_budget=1)
+        own = observe(random_adapter, sequences, ()).greedy
+        plain = choose_slots(random_adapter, sequences, 3, LAYERS)
+        same = choose_slots(random_adapter, sequences, 3, LAYERS, tokens=[int(own[0]), None])
+        other = choose_slots(random_adapter, sequences, 3, LAYERS, tokens=[(int(own[0]) + 5) % 300, None])
+        small = choose_slots(random_adapter, sequences, 3, LAYERS, token_budget=1)
     assert torch.equal(plain.neurons, same.neurons)
     assert plain.neurons[:3].tolist() != other.neurons[:3].tolist()
     assert torch.equal(plain.neurons[3:], other.neurons[3:])
@@ -142,8 +144,8 @@ def test_the_lowest_layers_are_where_edits_join():
     assert lowest_layers(slots, 3) == [2, 0, 5]
 
 
-class MadeOfShape(TorchDispatchMode):
-    """Shapes of all tensors that operations give back which do not lie in memory known before."""
+class NewShapes(TorchDispatchMode):
+    """Collects the shapes of all tensors that operations return, except those in the storage of `known` tensors."""
 
     def __init__(self, known):
         super().__init__()
@@ -165,12 +167,12 @@ def test_no_tensor_of_a_weights_size_is_made(random_adapter, train):
     matrix = {tuple(weight.shape), tuple(weight.T.shape)}
     (sequence,) = whole_sequences(random_adapter.tokenizer, PROMPTS[:1], TARGETS[:1])
     slots = Slots(*(torch.tensor(part) for part in ([0] * 3, [1, 2, 2], [5, 9, 7], [0.0] * 3)))
-    with MadeOfShape(random_adapter.model.parameters()) as made, torch.no_grad(), random_adapter.packed():
+    with NewShapes(random_adapter.model.parameters()) as created, torch.no_grad(), random_adapter.packed():
         train(random_adapter, [sequence], slots, TRAIN)
-    assert (1, weight.shape[0]) in made.shapes or (2, weight.shape[0]) in made.shapes, "nothing was watched"
-    assert not made.shapes & matrix
+    assert (1, weight.shape[0]) in created.shapes or (2, weight.shape[0]) in created.shapes, "nothing was watched"
+    assert not created.shapes & matrix
     inputs = torch.zeros(2, weight.shape[1], dtype=weight.dtype)
-    with MadeOfShape(random_adapter.model.parameters()) as made:
+    with NewShapes(random_adapter.model.parameters()) as created:
         weight.requires_grad_()
         torch.autograd.grad((inputs @ weight.T).sum(), weight)
-    assert made.shapes & matrix
+    assert created.shapes & matrix
