@@ -1,6 +1,6 @@
-"""Inputs and yardsticks for the tests and benchmarks of the ops: one input factory, one table of tolerances.
+"""Inputs and tolerances for the tests and benchmarks of the ops: one input factory, one table of tolerances.
 
-Products     error(found) <= 2 * error(torch in the same dtype) + floor, both against a float64 result
+Products     error(result) <= 2 * error(torch's result in the same dtype) + floor, both against a float64 result
 Solves       ||A X - B|| / (||A|| ||X|| + ||B||) <= floor
 Selections   the index lists are equal
 error = max |x - expected| / max |expected|. NaN or Inf anywhere fails.
@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class Tolerance(NamedTuple):
-    """floor: allowed beside twice torch's error; ceiling: a larger error of torch makes it no yardstick."""
+    """How large an error may be, see the module.
+
+    floor: allowed in addition to twice torch's error; ceiling: with a larger error of torch the comparison fails
+    """
 
     floor: float
     ceiling: float
@@ -51,62 +54,78 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
 }
 
 
-def assert_close(found: Tensor, expected: Tensor, same_dtype: Tensor, op: str) -> None:
-    """Hold a result against the float64 one, with torch's result in the same dtype as the yardstick.
+def assert_close(result: Tensor, expected: Tensor, same_dtype: Tensor, op: str) -> None:
+    """Check the error of a result against twice the error of torch's result in the same dtype.
 
-    found, same_dtype: one shape and dtype, which with `op` picks the tolerance; expected: float64, same shape
+    result, same_dtype: ours and torch's, of one shape and dtype; the dtype and `op` choose the tolerance
+    expected: the float64 result, same shape
     Logs both errors on success. Raises AssertionError, for NaN or Inf too.
     """
-    if found.dtype != same_dtype.dtype:
-        raise AssertionError(f"{op}: result is {found.dtype}, wanted {same_dtype.dtype}")
-    for name, value in (("result", found), ("torch's result", same_dtype)):
+    if result.dtype != same_dtype.dtype:
+        raise AssertionError(f"{op}: result is {result.dtype}, wanted {same_dtype.dtype}")
+    for name, value in (("result", result), ("torch's result", same_dtype)):
         if value.shape != expected.shape:
             raise AssertionError(f"{op}: {name} is {tuple(value.shape)}, wanted {tuple(expected.shape)}")
-    tolerance = TOLERANCES[op, found.dtype]
+
+    tolerance = TOLERANCES[op, result.dtype]
     torch_error = relative_error(same_dtype, expected)
     if not torch_error <= tolerance.ceiling:
         raise AssertionError(f"{op}: torch's own error is {torch_error:.3g}, more than {tolerance.ceiling:.3g}")
-    error, bound = relative_error(found, expected), _bound(expected, same_dtype, op)
+
+    error = relative_error(result, expected)
+    bound = _bound(expected, same_dtype, op)
     if not error <= bound:
-        raise AssertionError(f"{op}: error {error:.3g} in {found.dtype}, at most {bound:.3g} (torch {torch_error:.3g})")
-    log.info("%s %s %s: error %.3g, torch %.3g", op, tuple(found.shape), found.dtype, error, torch_error)
+        raise AssertionError(
+            f"{op}: error {error:.3g} in {result.dtype}, at most {bound:.3g} (torch {torch_error:.3g})"
+        )
+
+    log.info("%s %s %s: error %.3g, torch %.3g", op, tuple(result.shape), result.dtype, error, torch_error)
 
 
 def assert_solves(system: Tensor, solution: Tensor, right: Tensor) -> None:
-    """Hold a solution of A X = B by its residual norm, taken in float64; the dtype of X picks the tolerance.
+    """Check a solution of A X = B by ||A X - B|| / (||A|| ||X|| + ||B||), computed in float64.
 
-    system: (k, k); solution, right: (k, n). Logs the residual on success. Raises AssertionError.
+    system: A, (k, k); solution: X, (k, n), whose dtype chooses the tolerance; right: B, (k, n)
+    Logs the error on success. Raises AssertionError.
     """
-    wide, x, b = in_float64((system, solution, right))
-    size = wide.norm() * x.norm() + b.norm()
-    residual = float((wide @ x - b).norm() / size) if size > 0 or not size.isfinite() else 0.0
+    a, x, b = in_float64((system, solution, right))
+    size = a.norm() * x.norm() + b.norm()
+    residual = float((a @ x - b).norm() / size) if size > 0 or not size.isfinite() else 0.0
+
     bound = TOLERANCES["solve", solution.dtype].floor
     if not residual <= bound:
         raise AssertionError(f"solve: residual {residual:.3g} in {solution.dtype}, at most {bound:.3g}")
+
     log.info("solve %s %s: residual %.3g", tuple(solution.shape), solution.dtype, residual)
 
 
-def assert_same_indices(found: Tensor, expected: Iterable[int], op: str) -> None:
-    """Hold a selection against the exact list. Raises AssertionError; the order counts."""
-    wanted = list(expected)
-    if found.dtype != torch.int64 or found.tolist() != wanted:
-        missing, extra = sorted(set(wanted) - set(found.tolist())), sorted(set(found.tolist()) - set(wanted))
-        raise AssertionError(f"{op}: {found.dtype} indices; missing {missing[:9]}, extra {extra[:9]}, or out of order")
-    log.info("%s: %d indices equal", op, len(wanted))
+def assert_same_indices(result: Tensor, expected: Iterable[int], op: str) -> None:
+    """Check that a selection is int64 and holds the expected indices in their order. Raises AssertionError."""
+    indices = list(expected)
+
+    if result.dtype != torch.int64 or result.tolist() != indices:
+        missing = sorted(set(indices) - set(result.tolist()))
+        extra = sorted(set(result.tolist()) - set(indices))
+        raise AssertionError(f"{op}: {result.dtype} indices; missing {missing[:9]}, extra {extra[:9]}, or out of order")
+
+    log.info("%s: %d indices equal", op, len(indices))
 
 
-def assert_tolerance_bites(found: Tensor, expected: Tensor, same_dtype: Tensor, op: str) -> None:
-    """Check the tolerance itself: `found` passes; zeroed, with a NaN, an Inf or an element past the bound, it fails.
+def assert_tolerance_bites(result: Tensor, expected: Tensor, same_dtype: Tensor, op: str) -> None:
+    """Check the tolerance itself: `result` must pass, and must fail if it is zeroed or if one element is broken.
 
-    Arguments as for `assert_close`; `expected` must have elements, not all zero.
+    An element is broken by NaN, Inf, or a value past the bound. Arguments as for `assert_close`; `expected` must have
+    an element that is not zero. Raises AssertionError.
     """
-    assert_close(found, expected, same_dtype, op)
+    assert_close(result, expected, same_dtype, op)
+
     push = 2 * _bound(expected, same_dtype, op) * float(expected.abs().max())
-    broken = {"zeroed": torch.zeros_like(found)}
-    for place in {0, found.numel() // 2, found.numel() - 1}:
-        index = torch.unravel_index(torch.tensor(place), found.shape)
+    broken = {"zeroed": torch.zeros_like(result)}
+    for place in {0, result.numel() // 2, result.numel() - 1}:
+        index = torch.unravel_index(torch.tensor(place), result.shape)
         for value in (float(expected[index]) + push, float(expected[index]) - push, float("nan"), float("inf")):
-            broken[f"{value} at {place}"] = found.clone().index_put_(index, found.new_tensor(value))
+            broken[f"{value} at {place}"] = result.clone().index_put_(index, result.new_tensor(value))
+
     for name, wrong in broken.items():
         try:
             assert_close(wrong, expected, same_dtype, op)
@@ -115,15 +134,18 @@ def assert_tolerance_bites(found: Tensor, expected: Tensor, same_dtype: Tensor, 
         raise AssertionError(f"{op}: the tolerance lets a broken result pass: {name}")
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """max |found - expected| / max |expected| in float64, NaN or Inf where either has one; 0 for empty tensors."""
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """max |result - expected| / max |expected| in float64; NaN or Inf if either has one, 0 for empty tensors."""
     if expected.numel() == 0:
         return 0.0
-    difference = (found.double().cpu() - expected.double().cpu()).abs().max()
+
+    difference = (result.double().cpu() - expected.double().cpu()).abs().max()
+
     return float(difference / expected.double().cpu().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _bound(expected: Tensor, same_dtype: Tensor, op: str) -> float:
+    """The largest error that `assert_close` allows."""
     return 2 * relative_error(same_dtype, expected) + TOLERANCES[op, same_dtype.dtype].floor
 
 
@@ -132,7 +154,7 @@ class Case:
     """Sizes of one test or benchmark.
 
     selected: number of neurons in the index, None = no index
-    strided: every tensor is a non-contiguous slice of a wider one that holds NaN (or an impossible index) elsewhere
+    strided: whether every tensor is a non-contiguous slice of a wider one with NaN or impossible indices elsewhere
     optional: whether optional arguments other than the index are given
     """
 
@@ -350,16 +372,17 @@ class Factory:
 
 
 def strided(value: Tensor) -> Tensor:
-    """The same content as a view of every second element of a tensor that holds NaN (or 2^40, or True) elsewhere."""
+    """The same content as a view of every second element of a tensor with NaN, 2^40 or True elsewhere."""
     filler = float("nan") if value.is_floating_point() else 2**40 if value.dtype == torch.int64 else True
     wide = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 1), filler, dtype=value.dtype, device=value.device)
     view = wide[..., 1::2]
     view.copy_(value)
+
     return view
 
 
 def in_float64(values: Iterable[Any]) -> tuple[Any, ...]:
-    """CPU copies of the floating-point tensors in float64, of the other tensors as they are; the rest is passed on."""
+    """CPU copies of tensors, floating-point ones in float64. Values that are not tensors are returned as they are."""
     return tuple(
         value.to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)
         if isinstance(value, Tensor)
