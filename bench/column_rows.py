@@ -8,7 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration. settings: as `fastedit edit --set` takes them; see `columns.py` for the protocols."""
+    """One configuration.
+
+    table, name: where the row is printed
+    protocol: "independent", "batch" or "sequential", see `columns.py`
+    settings: as `fastedit edit --set` takes them
+    start, limit: the records; batch_size: of the sequential protocol
+    """
 
     table: str
     name: str
@@ -21,7 +27,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """`--only` is matched with it."""
+        """What `--only` is matched with."""
         return f"{self.table}/{self.name}"
 
 
@@ -49,7 +55,7 @@ SWEEP = {
     "last 10 layers frozen, 10 neurons": ("frozen_layers=10", "neurons=10"),
 }
 
-# KNE: one choice changed at a time, the others as in our first reading; the preset is chosen from them.
+# KNE: one choice changed at a time, the others as in our first reading. The preset was chosen from these rows.
 FIRST_READING = ("frozen_layers=0", "attribution.nodes=20")
 CHOICES = {
     "our first reading": (),
@@ -116,14 +122,17 @@ COLUMNS = {
 }
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: metrics, and what was written; metrics that no row has are left out."""
-    shown = {name: head for name, head in COLUMNS.items() if any(r["edited"][name]["value"] is not None for r in found)}
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table of metrics and costs, without the metrics that no row has."""
+    shown = {
+        name: head for name, head in COLUMNS.items() if any(r["edited"][name]["value"] is not None for r in results)
+    }
     heads = ["", *shown.values(), "steps", "neurons", "of parameters", "CPU s per edit"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    plain = [cell(found[0]["unedited"][name]["value"]) for name in shown]
-    lines.append("| " + " | ".join(["unedited", *plain, "", "", "", ""]) + " |")
-    for result in found:
+
+    unedited = [cell(results[0]["unedited"][name]["value"]) for name in shown]
+    lines.append("| " + " | ".join(["unedited", *unedited, "", "", "", ""]) + " |")
+    for result in results:
         cells = [cell(result["edited"][name]["value"]) for name in shown]
         cells += [f"{result['steps']:.1f}", f"{result['neurons']:.0f}", f"{result['share_of_parameters']:.3%}"]
         lines.append(
@@ -133,7 +142,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def cell(value: float | None) -> str:
-    """A metric as text: shares with two digits."""
+    """A metric as text: two digits up to 1, one digit above."""
     if value is None:
         return ""
     return f"{value:.1f}" if value > 1 else f"{value:.2f}"

@@ -3,27 +3,29 @@
     python bench/columns.py --data counterfact-edit.json --out columns/ --only 'independent/*'
     python bench/columns.py --data counterfact-edit.json --out columns/ --show
 
-Every row is kept in --out as JSON as soon as it is measured, and a row found there is not run again; --show prints the
-tables of what is there. The protocols:
+Every row is stored in --out as JSON as soon as it is measured, and a stored row is not run again. --show prints the
+tables of the stored rows. The protocols:
 
-independent   every edit alone in the unedited model: located, trained, written, asked about, taken back
-batch         all edits in one write, then all asked
-sequential    batch after batch on the edited model, all asked after the last
+independent   every edit alone in the unedited model: located, trained, written, evaluated, undone
+batch         all edits in one write, then all evaluated
+sequential    batch after batch on the edited model, all evaluated after the last batch
 
-Training of independent edits is batched (they do not meet), and so is KNE's attribution, which is kept in --out for
-rows that have its settings in common. Seconds are process time per edit, for locating, training and writing alone.
+Independent edits do not influence each other, so they are trained together. KNE's attributions are computed together
+too, and stored in --out for all rows with the same attribution settings. Seconds are process time per edit, for
+locating, training and writing only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,12 @@ from timing import commit, machine_line
 
 from fastedit import Editor, EditSet, Source, load_edits
 from fastedit.config import changed, parse_changes
-from fastedit.evaluation.metrics import Measurement
+from fastedit.evaluation.metrics import Measurement, Metric
 from fastedit.methods.closed_form.recipe import Batch, Recipe
 from fastedit.methods.closed_form.values import Values
 from fastedit.methods.columns.attribution import attribute
+from fastedit.methods.columns.config import AttributionConfig
+from fastedit.methods.columns.contributions import Slots
 from fastedit.methods.columns.kne import chosen
 from fastedit.methods.columns.recipe import ColumnBatch, write_columns
 from fastedit.methods.columns.training import Trained, train_columns
@@ -50,7 +54,7 @@ CHUNK = 50
 
 @dataclass(frozen=True)
 class Given(Batch):
-    """A batch of a closed form whose values are known already."""
+    """A batch of a closed-form method whose values are known."""
 
     known: Values | None = None
 
@@ -59,7 +63,7 @@ class Given(Batch):
 
 
 class Bench:
-    """The model, and what rows have in common: unedited answers and attributions."""
+    """Runs rows on one model; rows of the same records share the unedited model's measurement."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -85,9 +89,13 @@ class Bench:
         return self._unedited[key]
 
     def run(self, row: Row) -> dict[str, Any]:
-        """Everything there is to say about a row; the model is as before afterwards."""
-        before, edits, editor = self.unedited(row), self.edits(row), self.editor(row)
+        """Metrics and costs of a row. The model is unedited again afterwards."""
+        before = self.unedited(row)
+        edits = self.edits(row)
+        editor = self.editor(row)
+        # Preparing the state is not part of the time.
         _ = editor.state
+
         cost = Cost(self.model.d_model, sum(p.numel() for p in self.model.model.parameters()))
         if row.protocol == "independent":
             metrics = self.independent(editor, edits, before, cost)
@@ -99,6 +107,7 @@ class Bench:
             cost.steps = [report.steps for report in run.batches]
             metrics = plain(self.measure(edits, self.text, self.options.fluency).metrics(before))
             restore(editor)
+
         return {
             "row": dataclasses.asdict(row),
             "n_edits": len(edits),
@@ -111,7 +120,7 @@ class Bench:
         }
 
     def independent(self, editor: Editor, edits: EditSet, before: Measurement, cost: Cost) -> dict[str, Any]:
-        """Means of the metrics over edits each of which was alone in the model, with standard errors."""
+        """Means of the metrics, with standard errors, over edits that were each alone in the model."""
         singles = []
         for number, _ in enumerate(self.alone(editor, edits, cost)):
             after = self.measure(edits[number : number + 1], None, int(number < self.options.fluency))
@@ -119,17 +128,19 @@ class Bench:
         return {name: mean([single[name]["value"] for single in singles if name in single]) for name in singles[0]}
 
     def alone(self, editor: Editor, edits: EditSet, cost: Cost) -> Iterator[int]:
-        """Leads through the edits with one of them in the model at a time."""
-        make = self.closed if isinstance(editor.recipe, Recipe) else self.columns
+        """Yields the number of each edit while that edit alone is in the model."""
+        write = self.closed if isinstance(editor.recipe, Recipe) else self.columns
         for first in range(0, len(edits), CHUNK):
-            yield from make(editor, edits[first : first + CHUNK], cost)
+            yield from write(editor, edits[first : first + CHUNK], cost)
 
     def closed(self, editor: Editor, edits: EditSet, cost: Cost) -> Iterator[int]:
+        """As `alone`, for a closed-form method: values together, then one write per edit."""
         recipe: Any = editor.recipe
         with editor.journal.trial() as trial, torch.no_grad(), cost.clock():
             values = Batch(self.model, edits, editor.config, editor.state, trial).values()
+
         for number in range(len(edits)):
-            own = Values(*(getattr(values, f.name)[number : number + 1] for f in dataclasses.fields(values)))
+            own = Values(*(tensor[number : number + 1] for tensor in vars(values).values()))
             with editor.journal.trial() as trial, torch.no_grad():
                 with cost.clock():
                     batch = Given(self.model, edits[number : number + 1], editor.config, editor.state, trial, known=own)
@@ -138,33 +149,40 @@ class Bench:
                 yield number
 
     def columns(self, editor: Editor, edits: EditSet, cost: Cost) -> Iterator[int]:
+        """As `alone`, for a method that writes columns: trained together, then one write per edit."""
         with editor.journal.trial() as trial, torch.no_grad(), cost.clock():
             if editor.method == "kne":
-                found = self.ensembles(editor, edits)
+                slots, trained = self.ensembles(editor, edits)
             else:
                 result: Any = editor.recipe.run(editor.start, editor.state, edits, trial)
-                found = result.slots, result.trained
-        slots, trained = found
+                slots, trained = result.slots, result.trained
+
         for number, edit in enumerate(edits):
             here = slots.edits == number
             own = dataclasses.replace(slots.pick(here), edits=torch.zeros(int(here.sum()), dtype=torch.int64))
-            part = Trained(trained.delta[here], *(trained_of(trained, name, number) for name in ("losses", "worst")),
-                           trained_of(trained, "steps", number), trained.curve[:, number : number + 1])  # fmt: skip
+            part = Trained(
+                trained.delta[here],
+                trained.losses[number : number + 1],
+                trained.worst[number : number + 1],
+                trained.steps[number : number + 1],
+                trained.curve[:, number : number + 1],
+            )
             with editor.journal.trial() as trial, torch.no_grad():
                 with cost.clock():
                     written = write_columns(ColumnBatch(editor.start, editor.state, [edit], trial), own, part)
                 cost.take(sum(written.neurons.values()), int(trained.steps[number]))
                 yield number
 
-    def ensembles(self, editor: Editor, edits: EditSet) -> tuple[Any, Trained]:
-        """KNE's own ensemble of every edit, trained alone, from kept attributions."""
+    def ensembles(self, editor: Editor, edits: EditSet) -> tuple[Slots, Trained]:
+        """Every edit's own ensemble (KNE) and its vectors, trained alone."""
         config: Any = changed(editor.config, {"ensemble": "own"})
         sequences = whole_sequences(self.model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
         with self.model.packed():
             slots = chosen(self.attributions(edits, config.attribution), config)
             return slots, train_columns(self.model, sequences, slots, config.train)
 
-    def attributions(self, edits: EditSet, config: Any) -> torch.Tensor:
+    def attributions(self, edits: EditSet, config: AttributionConfig) -> torch.Tensor:
+        """Attributions of the edits, (n_edits, n_layers, d_ff), from --out where they are stored."""
         named = [[edit.prompt, edit.target_new, edit.target_true] for edit in edits]
         key = hashlib.sha256(json.dumps([self.options.model, named, config.model_dump()]).encode()).hexdigest()[:16]
         path = self.options.out / f"attributions-{key}.pt"
@@ -173,21 +191,24 @@ class Bench:
         return torch.load(path)
 
 
-def trained_of(trained: Trained, name: str, number: int) -> torch.Tensor:
-    return getattr(trained, name)[number : number + 1]
-
-
 class Cost:
-    """Process time, neurons written and Adam steps."""
+    """Process time, neurons written and Adam steps of a row."""
 
     def __init__(self, d_model: int, n_parameters: int) -> None:
-        self.d_model, self.n_parameters = d_model, n_parameters
+        self.d_model = d_model
+        self.n_parameters = n_parameters
         self.seconds = 0.0
         self.neurons: list[int] = []
         self.steps: list[Any] = []
 
-    def clock(self) -> _Clock:
-        return _Clock(self)
+    @contextlib.contextmanager
+    def clock(self) -> Iterator[None]:
+        """Adds the process time of the block."""
+        started = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.process_time() - started
 
     def take(self, neurons: int, steps: int) -> None:
         self.neurons.append(neurons)
@@ -203,28 +224,19 @@ class Cost:
         }
 
 
-class _Clock:
-    def __init__(self, cost: Cost) -> None:
-        self.cost = cost
-
-    def __enter__(self) -> None:
-        self.started = time.process_time()
-
-    def __exit__(self, *error: object) -> None:
-        self.cost.seconds += time.process_time() - self.started
-
-
 def restore(editor: Editor) -> None:
-    """Write the original weights back."""
+    """Write the original weights into the model."""
     for layer in editor.weights.layers:
         editor.model.down_weight(layer).copy_(editor.weights.original(layer))
 
 
-def plain(metrics: Any) -> dict[str, Any]:
+def plain(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float | None]]:
+    """Metrics as JSON."""
     return {name: {"value": metric.value, "error": metric.error} for name, metric in metrics.items()}
 
 
-def mean(values: list[float | None]) -> dict[str, float | None]:
+def mean(values: Sequence[float | None]) -> dict[str, float | None]:
+    """The mean of the values that are not None, and its standard error."""
     known = [value for value in values if value is not None]
     if len(known) < 2:
         return {"value": known[0] if known else None, "error": None}
@@ -236,11 +248,11 @@ def mean(values: list[float | None]) -> dict[str, float | None]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="edit records, .jsonl or .json")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the stored rows")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--only", nargs="*", default=["*"], help="rows to run, as TABLE/NAME with wildcards")
-    parser.add_argument("--show", action="store_true", help="print the tables of what is there, and run nothing")
-    parser.add_argument("--limit", type=int, help="take fewer records, to try it")
+    parser.add_argument("--show", action="store_true", help="print the tables of the stored rows, and run nothing")
+    parser.add_argument("--limit", type=int, help="take fewer records, for a trial run")
     parser.add_argument("--moments", type=Path, help="text for second moments; default: sampled from the model")
     parser.add_argument("--text", type=Path, help="text for perplexity after batches and streams")
     parser.add_argument("--fluency", type=int, default=0, help="prompts continued to measure fluency")
@@ -254,6 +266,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = [row for row in ROWS if any(fnmatch.fnmatch(row.key, pattern) for pattern in options.only)]
     paths = {row.key: options.out / f"{row.key.replace('/', '--').replace(' ', '_')}.json" for row in wanted}
+
     bench = None
     for row in [] if options.show else wanted:
         if paths[row.key].exists():
@@ -262,10 +275,11 @@ def main() -> None:
         started = time.perf_counter()
         paths[row.key].write_text(json.dumps(bench.run(row), indent=1), encoding="utf-8")
         print(f"{row.key}: {time.perf_counter() - started:.0f} s", flush=True)
+
     for name in dict.fromkeys(row.table for row in wanted):
-        found = [paths[row.key] for row in wanted if row.table == name and paths[row.key].exists()]
-        if found:
-            print(f"\n{name}\n\n{table([json.loads(path.read_text(encoding='utf-8')) for path in found])}")
+        stored = [paths[row.key] for row in wanted if row.table == name and paths[row.key].exists()]
+        if stored:
+            print(f"\n{name}\n\n{table([json.loads(path.read_text(encoding='utf-8')) for path in stored])}")
 
 
 if __name__ == "__main__":

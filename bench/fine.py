@@ -2,9 +2,9 @@
 
     python bench/fine.py --data counterfact.jsonl --limit 50 --baseline 50
 
-The edits of the baseline are spread over those of the batch; --baseline 50 takes all. Both take the same neurons, steps
-and stop rule, and threads. Peak memory is that of the process while the batch ran. The metrics are measured by
-`columns.py`.
+The baseline runs --baseline edits, spread evenly over those of the batch. Both sides have the same settings
+(neurons, steps, stop rule) and threads. Peak memory is that of the process while the batch runs. The metrics are
+measured by `columns.py`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,19 @@ def settings_of(config: Any) -> published_fine.FineSettings:
 
 
 def run_baseline(editor: Editor, edits: EditSet) -> tuple[float, list[published_fine.FineResult]]:
-    """Seconds per edit, and what came out."""
+    """Seconds per edit of the published procedure, and its results."""
     model = editor.model
     sequences = whole_sequences(model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
     downs = [model.model.model.layers[layer].mlp.down_proj for layer in range(model.n_layers)]
-    started, found = time.perf_counter(), []
+
+    results = []
+    started = time.perf_counter()
     for sequence in sequences:
         prompt = sequence.ids[: -len(sequence.targets)]
-        found.append(
+        results.append(
             published_fine.edit_one(model.model.eval(), downs, prompt, sequence.targets, settings_of(editor.config))
         )
-    return (time.perf_counter() - started) / max(1, len(edits)), found
+    return (time.perf_counter() - started) / max(1, len(edits)), results
 
 
 def train(editor: Editor, edits: Sequence[Any]) -> tuple[float, ColumnResult]:
@@ -60,7 +62,8 @@ def train(editor: Editor, edits: Sequence[Any]) -> tuple[float, ColumnResult]:
 
 def compare(result: ColumnResult, baseline: Sequence[published_fine.FineResult], picked: Sequence[int]) -> str:
     """How many of the picked edits have the same neurons and steps, and the largest relative difference of a loss."""
-    same_neurons, same_steps, worst = 0, 0, 0.0
+    same_neurons, same_steps = 0, 0
+    worst = 0.0
     for edit, wanted in zip(picked, baseline, strict=True):
         here = result.slots.edits == edit
         slots = zip(result.slots.layers[here].tolist(), result.slots.neurons[here].tolist(), strict=True)
@@ -68,11 +71,12 @@ def compare(result: ColumnResult, baseline: Sequence[published_fine.FineResult],
         same_steps += int(result.steps[edit]) == wanted.steps
         for ours, (theirs, _) in zip(result.trained.curve[:, edit].tolist(), wanted.losses, strict=False):
             worst = max(worst, abs(ours - theirs) / abs(theirs))
+
     n = len(baseline)
     return f"same neurons {same_neurons}/{n}, same steps {same_steps}/{n}, losses differ by at most {worst:.1e}"
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path, required=True)
@@ -82,30 +86,38 @@ def main() -> None:
     parser.add_argument("--baseline", type=int, default=10, help="edits for the published procedure (FiNE alone)")
     parser.add_argument("--set", nargs="*", default=[], dest="settings")
     parser.add_argument("--record", action="store_true", help="append a row to bench/results")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     print(machine_line())
     editor = Editor.from_pretrained(options.model, options.method, progress=False)
     config = changed(editor.config, parse_changes(options.settings))
     editor = Editor(editor.model, options.method, config, progress=False)
     edits = load_edits(options.data, start=options.start, limit=options.limit)
+
     n_baseline = min(options.baseline, len(edits)) if options.method == "fine" else 0
     picked = [i * len(edits) // n_baseline for i in range(n_baseline)]
     theirs, baseline = run_baseline(editor, EditSet(tuple(edits[i] for i in picked))) if picked else (0.0, [])
+
     reset_peak()
     ours, result = train(editor, edits)
     mean = float(result.steps.float().mean())
     print(f"{ours:.3f} s per edit in one batch of {len(edits)}, {mean:.1f} steps on average")
     print(f"peak memory {peak_mb():.0f} MB")
+
     if baseline:
-        steps = sum(found.steps for found in baseline) / len(baseline)
+        steps = sum(one.steps for one in baseline) / len(baseline)
         own = float(result.steps[picked].float().mean())
-        # A forward more than steps: the one that finds the edit finished.
+        # There is one forward more than steps: it finds the edit finished.
         per_pass = theirs / (steps + 1) / (ours / (mean + 1))
         print(
             f"{theirs:.3f} s per edit one by one ({len(picked)} edits, {steps:.1f} steps; in the batch {own:.1f}):"
             f" {theirs / ours:.1f} times, {per_pass:.1f} times per pass"
         )
         print(compare(result, baseline, picked))
+
     if options.record:
         append_row(
             benchmark=f"editing {options.method}", backend="torch", shape=f"batch {len(edits)}", dtype="float32",

@@ -1,9 +1,9 @@
 """The published NSE procedure, one edit at a time, as the yardstick for speed and exactness.
 
-Neuron-level sequential editing in plain torch, doing the work its description prescribes and no less: every
-step of a value runs seven padded sequences through the whole model and applies the vocabulary head twice, the
-keys of every layer cost a pass through the whole model, and each system is solved densely in float64. It
-shares no code with the engine.
+Neuron-level sequential editing (NSE, Jiang et al. 2025) in plain torch, with all the work of its description:
+every step of a value runs seven padded sequences through the whole model and applies the vocabulary head twice,
+the keys of every layer cost a pass through the whole model, and each system is solved densely in float64. It
+shares no code with fastedit.
 
 For edited layers e_1 < ... < e_m, with W (d_model, d_ff) the down-projection of layer e, C its second moment,
 H the sum of k k^T over earlier edits, K (n_edits, d_ff) the keys and S the selected neurons:
@@ -11,7 +11,7 @@ H the sum of k k^T over earlier edits, K (n_edits, d_ff) the keys and S the sele
     R = (z - h) / (layers left),    W[:, S] += R^T K_S (lambda C[S, S] + H[S, S] + K_S^T K_S)^-1
 
 Two choices of the released code are not followed: S is the smallest prefix that reaches the mass, as in the
-paper, and the target has its leading space wherever it is used.
+paper, and the target has its leading space everywhere.
 
 The model is any Llama-like transformers model (`model.model.layers[i].mlp.down_proj`, `model.model.norm`,
 `model.lm_head`) in evaluation mode; the tokenizer must be a fast one, because positions come from offsets.
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class PublishedSettings:
 
 
 class Request(NamedTuple):
-    """One edit: `target` is to follow `prompt`, in which `subject` ends before character `subject_end`."""
+    """One edit: `target` shall follow `prompt`, in which `subject` ends before character `subject_end`."""
 
     prompt: str
     subject_end: int
@@ -75,7 +75,11 @@ class Request(NamedTuple):
 
 
 class ValueResult(NamedTuple):
-    """value: z = h0 + delta (d_model,); hidden0: h0 (d_model,); the loss of every forward; their number."""
+    """One optimised value.
+
+    value: z = h0 + delta, (d_model,); hidden0: h0, (d_model,)
+    losses: of every forward; steps: number of forwards
+    """
 
     value: Tensor
     hidden0: Tensor
@@ -113,10 +117,10 @@ class Start(NamedTuple):
 
 def token_at(offsets: Sequence[tuple[int, int]], char: int, text: str) -> int:
     """Index of the last token that covers character `char`, which may be several byte-level tokens."""
-    found = [i for i, (start, end) in enumerate(offsets) if start <= char < end]
-    if not found:
+    covering = [i for i, (start, end) in enumerate(offsets) if start <= char < end]
+    if not covering:
         raise ValueError(f"no token covers character {char} of {text!r}")
-    return found[-1]
+    return covering[-1]
 
 
 def plain_row(tokenizer: Any, text: str, subject_end: int) -> Row:
@@ -130,9 +134,11 @@ def target_row(tokenizer: Any, text: str, subject_end: int, target: str) -> Row:
     """Tokenise `text + target` as one string; tokens that end after `text` are scored, the last not fed."""
     encoded = tokenizer(text + target, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+
     targets = [i for i, (_, end) in enumerate(offsets) if end > len(text)]
     if not targets or targets[0] == 0:
         raise ValueError(f"target {target!r} has no token of its own after {text!r}")
+
     # Cut at the last target token, not at the end: a tokenizer may close the string with a special token.
     fed = ids[: targets[-1]]
     lookup = token_at(offsets, subject_end - 1, text)
@@ -140,7 +146,7 @@ def target_row(tokenizer: Any, text: str, subject_end: int, target: str) -> Row:
 
 
 def in_template(template: str, request: Request) -> tuple[str, int]:
-    """The request's prompt inside a context template, and where its subject ends there."""
+    """The request's prompt inside a context template, and the character before which its subject ends there."""
     prompt, end = request.prompt, request.subject_end
     if not prompt[:end].endswith(request.subject):
         raise ValueError(f"subject {request.subject!r} does not end at character {end} of {prompt!r}")
@@ -154,6 +160,7 @@ def value_rows(tokenizer: Any, request: Request, templates: Sequence[str]) -> li
     """One rewriting row per template, then the KL row, whose lookup token is the subject's last token."""
     if list(templates[:1]) != ["{}"]:
         raise ValueError(f"templates: wanted '{{}}' first, got {list(templates)}")
+
     target = request.target if request.target.startswith(" ") else " " + request.target
     rows = [target_row(tokenizer, *in_template(template, request), target) for template in templates]
     return [*rows, plain_row(tokenizer, f"{request.subject} is a", len(request.subject))]
@@ -165,6 +172,7 @@ def pad(rows: Sequence[Row], tokenizer: Any, model: Any) -> Batch:
     filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
     if filler is None:
         raise ValueError("the tokenizer has neither an end-of-text nor a padding token")
+
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [filler] * (longest - len(row.ids)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows], device=device)
@@ -178,14 +186,14 @@ def hidden_of(output: Any) -> Tensor:
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """Switch off the gradients of all parameters, and put the switches back at the end."""
-    switches = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Switch off the gradients of all parameters inside the block; restore `requires_grad` afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, switch in switches:
-            parameter.requires_grad_(switch)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def forward_with_delta(model: Any, batch: Batch, layer: int, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,26 +202,26 @@ def forward_with_delta(model: Any, batch: Batch, layer: int, delta: Tensor) -> t
     Returns all logits (n_rows, length, vocab), the output of the last layer (n_rows, length, d_model), and
     the hidden state of row 0 at its lookup token before the addition (d_model,).
     """
-    kept: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
     rows = torch.arange(len(batch.rows), device=delta.device)
 
     def shift(module: nn.Module, inputs: Any, output: Any) -> Any:
         hidden = hidden_of(output).clone()
-        kept["plain"] = hidden[0, batch.lookup[0]].detach().clone()
+        captured["plain"] = hidden[0, batch.lookup[0]].detach().clone()
         hidden[rows, batch.lookup] += delta
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        kept["last"] = hidden_of(output)
+    def capture(module: nn.Module, inputs: Any, output: Any) -> None:
+        captured["last"] = hidden_of(output)
 
     layers = model.model.layers
-    handles = [layers[layer].register_forward_hook(shift), layers[-1].register_forward_hook(keep)]
+    handles = [layers[layer].register_forward_hook(shift), layers[-1].register_forward_hook(capture)]
     try:
         logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
-    return logits, kept["last"], kept["plain"]
+    return logits, captured["last"], captured["plain"]
 
 
 def target_nll(log_probs: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -233,8 +241,9 @@ def value_loss(
     kl_now = torch.log_softmax(logits[-1, batch.lookup[-1]], dim=-1)
     if start is None:
         start = Start(plain, kl_now.detach().clone())
-    # The final norm and the head run again over every position of the rewriting rows, as published: the
-    # logits of the model's own forward serve the KL row alone.
+
+    # As published, the final norm and the head run again over every position of the rewriting rows: the
+    # logits of the model's own forward are used for the KL row only.
     log_probs = torch.log_softmax(model.lm_head(model.model.norm(last[:-1])), dim=-1)
     divergence = (kl_now.exp() * (kl_now - start.kl_log_probs)).sum()
     decay = delta.norm() / start.hidden0.norm() ** 2
@@ -254,6 +263,7 @@ def optimise_value(
     like = next(model.parameters())
     delta = torch.zeros(model.config.hidden_size, dtype=like.dtype, device=like.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
+
     start: Start | None = None
     losses: list[float] = []
     with frozen(model), torch.enable_grad():
@@ -262,33 +272,37 @@ def optimise_value(
             losses.append(loss.item())
             if losses[-1] < settings.stop_loss or len(losses) == settings.steps:
                 return ValueResult(start.hidden0 + delta.detach(), start.hidden0, losses, len(losses))
+
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
+
             radius = settings.clamp * start.hidden0.norm()
             if delta.norm() > radius:
                 with torch.no_grad():
                     delta *= radius / delta.norm()
 
 
-def at_lookup(model: Any, tokenizer: Any, rows: Sequence[Row], module: nn.Module, side: str) -> Tensor:
-    """The "input" or "output" of `module` at each row's lookup token, (n_rows, width), by full passes."""
-    found: list[Tensor] = []
+def at_lookup(
+    model: Any, tokenizer: Any, rows: Sequence[Row], module: nn.Module, side: Literal["input", "output"]
+) -> Tensor:
+    """The input or output of `module` at each row's lookup token, (n_rows, width), by full passes."""
+    captured: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        found.append(inputs[0] if side == "input" else hidden_of(output))
+    def capture(module: nn.Module, inputs: Any, output: Any) -> None:
+        captured.append(inputs[0] if side == "input" else hidden_of(output))
 
-    handle = module.register_forward_hook(keep)
+    handle = module.register_forward_hook(capture)
     try:
         for first in range(0, len(rows), SEQUENCES_PER_PASS):
             batch = pad(rows[first : first + SEQUENCES_PER_PASS], tokenizer, model)
             with torch.no_grad():
                 model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
             index = torch.arange(len(batch.rows), device=batch.ids.device)
-            found[-1] = found[-1][index, batch.lookup]
+            captured[-1] = captured[-1][index, batch.lookup]
     finally:
         handle.remove()
-    return torch.cat(found)
+    return torch.cat(captured)
 
 
 def compute_keys(
@@ -301,6 +315,7 @@ def compute_keys(
     """
     if len(templates) < 2:
         raise ValueError(f"templates: wanted '{{}}' and at least one more, got {len(templates)}")
+
     rows = [plain_row(tokenizer, *in_template(t, request)) for request in requests for t in templates]
     inputs = at_lookup(model, tokenizer, rows, model.model.layers[layer].mlp.down_proj, "input")
     grouped = inputs.view(len(requests), len(templates), -1)
@@ -327,16 +342,17 @@ def select_neurons(keys: Tensor, mass: float) -> Tensor:
 
 
 def solve_update(
-    keys: Tensor, residuals: Tensor, second_moment: Tensor, history: Tensor, chosen: Tensor, weight: float
+    keys: Tensor, shares: Tensor, second_moment: Tensor, history: Tensor, chosen: Tensor, weight: float
 ) -> Tensor:
     """R^T K_S (lambda C[S, S] + H[S, S] + K_S^T K_S)^-1, (d_model, k) float64, by one dense solve.
 
-    keys (n_edits, d_ff), residuals (n_edits, d_model), second_moment and history (d_ff, d_ff), chosen (k,).
+    keys K: (n_edits, d_ff); shares R: (n_edits, d_model), the residual's share of this layer; second_moment C and
+    history H: (d_ff, d_ff); chosen S: (k,) int64; weight: lambda.
     """
     selected = keys.double()[:, chosen]
     system = weight * second_moment.double()[chosen][:, chosen] + history.double()[chosen][:, chosen]
     system += selected.T @ selected
-    return residuals.double().T @ torch.linalg.solve(system, selected.T).T
+    return shares.double().T @ torch.linalg.solve(system, selected.T).T
 
 
 def write_layer(weight: Tensor, total: Tensor, update: Tensor, chosen: Tensor) -> None:
@@ -358,12 +374,13 @@ def nse_batch(
 ) -> dict[int, Tensor]:
     """Write one batch into the model, in place, and return what was added to each layer, (d_model, d_ff).
 
-    values: (n_edits, d_model). second_moments and history: one (d_ff, d_ff) float32 matrix per edited layer;
-    history gains K^T K of ALL requests, written or not, with keys taken after the last write.
+    values: z, (n_edits, d_model). second_moments and history: one (d_ff, d_ff) float32 matrix per edited layer;
+    history gains K^T K of ALL requests, written or not, with keys computed after the last write.
     """
     weights = {layer: model.model.layers[layer].mlp.down_proj.weight for layer in settings.layers}
     totals = {layer: torch.zeros_like(weight, requires_grad=False) for layer, weight in weights.items()}
     last = settings.layers[-1]
+
     # One measurement more than writes: the description measures first and counts afterwards.
     for done in range(settings.rounds + 1):
         distance = (values - compute_hidden(model, tokenizer, requests, last)).norm(dim=1)
@@ -371,15 +388,17 @@ def nse_batch(
         active = inside.nonzero().flatten().tolist()
         if not active or done == settings.rounds:
             break
+
         some = [requests[i] for i in active]
         for place, layer in enumerate(settings.layers):
             keys = compute_keys(model, tokenizer, some, templates, layer)
             hidden = compute_hidden(model, tokenizer, some, last)
-            residuals = (values[active] - hidden) / (len(settings.layers) - place)
+            shares = (values[active] - hidden) / (len(settings.layers) - place)
             chosen = select_neurons(keys, settings.mass)
             moment, past = second_moments[layer].to(keys.device), history[layer].to(keys.device)
-            update = solve_update(keys, residuals, moment, past, chosen, settings.covariance_weight)
+            update = solve_update(keys, shares, moment, past, chosen, settings.covariance_weight)
             write_layer(weights[layer], totals[layer], update, chosen)
+
     for layer in settings.layers:
         keys = compute_keys(model, tokenizer, requests, templates, layer)
         history[layer] += (keys.T @ keys).to(history[layer])

@@ -1,9 +1,9 @@
 """The published FiNE procedure, one edit at a time, as the yardstick for speed and exactness.
 
-Fine-grained neuron-level editing in plain torch, doing the work its description prescribes and no less: one forward
-of prompt and target locates the neurons, with one scan of every down-projection per target token; every step runs the
-whole model on the whole text, takes the losses from all its logits and differentiates through all of it. It shares no
-code with the engine.
+Fine-grained neuron-level editing (FiNE, arXiv 2503.01090) in plain torch, with all the work of its description: one
+forward of prompt and target locates the neurons, with one scan of every down-projection per target token; every step
+runs the whole model on the whole text, computes the losses from all its logits and differentiates through all of it. It
+shares no code with fastedit.
 
 For a prompt of P tokens and a target y_0 .. y_{S-1}, with a_l the input of the down-projection W_l and E the head:
 
@@ -30,7 +30,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class FineSettings:
-    """k neurons per target token, none in the last `frozen` layers; Adam's rate, the losses' weights, the stop rule."""
+    """Constants of one run.
+
+    k: neurons per target token; frozen: the last layers, in which none is chosen
+    lr, steps: Adam's learning rate and the largest number of its steps
+    kl, repeat, size: weights of drift, repetition and norm
+    stop: training ends when every target token is more probable than this
+    gate_only: score the activation alone, without the up projection
+    """
 
     k: int = 5
     frozen: int = 3
@@ -45,8 +52,12 @@ class FineSettings:
 
 @dataclass
 class FineResult:
-    """slots: (layer, neuron) in order; scores: theirs; delta: (n_slots, d_model); losses: of every forward, (total,
-    edit loss); steps: Adam steps."""
+    """One located and trained edit.
+
+    slots: (layer, neuron) in the order of choice; scores: (n_slots,)
+    delta: (n_slots, d_model), the vectors
+    losses: (total, edit loss) of every forward; steps: Adam steps
+    """
 
     slots: list[tuple[int, int]]
     scores: Tensor
@@ -56,13 +67,13 @@ class FineResult:
 
 
 def weight_of(down: Any) -> Tensor:
-    """(d_model, d_ff): GPT-2 stores its projections the other way round."""
+    """W, (d_model, d_ff); GPT-2 stores the transposed matrix."""
     return down.weight.T if type(down).__name__ == "Conv1D" else down.weight
 
 
 @contextmanager
 def hooked(modules: Sequence[nn.Module], hook: Any) -> Iterator[None]:
-    """`hook(number, inputs, output)` after each module's forward; what it returns, if anything, is the output."""
+    """Call `hook(number, inputs, output)` after each module's forward; a returned tensor replaces the output."""
     handles = [
         module.register_forward_hook(lambda _, inputs, output, number=number: hook(number, inputs, output))
         for number, module in enumerate(modules)
@@ -83,25 +94,28 @@ def locate(
     settings: FineSettings,
     gates: Sequence[Any] = (),
 ) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
-    """Chosen (layer, neuron) in order, their scores, and the unedited logits (P + S, n_vocabulary).
+    """Chosen (layer, neuron) in order, their scores (n_slots,), and the unedited logits (P + S, n_vocabulary).
 
     gates: the modules whose output is the activation alone, for gate_only"""
-    kept: dict[int, Tensor] = {}
+    activations: dict[int, Tensor] = {}
     if settings.gate_only:
-        with hooked(gates, lambda number, inputs, output: kept.__setitem__(number, output[0])):
+        with hooked(gates, lambda number, inputs, output: activations.__setitem__(number, output[0])):
             logits = model(input_ids=torch.tensor([[*prompt, *target]])).logits[0]
     else:
-        with hooked(downs, lambda number, inputs, output: kept.__setitem__(number, inputs[0][0])):
+        with hooked(downs, lambda number, inputs, output: activations.__setitem__(number, inputs[0][0])):
             logits = model(input_ids=torch.tensor([[*prompt, *target]])).logits[0]
+
     head = model.get_output_embeddings().weight
-    chosen, scores = [], []
+    chosen: list[tuple[int, int]] = []
+    scores: list[Tensor] = []
     for j in range(len(target)):
         position = len(prompt) - 1 + j
         direction = head[logits[position].argmax()]
         rows = [
-            kept[layer][position] * (direction @ weight_of(downs[layer]))
+            activations[layer][position] * (direction @ weight_of(downs[layer]))
             for layer in range(len(downs) - settings.frozen)
         ]
+
         contribution = torch.stack(rows)
         values, index = contribution.flatten().topk(settings.k)
         width = contribution.shape[1]
@@ -141,10 +155,12 @@ def edit_one(
             result.losses.append((float(total.detach()), float(edit.detach())))
             if not result.losses[-1][1] >= -math.log(settings.stop):
                 break
+
             adam.zero_grad()
             total.backward()
             adam.step()
             result.steps += 1
+
     result.delta = delta.detach()
     return result
 
@@ -157,22 +173,26 @@ def losses(
     delta: Tensor,
     settings: FineSettings,
 ) -> tuple[Tensor, Tensor]:
-    """The edit loss and the sum of all four."""
-    n_prompt, tokens = len(prompt), torch.tensor(target)
+    """The edit loss and the sum of all four losses.
+
+    logits: (P + S, n_vocabulary); reference: (P - 1, n_vocabulary), log-probabilities before the edit"""
+    n_prompt = len(prompt)
+    tokens = torch.tensor(target)
     scored = logits[n_prompt - 1 : n_prompt - 1 + len(target)].log_softmax(-1)
     edit = -scored[torch.arange(len(target)), tokens].min()
     total = edit + settings.size * delta.norm()
     if n_prompt > 1:
         now = logits[: n_prompt - 1].log_softmax(-1)
         total = total + settings.kl * (reference.exp() * (reference - now)).sum(-1).mean()
+
     said = logits[-1].softmax(-1)[tokens]
     return edit, total - settings.repeat * torch.log((1 - said).clamp_min(1e-6)).min()
 
 
 @torch.no_grad()
 def write(downs: Sequence[Any], result: FineResult) -> list[tuple[int, int, Tensor]]:
-    """Add the vectors to the columns; returns the columns as they were, for `undo`."""
-    saved = []
+    """Add the vectors to the columns; returns (layer, neuron, old column) of each slot, for `undo`."""
+    saved: list[tuple[int, int, Tensor]] = []
     for (layer, neuron), vector in zip(result.slots, result.delta, strict=True):
         column = weight_of(downs[layer])[:, neuron]
         saved.append((layer, neuron, column.clone()))
@@ -182,6 +202,6 @@ def write(downs: Sequence[Any], result: FineResult) -> list[tuple[int, int, Tens
 
 @torch.no_grad()
 def undo(downs: Sequence[Any], saved: Sequence[tuple[int, int, Tensor]]) -> None:
-    """Put the columns back, last first."""
+    """Restore the columns, the last written one first."""
     for layer, neuron, column in reversed(saved):
         weight_of(downs[layer])[:, neuron] = column
