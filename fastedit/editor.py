@@ -16,7 +16,7 @@ from fastedit.editing.guard import Guard
 from fastedit.editing.stream import OnError, Stream
 from fastedit.editing.undo_edit import Forgotten, forget
 from fastedit.evaluation.metrics import Evaluation, evaluate
-from fastedit.methods.base import Method, State
+from fastedit.methods.base import AnyMethod, AnyState
 from fastedit.methods.presets import settings_for
 from fastedit.methods.registry import METHODS, method_named
 from fastedit.model.adapter import ModelAdapter
@@ -25,7 +25,7 @@ from fastedit.model.families import FAMILIES, Family
 from fastedit.model.load import Dtype, load_model
 from fastedit.model.tokens import encode
 from fastedit.records.check import OnInvalid, check_edits
-from fastedit.records.edit import Edit, EditSet
+from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import RunError
 from fastedit.runs.recorder import Recorder
 from fastedit.runs.reports import Run, Watcher
@@ -53,7 +53,7 @@ class Editor:
     def __init__(
         self,
         adapter: ModelAdapter,
-        method: str | Method[Any, Any] = "nse",
+        method: str | AnyMethod = "nse",
         config: EditConfig | Mapping[str, Any] | None = None,
         moments: Mapping[int, Tensor] | Source | None = None,
         seed: int = 0,
@@ -74,7 +74,7 @@ class Editor:
     def from_pretrained(
         cls,
         source: str,
-        method: str | Method[Any, Any] = "nse",
+        method: str | AnyMethod = "nse",
         preset: str | None = None,
         config: EditConfig | Mapping[str, Any] | None = None,
         dtype: Dtype = "float32",
@@ -96,7 +96,7 @@ class Editor:
         cls,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        method: str | Method[Any, Any] = "nse",
+        method: str | AnyMethod = "nse",
         preset: str | None = None,
         config: EditConfig | Mapping[str, Any] | None = None,
         families: Sequence[Family] = FAMILIES,
@@ -118,7 +118,7 @@ class Editor:
         cls,
         run_dir: str | Path,
         adapter: ModelAdapter | None = None,
-        method: Method[Any, Any] | None = None,
+        method: AnyMethod | None = None,
         moments: Mapping[int, Tensor] | Source | None = None,
         undo_depth: int = 3,
         progress: bool | None = None,
@@ -156,7 +156,7 @@ class Editor:
         return self.stream.adapter
 
     @property
-    def method(self) -> Method[Any, Any]:
+    def method(self) -> AnyMethod:
         """The method that edits."""
         return self.stream.method
 
@@ -184,7 +184,7 @@ class Editor:
         return self.stream.weights
 
     @property
-    def state(self) -> State[Any]:
+    def state(self) -> AnyState:
         """The method's state, such as second moments and past keys; prepared at first use, which can take minutes."""
         return self.stream.state
 
@@ -260,7 +260,7 @@ class Editor:
             last = len(self.stream.committed) - to
         self.stream.undo(1 if last is None else last)
 
-    def forget(self, case_id: Any) -> Forgotten:
+    def forget(self, case_id: CaseId) -> Forgotten:
         """Take one recorded edit back: the batches from its own on are solved again without it.
 
         Raises RunError when nothing is recorded, ValueError for an unknown case_id."""

@@ -11,6 +11,7 @@ from fastedit.cli.console import AsJson, counted, emit, errors, open_console
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor
+    from fastedit.records.edit import CaseId
     from fastedit.runs.log import Record
     from fastedit.runs.recorder import Recorder
 
@@ -131,7 +132,7 @@ def undo(
         emit(as_json, {"batches": keep, "taken_back": count - keep}, text)
 
 
-def _case_id(editor: Editor, text: str) -> Any:
+def _case_id(editor: Editor, text: str) -> CaseId:
     """The case id that is written like this: 7 and "7" never stand for two edits."""
     return next((edit.case_id for edit in editor.edits if str(edit.case_id) == text), text)
 

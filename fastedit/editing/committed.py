@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from fastedit.methods.base import State
+from fastedit.methods.base import AnyState
 from fastedit.records.edit import EditSet
 from fastedit.weights.trial import Trial
 
@@ -52,7 +51,7 @@ class CommittedBatches:
         """Number of last batches that can be undone from memory."""
         return len(self._trials)
 
-    def append(self, edits: EditSet, trial: Trial, state: State[Any], kept: Mapping[str, Tensor]) -> None:
+    def append(self, edits: EditSet, trial: Trial, state: AnyState, kept: Mapping[str, Tensor]) -> None:
         """Commit a trial: its batch is in force, and the state advances by it."""
         trial.commit()
         self._trials.append(trial)
@@ -61,7 +60,7 @@ class CommittedBatches:
         self._store_state(state)
         state.take_in(kept)
 
-    def undo(self, n_batches: int, state: State[Any]) -> None:
+    def undo(self, n_batches: int, state: AnyState) -> None:
         """Take the last batches back, weights and state, bit for bit.
 
         Raises ValueError for more batches than can be undone from memory."""
@@ -79,7 +78,7 @@ class CommittedBatches:
         for _ in range(n_batches):
             self._trials.pop().rollback()
 
-    def _store_state(self, state: State[Any]) -> None:
+    def _store_state(self, state: AnyState) -> None:
         """Keep the state as it was before the oldest batch that can be undone. `state` lacks the last batch still."""
         depth = self.undoable
         oldest = len(self._batches) - depth
@@ -92,7 +91,7 @@ class CommittedBatches:
             self._batches[oldest - 1].kept = self._batches[oldest - 1].before = None
 
 
-def _advanced(state: State[Any], batch: _Batch) -> dict[str, Tensor]:
+def _advanced(state: AnyState, batch: _Batch) -> dict[str, Tensor]:
     """The state after a batch, made from the state before it, which is used up. `state` itself does not change."""
     present = state.tensors()
     try:

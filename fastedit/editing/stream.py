@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fastedit.config import EditConfig
 from fastedit.editing.committed import CommittedBatches
 from fastedit.editing.guard import Guard, GuardTripped
 from fastedit.editing.retry import with_less_memory
-from fastedit.methods.base import Method, Progress, Result, Start, State
+from fastedit.methods.base import AnyMethod, AnyStart, AnyState, Progress, Result, Start
 from fastedit.methods.closed_form.solver import NotPositiveDefinite
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
@@ -62,7 +62,7 @@ class Stream:
     def __init__(
         self,
         adapter: ModelAdapter,
-        method: Method[Any, Any],
+        method: AnyMethod,
         config: EditConfig,
         moments: Mapping[int, Tensor] | Source | None,
         seed: int,
@@ -81,17 +81,17 @@ class Stream:
         self.weights = ColumnWeights(adapter, layers) if method.by_column else EditableWeights(adapter, layers)
         self.committed = CommittedBatches(undo_depth)
         self.recorder: Recorder | None = None
-        self._state: State[Any] | None = None
+        self._state: AnyState | None = None
         # Stays halved for the rest of the stream once memory ran out: other groups would round differently.
         self._token_budget: int | None = None
 
     @property
-    def start(self) -> Start[Any]:
+    def start(self) -> AnyStart:
         """What the method is given, with the current settings."""
         return Start(self.adapter, self.weights, self.config, self.moments, self.seed, self.progress)
 
     @property
-    def state(self) -> State[Any]:
+    def state(self) -> AnyState:
         """The method's state, prepared at first use, which can take minutes."""
         if self._state is None:
             state = self.method.prepare(self.start)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastedit.editing.guard import Guard
 from fastedit.editing.stream import Rewrite, Stream
 from fastedit.evaluation.answers import answer
-from fastedit.records.edit import Edit, EditSet
+from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import Record, RunError
 from fastedit.runs.recorder import Recorder
 from fastedit.weights.editable import EditableWeights
@@ -28,7 +28,7 @@ class Forgotten:
     others: share of the remaining edits with every target token ranked first, before and after
     """
 
-    case_id: Any
+    case_id: CaseId
     batches: int
     seconds: float
     log_prob: tuple[float, float, float]
@@ -57,7 +57,7 @@ class Forgotten:
         )
 
 
-def forget(stream: Stream, case_id: Any) -> Forgotten:
+def forget(stream: Stream, case_id: CaseId) -> Forgotten:
     """Take back one recorded edit. The batches of its run from its own on are written again without it.
 
     One record brings the new batches into force together: a crash before it leaves the run as it was.
@@ -102,7 +102,7 @@ def forget(stream: Stream, case_id: Any) -> Forgotten:
     )
 
 
-def _batch_of(recorder: Recorder, case_id: Any) -> int:
+def _batch_of(recorder: Recorder, case_id: CaseId) -> int:
     """Position of the last live batch that holds the edit. Raises ValueError when none does."""
     for position in reversed(range(len(recorder.live))):
         if any(edit["case_id"] == case_id for edit in recorder.live[position].body["edits"]):
@@ -110,7 +110,7 @@ def _batch_of(recorder: Recorder, case_id: Any) -> int:
     raise ValueError(f"{recorder.log.folder} holds no edit with case_id {case_id!r} in force")
 
 
-def _write_without(stream: Stream, recorder: Recorder, records: Sequence[Record], case_id: Any) -> list[Record]:
+def _write_without(stream: Stream, recorder: Recorder, records: Sequence[Record], case_id: CaseId) -> list[Record]:
     """Write the recorded batches again without one edit; their new records, which are pending."""
     guard = Guard()
     guard.begin(stream.adapter, stream.weights)

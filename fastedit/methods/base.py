@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastedit.weights.editable import EditableWeights
 
 C = TypeVar("C", bound=EditConfig)
-S = TypeVar("S", bound="State[Any]")
+S = TypeVar("S", bound="AnyState")
 R_contra = TypeVar("R_contra", contravariant=True)
 
 Progress = Callable[[float], None]
@@ -114,6 +114,9 @@ class State(Protocol[R_contra]):
     def adopt(self, described: Mapping[str, Any]) -> None:
         """Take over what `describe` returned in an earlier process. Raises ValueError where the two do not agree."""
         ...
+
+
+AnyState: TypeAlias = State[Any]
 
 
 class NoState:
@@ -220,3 +223,8 @@ class Method(ABC, Generic[C, S]):
         for part in reversed(self.token_budget_setting.split(".")):
             changes = {part: changes}
         return changed(config, changes)
+
+
+# What holds a method and its state without knowing their types.
+AnyMethod: TypeAlias = Method[Any, Any]
+AnyStart: TypeAlias = Start[Any]

@@ -13,18 +13,18 @@ from typing import Any
 import yaml
 
 from fastedit.config import EditConfig, changed
-from fastedit.methods.base import Method
+from fastedit.methods.base import AnyMethod
 from fastedit.methods.registry import method_named
 from fastedit.model.adapter import ModelAdapter
 
 
-def presets(method: str | Method[Any, Any]) -> list[str]:
+def presets(method: str | AnyMethod) -> list[str]:
     """Names of the presets that ship for a method. Raises ValueError for an unknown method."""
     folder = method_named(method).presets
     return [] if folder is None else sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load_preset(method: str | Method[Any, Any], name: str, **changes: Any) -> EditConfig:
+def load_preset(method: str | AnyMethod, name: str, **changes: Any) -> EditConfig:
     """The preset `name` of a method with `changes` applied, see `fastedit.config.changed`.
 
     Raises ValueError for an unknown method, an unknown preset (listing those that ship) or a value that does not fit.
@@ -37,7 +37,7 @@ def load_preset(method: str | Method[Any, Any], name: str, **changes: Any) -> Ed
     return changed(method.config_class.model_validate(_read(method, name)["config"]), changes)
 
 
-def preset_for(method: str | Method[Any, Any], n_layers: int, d_model: int, d_ff: int) -> EditConfig:
+def preset_for(method: str | AnyMethod, n_layers: int, d_model: int, d_ff: int) -> EditConfig:
     """The preset that was made for a model of this shape. Raises ValueError, listing the presets, when none was."""
     method = method_named(method)
     shape = {"n_layers": n_layers, "d_model": d_model, "d_ff": d_ff}
@@ -52,7 +52,7 @@ def preset_for(method: str | Method[Any, Any], n_layers: int, d_model: int, d_ff
 
 
 def settings_for(
-    method: Method[Any, Any],
+    method: AnyMethod,
     model: ModelAdapter,
     preset: str | None = None,
     config: EditConfig | Mapping[str, Any] | None = None,
@@ -80,7 +80,7 @@ def settings_for(
     return changed(preset_for(method, model.n_layers, model.d_model, model.d_ff), changes)
 
 
-def _read(method: Method[Any, Any], name: str) -> dict[str, Any]:
+def _read(method: AnyMethod, name: str) -> dict[str, Any]:
     assert method.presets is not None
     path: Path = method.presets / f"{name}.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastedit.methods.base import Method
+from fastedit.methods.base import AnyMethod, Method
 from fastedit.methods.closed_form.alphaedit import ALPHAEDIT
 from fastedit.methods.closed_form.memit import MEMIT
 from fastedit.methods.closed_form.nse import NSE
@@ -12,10 +10,10 @@ from fastedit.methods.columns.fine import FINE
 from fastedit.methods.columns.kn import KN
 from fastedit.methods.columns.kne import KNE
 
-METHODS: dict[str, Method[Any, Any]] = {method.name: method for method in (NSE, MEMIT, ALPHAEDIT, FINE, KNE, KN)}
+METHODS: dict[str, AnyMethod] = {method.name: method for method in (NSE, MEMIT, ALPHAEDIT, FINE, KNE, KN)}
 
 
-def method_named(method: str | Method[Any, Any]) -> Method[Any, Any]:
+def method_named(method: str | AnyMethod) -> AnyMethod:
     """The method of that name; a method is returned as it is. Raises ValueError, listing the names."""
     if isinstance(method, Method):
         return method

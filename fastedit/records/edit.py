@@ -8,10 +8,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple, ParamSpec, overload
+from typing import Annotated, Any, NamedTuple, ParamSpec, TypeAlias, overload
 
 import pydantic
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+# None until a file or an editor has numbered the records.
+CaseId: TypeAlias = int | str | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Problem:
 
     message: str
     field: str | None = None
-    case_id: int | str | None = None
+    case_id: CaseId = None
     line: int | None = None
     source: str | None = None
 
@@ -75,7 +78,7 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def case_id_of(record: Mapping[str, Any]) -> int | str | None:
+def case_id_of(record: Mapping[str, Any]) -> CaseId:
     """The record's case_id if it is an integer or a string, else None."""
     case_id = record.get("case_id")
 
@@ -218,7 +221,7 @@ class Edit(pydantic.BaseModel):
 
     # Edits are recorded and hashed in run directories: see fastedit.runs.fields before you add or remove a field, here
     # or in `Probe`.
-    case_id: Annotated[int | str | None, pydantic.BeforeValidator(_checked_case_id)] = None
+    case_id: Annotated[CaseId, pydantic.BeforeValidator(_checked_case_id)] = None
     # Before `prompt`, because the check of the prompt looks for the subject.
     subject: Text
     prompt: Text
@@ -241,7 +244,7 @@ class Edit(pydantic.BaseModel):
         generation_prompts: str | Sequence[str] | None = (),
         locality: ProbesLike = (),
         portability: ProbesLike = (),
-        case_id: int | str | None = None,
+        case_id: CaseId = None,
     ) -> None:
         """See the class."""
 
@@ -314,7 +317,7 @@ _WORDINGS = {
 }
 
 
-def _problem(detail: ErrorDetails, case_id: int | str | None) -> Problem:
+def _problem(detail: ErrorDetails, case_id: CaseId) -> Problem:
     """One of pydantic's errors about an `Edit`, in our words."""
     kind = detail["type"]
     location = detail["loc"]

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fastedit.config import EditConfig
-from fastedit.methods.base import State
+from fastedit.methods.base import AnyState
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.load import load_model
@@ -256,7 +256,7 @@ class Recorder:
         """Take back all but the first `keep` live batches, and put the pending batches `then` in force."""
         self.log.append("rewind", {"keep": keep, "then": [record.number for record in then]})
 
-    def snapshot_if_due(self, weights: EditableWeights, state: State[Any]) -> None:
+    def snapshot_if_due(self, weights: EditableWeights, state: AnyState) -> None:
         """Write a snapshot when enough was written since the last one. A failure is a warning: nothing needs it."""
         changed = {layer: weights.changed(layer) for layer in weights.layers}
         carried = state.tensors()
@@ -314,7 +314,7 @@ class Recorder:
                 other,
             )
 
-    def replay_state(self, state: State[Any], upto: int | None = None) -> None:
+    def replay_state(self, state: AnyState, upto: int | None = None) -> None:
         """Bring a method's state to what it was after the first `upto` live batches (None = all)."""
         live = self.live[:upto]
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
-from fastedit.records.edit import EditSet, Problem
+from fastedit.records.edit import CaseId, EditSet, Problem
 
 
 class BatchRejected(RuntimeError):
     """A batch could not be written; its trial was rolled back bit for bit. `case_ids` are the edits to blame."""
 
-    def __init__(self, batch: int, case_ids: list[Any], reason: str) -> None:
+    def __init__(self, batch: int, case_ids: list[CaseId], reason: str) -> None:
         shown = ", ".join(str(case) for case in case_ids[:5]) + (", ..." if len(case_ids) > 5 else "")
         super().__init__(f"batch {batch} rolled back, no weight changed: {reason} (case ids {shown})")
 
@@ -40,7 +40,7 @@ class BatchReport:
     """
 
     batch: int
-    case_ids: tuple[Any, ...]
+    case_ids: tuple[CaseId, ...]
     seconds: float
     loss: float | None = None
     steps: float | None = None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastedit.methods.base import Method, Progress, Start, State
+from fastedit.methods.base import AnyState, Method, Progress, Start
 from fastedit.methods.columns.config import ColumnConfig
 from fastedit.methods.columns.contributions import Slots
 from fastedit.methods.columns.training import Trained
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 G = TypeVar("G", bound=ColumnConfig)
-S = TypeVar("S", bound=State[Any])
+S = TypeVar("S", bound=AnyState)
 
 
 @dataclass(frozen=True)
