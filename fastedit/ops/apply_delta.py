@@ -21,8 +21,6 @@ def apply_delta(
     solution: Tensor,
     index: Tensor | None = None,
     master: Tensor | None = None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
 ) -> None:
     """Add the update in place. The product is taken in float32 (float64 for float64 weights).
 
@@ -30,7 +28,6 @@ def apply_delta(
     residual: (n_edits, d_model); solution: (k, n_edits), float32 or float64
     index: (k,) int64 selected neurons, or None for all; repeated indices add up
     master: (d_model, d_ff) float32 or float64, or None
-    saved, saved_master: (d_model, k) in the dtype of weight and of master, or None: get the columns as they were
     Raises ValueError for shapes, TypeError for dtypes.
     """
     require("apply_delta", "residual", residual, (None, None))
@@ -45,12 +42,7 @@ def apply_delta(
     if master is not None:
         require("apply_delta", "master", master, weight.shape)
         require_dtype("apply_delta", "master", master, torch.float32, torch.float64)
-    for name, copy, source in (("saved", saved, weight), ("saved_master", saved_master, master)):
-        if copy is not None and source is None:
-            raise ValueError(f"apply_delta: {name} was given without a master")
-        if copy is not None:
-            require("apply_delta", name, copy, (d_model, width), source)
-    _table.run("apply_delta", weight, residual, solution, index, master, saved, saved_master)
+    _table.run("apply_delta", weight, residual, solution, index, master)
 
 
 def apply_delta_torch(
@@ -59,13 +51,8 @@ def apply_delta_torch(
     solution: Tensor,
     index: Tensor | None,
     master: Tensor | None,
-    saved: Tensor | None,
-    saved_master: Tensor | None,
 ) -> None:
     """The update in place, in plain torch."""
-    for copy, source in ((saved, weight), (saved_master, master)):
-        if copy is not None and source is not None:
-            copy.copy_(source if index is None else source[:, index])
     new = apply_delta_ref(weight if master is None else master, residual, solution, index)
     if master is not None:
         master.copy_(new)

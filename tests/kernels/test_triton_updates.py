@@ -1,7 +1,5 @@
 """The Triton kernels that change their arguments, under Triton's interpreter (or on the device, where there is one)."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from fastedit.ops import _table
 from fastedit.ops.apply_delta import apply_delta, apply_delta_ref
 from fastedit.ops.gram_update import gram_update, gram_update_ref
 from fastedit.ops.sparse_adam import AdamSettings, sparse_adam, sparse_adam_ref
-from fastedit.testing import CASES, Case, Factory, assert_close, assert_tolerance_bites, in_float64, strided
+from fastedit.testing import CASES, Case, Factory, assert_close, assert_tolerance_bites, in_float64
 
 pytest.importorskip("triton")
 
@@ -67,21 +65,6 @@ def test_repeated_positions_add_up_in_a_fixed_order(dtype):
     yardstick = apply_delta_ref(weight, residual, solution, index).to(dtype)
     assert_tolerance_bites(found, expected, yardstick, "apply_delta")
     assert torch.equal(found, again)
-
-
-@pytest.mark.parametrize("with_master", [True, False])
-def test_the_columns_are_saved_as_they_were_for_every_position(with_master):
-    weight, residual, solution, index = repeated_update(torch.bfloat16)
-    master = weight.float() + 1e-4 if with_master else None
-    before = copies((weight, master))
-    saved = strided(torch.zeros(70, 100, dtype=weight.dtype, device=DEVICE))
-    saved_master = torch.zeros(70, 100, device=DEVICE) if with_master else None
-    module = importlib.import_module("fastedit.kernels.apply_delta")
-    module.apply_delta(weight, residual, solution, index, master, saved, saved_master)
-    assert not torch.equal(weight, before[0])
-    assert torch.equal(saved, before[0][:, index])
-    if with_master:
-        assert torch.equal(saved_master, before[1][:, index])
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)

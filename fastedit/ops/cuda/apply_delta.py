@@ -1,4 +1,4 @@
-"""The update in one pass over the selected columns: read, saved, added to, rounded once, written."""
+"""The update in one pass over the selected columns: read, added to, rounded once, written."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ def supports(
     solution: Tensor,
     index: Tensor | None,
     master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
 ) -> str | None:
     """Any weight with a float32 master or none, a float64 one with a float64 master or none; any strides."""
     reason = (
-        cuda.cannot(weight, saved, dtypes=(*WIDE, torch.bfloat16, torch.float16))
-        or cuda.cannot(residual, solution, master, saved_master, dtypes=WIDE)
+        cuda.cannot(weight, dtypes=(*WIDE, torch.bfloat16, torch.float16))
+        or cuda.cannot(residual, solution, master, dtypes=WIDE)
         or cuda.cannot(index, dtypes=(torch.int64,))
     )
     sums = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -37,8 +35,6 @@ def worth(
     solution: Tensor,
     index: Tensor | None,
     master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
 ) -> str | None:
     """No GPU has timed it yet."""
     return cuda.unmeasured()
@@ -50,8 +46,6 @@ def apply_delta(
     solution: Tensor,
     index: Tensor | None,
     master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
 ) -> None:
     """See :func:`fastedit.ops.apply_delta.apply_delta`; an ascending index is the fast case."""
     d_model, d_ff = weight.shape
@@ -59,7 +53,7 @@ def apply_delta(
     cuda.launch(
         "apply_delta",
         weight,
-        *(cuda.operand(value, 2) for value in (weight, master, residual, solution, saved, saved_master)),
+        *(cuda.operand(value, 2) for value in (weight, master, residual, solution)),
         cuda.operand(index, 1),
         0 if ascending is None else ascending.data_ptr(),
         d_model,
