@@ -3,6 +3,6 @@
 `with backend("cpp"):` chooses what runs them, see docs/ops.md.
 """
 
-from fastedit.ops._table import BACKENDS, BackendUnavailable, backend
+from fastedit.ops._dispatch import BACKENDS, BackendUnavailable, backend
 
 __all__ = ["BACKENDS", "BackendUnavailable", "backend"]

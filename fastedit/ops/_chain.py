@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.capture_keys import capture_keys
 from fastedit.ops.masked_gram import masked_gram
 from fastedit.ops.select_neurons import select_neurons
@@ -112,7 +112,7 @@ def _one_launch(
     gate: Tensor, up: Tensor | None, moment: Tensor, history: Tensor | None, past: Tensor | None
 ) -> ModuleType | None:
     """The module of the chain in one CUDA launch, where that can run and measured faster than three."""
-    if _table.wanted() not in (None, "cuda") or not gate.is_cuda:
+    if _dispatch.wanted() not in (None, "cuda") or not gate.is_cuda:
         return None
     module = importlib.import_module("fastedit.ops.cuda.system_chain")
     given = (gate, up, moment, history, past)
@@ -130,15 +130,15 @@ def _device_modules(
     dtype: torch.dtype,
 ) -> tuple[ModuleType, ModuleType] | None:
     """The first backend's modules of select_neurons and masked_gram that can do both without the host."""
-    wanted = _table.wanted()
+    wanted = _dispatch.wanted()
     calls = {
         "select_neurons": (mass, None, reaching, within),
         "masked_gram": (moment, weight, keys, history, None, dtype),
     }
     for name in DEVICE_BACKENDS if wanted is None else [name for name in DEVICE_BACKENDS if name == wanted]:
-        if any(_table.unsupported(op, name, *arguments) is not None for op, arguments in calls.items()):
+        if any(_dispatch.unsupported(op, name, *arguments) is not None for op, arguments in calls.items()):
             continue
-        modules = tuple(_table.module_of(op, name) for op in calls)
+        modules = tuple(_dispatch.module_of(op, name) for op in calls)
         worth = all(module.worth(*arguments) is None for module, arguments in zip(modules, calls.values(), strict=True))
         if (wanted is not None or worth) and hasattr(modules[1], "masked_gram_on_device"):
             return modules[0], modules[1]

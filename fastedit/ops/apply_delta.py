@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require, require_dtype
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -42,7 +42,7 @@ def apply_delta(
     if master is not None:
         require("apply_delta", "master", master, weight.shape)
         require_dtype("apply_delta", "master", master, torch.float32, torch.float64)
-    _table.run("apply_delta", weight, residual, solution, index, master)
+    _dispatch.run("apply_delta", weight, residual, solution, index, master)
 
 
 def apply_delta_torch(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require, require_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -47,7 +47,7 @@ def capture_keys(
         require_dtype("capture_keys", "active", active, torch.bool)
     if activation not in ACTIVATIONS:
         raise ValueError(f"capture_keys: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return Keys(*_table.run("capture_keys", gate, up, weights.to(gate.device), activation, active))
+    return Keys(*_dispatch.run("capture_keys", gate, up, weights.to(gate.device), activation, active))
 
 
 def capture_keys_ref(

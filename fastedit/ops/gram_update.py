@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require
 
 # Products below this width are cheaper whole than in tiles: measured with two CPU threads, 0.9 at 512, 1.3 at 1536.
@@ -19,7 +19,7 @@ def gram_update(history: Tensor, keys: Tensor) -> Tensor:
     """
     require("gram_update", "keys", keys, (None, None), history)
     require("gram_update", "history", history, (keys.shape[1], keys.shape[1]))
-    _table.run("gram_update", history, keys)
+    _dispatch.run("gram_update", history, keys)
     return history
 
 

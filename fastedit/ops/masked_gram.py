@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require, require_dtype
 
 SYSTEM_DTYPES = (torch.float32, torch.float64)
@@ -40,7 +40,7 @@ def masked_gram(
     if index is not None:
         require("masked_gram", "index", index, (None,))
         require_dtype("masked_gram", "index", index, torch.int64)
-    return _table.run("masked_gram", moment, weight, keys, history, index, dtype)
+    return _dispatch.run("masked_gram", moment, weight, keys, history, index, dtype)
 
 
 def masked_gram_ref(

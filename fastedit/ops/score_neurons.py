@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require, require_dtype
 
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def score_neurons(
     require("score_neurons", "directions", directions, (activations.shape[0], d_model), weight)
     if top_k is not None and not 1 <= top_k <= d_ff:
         raise ValueError(f"score_neurons: top_k must be in [1, {d_ff}], got {top_k}")
-    return _table.run("score_neurons", activations, weight, directions, top_k)
+    return _dispatch.run("score_neurons", activations, weight, directions, top_k)
 
 
 def score_neurons_torch(

@@ -16,7 +16,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require
 
 
@@ -45,7 +45,7 @@ def select_neurons(
             raise ValueError(f"select_neurons: the share must be in (0, 1], got {share}")
         if smallest < 0:
             raise ValueError("select_neurons: scores must not be negative when selecting by mass")
-    return _table.run("select_neurons", score, top_k, reaching, within)
+    return _dispatch.run("select_neurons", score, top_k, reaching, within)
 
 
 def select_neurons_ref(

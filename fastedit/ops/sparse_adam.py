@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require, require_dtype
 
 
@@ -56,7 +56,7 @@ def sparse_adam(
             require("sparse_adam", name, value, delta.shape[:1], delta)
     if step < 1:
         raise ValueError(f"sparse_adam: step must be at least 1, got {step}")
-    _table.run("sparse_adam", delta, grad, moment1, moment2, step, settings, decay, radius)
+    _dispatch.run("sparse_adam", delta, grad, moment1, moment2, step, settings, decay, radius)
 
 
 def sparse_adam_torch(

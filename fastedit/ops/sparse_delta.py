@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require, require_dtype
 
 DELTA_DTYPES = (torch.float32, torch.float64)
@@ -65,7 +65,7 @@ def sparse_delta_grads(
     _check("sparse_delta_grads", activations, row_starts, index, slot_starts, delta)
     require("sparse_delta_grads", "grad", grad, (activations.shape[0], delta.shape[1]), delta)
     arguments = (activations, row_starts, index, slot_starts, delta, scale, grad)
-    return _table.run("sparse_delta", *arguments, function="sparse_delta_grads")
+    return _dispatch.run("sparse_delta", *arguments, function="sparse_delta_grads")
 
 
 def sparse_delta_torch(
@@ -119,14 +119,14 @@ class _SparseDelta(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(activations, row_starts, index, slot_starts, delta)
         # A backward on a device runs in a thread of its own, which does not see the caller's choice of backend.
-        ctx.scale, ctx.backend = scale, _table.wanted()
-        return _table.run("sparse_delta", activations, row_starts, index, slot_starts, delta, scale)
+        ctx.scale, ctx.backend = scale, _dispatch.wanted()
+        return _dispatch.run("sparse_delta", activations, row_starts, index, slot_starts, delta, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         arguments = (*ctx.saved_tensors, ctx.scale, grads[0].contiguous())
-        with contextlib.nullcontext() if ctx.backend is None else _table.backend(ctx.backend):
-            found: DeltaGrads = _table.run("sparse_delta", *arguments, function="sparse_delta_grads")
+        with contextlib.nullcontext() if ctx.backend is None else _dispatch.backend(ctx.backend):
+            found: DeltaGrads = _dispatch.run("sparse_delta", *arguments, function="sparse_delta_grads")
         return found.activations, None, None, None, found.delta, None
 
 

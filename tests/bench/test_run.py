@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.gram_update import gram_update_torch
 from fastedit.testing import Case
 
@@ -145,11 +145,11 @@ def test_the_baselines_of_the_selection_keep_its_promises(bench, rule):
 def backend(monkeypatch):
     """A second backend of gram_update, whose function the test may replace."""
     module = SimpleNamespace(supports=lambda *_: None, worth=lambda *_: None, gram_update=gram_update_torch)
-    original = _table.module_of
-    monkeypatch.setitem(_table.TABLE, "gram_update", {"cpp": "here"})
+    original = _dispatch.module_of
+    monkeypatch.setitem(_dispatch.TABLE, "gram_update", {"cpp": "here"})
     # Also where no compiler was found at install.
-    monkeypatch.setattr(_table, "present", lambda op: tuple(_table.TABLE[op]))
-    monkeypatch.setattr(_table, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
+    monkeypatch.setattr(_dispatch, "present", lambda op: tuple(_dispatch.TABLE[op]))
+    monkeypatch.setattr(_dispatch, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
     return module
 
 

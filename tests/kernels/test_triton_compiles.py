@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 
 pytest.importorskip("triton")
 
@@ -27,7 +27,7 @@ def compiled_kernels(capability, folder):
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_every_kernel_compiles_for_the_device(capability, tmp_path):
     kernels = compiled_kernels(capability, tmp_path)
-    with_kernels = {op for op, backends in _table.TABLE.items() if "triton" in backends}
+    with_kernels = {op for op, backends in _dispatch.TABLE.items() if "triton" in backends}
     assert {kernel["launch"].split()[0] for kernel in kernels} == with_kernels
     for kernel in kernels:
         # All scores of a wide layer are held by 1024 threads of 64 registers. Else a few bytes are no spill in a loop.

@@ -10,17 +10,17 @@ pytest.importorskip("triton")
 
 ASK = """
 import torch
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.select_neurons import select_neurons
 from fastedit.kernels import _launch
 score = torch.tensor([3.0, 1.0, 2.0])
 print(_launch.missing())
-print(_table.unsupported("select_neurons", "triton", score, 1, None, None))
+print(_dispatch.unsupported("select_neurons", "triton", score, 1, None, None))
 print(select_neurons(score, top_k=1).tolist())
-with _table.backend("triton"):
+with _dispatch.backend("triton"):
     try:
         print(select_neurons(score, top_k=1).tolist())
-    except _table.BackendUnavailable as refusal:
+    except _dispatch.BackendUnavailable as refusal:
         print(refusal)
 """
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"

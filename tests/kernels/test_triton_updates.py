@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.apply_delta import apply_delta, apply_delta_ref
 from fastedit.ops.gram_update import gram_update, gram_update_ref
 from fastedit.ops.sparse_adam import AdamSettings, sparse_adam, sparse_adam_ref
@@ -19,7 +19,7 @@ SETTINGS = AdamSettings(0.1, beta1=0.8, eps=1e-6)
 
 @pytest.fixture(autouse=True)
 def on_triton():
-    with _table.backend("triton"):
+    with _dispatch.backend("triton"):
         yield
 
 
@@ -100,5 +100,5 @@ def test_a_broken_row_stays_broken_and_alone():
 
 def test_an_update_in_half_precision_is_refused_with_the_reason():
     weight, residual, solution, index = repeated_update(torch.float32)
-    with pytest.raises(_table.BackendUnavailable, match="residual is bfloat16, the kernel takes float32 or float64"):
+    with pytest.raises(_dispatch.BackendUnavailable, match="residual is bfloat16, the kernel takes float32 or float64"):
         apply_delta(weight, residual.bfloat16(), solution, index)

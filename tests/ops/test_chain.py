@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._chain import DEVICE_BACKENDS, system_chain
 from fastedit.ops.capture_keys import capture_keys_ref
 from fastedit.ops.masked_gram import masked_gram_ref
@@ -18,14 +18,14 @@ RULES = ({"reaching": 0.6}, {"within": 0.6}, {"reaching": 1.0}, {"within": 1e-6}
 def able(name):
     """Whether a backend has the device forms and can run them here."""
     score = torch.ones(2, device=DEVICE)
-    return name == "torch" or _table.unsupported("select_neurons", name, score, 1, None, None) is None
+    return name == "torch" or _dispatch.unsupported("select_neurons", name, score, 1, None, None) is None
 
 
 @pytest.fixture(params=["torch", *DEVICE_BACKENDS])
 def chosen(request):
     if not able(request.param):
         pytest.skip(f"{request.param} cannot run here")
-    with _table.backend(request.param):
+    with _dispatch.backend(request.param):
         yield request.param
 
 
@@ -89,7 +89,7 @@ def test_the_chain_is_captured_in_a_cuda_graph_and_replays_with_other_rows(name)
     if not able(name):
         pytest.skip(f"{name} cannot run here")
     gate, *others = arguments()
-    with _table.backend(name):
+    with _dispatch.backend(name):
         system_chain(gate, *others, reaching=0.6).read()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.sparse_delta import (
     DeltaGrads,
     sparse_delta,
@@ -129,16 +129,16 @@ def test_the_backward_runs_on_the_backend_of_the_forward(monkeypatch):
     """The choice is kept with the graph: the block that made it has ended when the gradient is asked for."""
     inputs = Factory(SMALL).sparse()
     ran = []
-    original = _table.run
+    original = _dispatch.run
 
     def noting(op, *arguments, function=None):
-        ran.append((function or op, _table.wanted()))
+        ran.append((function or op, _dispatch.wanted()))
         return original(op, *arguments, function=function)
 
-    monkeypatch.setattr(_table, "run", noting)
+    monkeypatch.setattr(_dispatch, "run", noting)
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
     delta = inputs.delta.requires_grad_()
-    with _table.backend("torch"):
+    with _dispatch.backend("torch"):
         y = sparse_delta(inputs.activations, *inputs[1:4], delta)
     y.sum().backward()
     assert ran == [("sparse_delta", "torch"), ("sparse_delta_grads", "torch")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.select_neurons import select_neurons
 
 SCORE = torch.tensor([3.0, 1.0, 2.0])
@@ -16,11 +16,11 @@ SCORE = torch.tensor([3.0, 1.0, 2.0])
 def fake(monkeypatch):
     """A "cpp" backend of select_neurons whose answers are set by the test."""
     module = SimpleNamespace(supports=lambda *_: None, worth=lambda *_: None, select_neurons=lambda *_: "cpp")
-    monkeypatch.setitem(_table.TABLE, "select_neurons", {"cpp": "fastedit.ops.cpp.select_neurons"})
-    original = _table.module_of
-    monkeypatch.setattr(_table, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
+    monkeypatch.setitem(_dispatch.TABLE, "select_neurons", {"cpp": "fastedit.ops.cpp.select_neurons"})
+    original = _dispatch.module_of
+    monkeypatch.setattr(_dispatch, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
     # Also where no compiler was found at install.
-    monkeypatch.setattr(_table, "present", lambda op: tuple(_table.TABLE[op]))
+    monkeypatch.setattr(_dispatch, "present", lambda op: tuple(_dispatch.TABLE[op]))
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
     return module
 
@@ -37,9 +37,9 @@ def test_the_automatic_choice_falls_back_to_torch(fake, question):
 
 def test_what_is_asked_for_is_used_even_if_it_is_not_worth_it(fake):
     fake.worth = lambda *_: "slower here"
-    with _table.backend("cpp"):
+    with _dispatch.backend("cpp"):
         assert select_neurons(SCORE, top_k=1) == "cpp"
-        with _table.backend("torch"):
+        with _dispatch.backend("torch"):
             assert select_neurons(SCORE, top_k=1).tolist() == [0]
         assert select_neurons(SCORE, top_k=1) == "cpp"
     assert select_neurons(SCORE, top_k=1).tolist() == [0]
@@ -48,24 +48,24 @@ def test_what_is_asked_for_is_used_even_if_it_is_not_worth_it(fake):
 def test_what_is_asked_for_and_cannot_run_is_refused_with_its_reason(fake):
     fake.supports = lambda *_: "it was not compiled"
     refusal = "select_neurons: backend 'cpp' was asked for, but it was not compiled; able: torch"
-    with _table.backend("cpp"), pytest.raises(_table.BackendUnavailable, match=refusal):
+    with _dispatch.backend("cpp"), pytest.raises(_dispatch.BackendUnavailable, match=refusal):
         select_neurons(SCORE, top_k=1)
 
 
 def test_a_tensor_without_memory_goes_to_torch_and_to_no_kernel(fake):
     with FakeTensorMode():
         score = torch.empty(3)
-        assert _table.automatic("select_neurons", score, 1, None, None) == "torch"
-        assert _table.unsupported("select_neurons", "cpp", score, 1, None, None) == (
+        assert _dispatch.automatic("select_neurons", score, 1, None, None) == "torch"
+        assert _dispatch.unsupported("select_neurons", "cpp", score, 1, None, None) == (
             "kernels work on plain tensors, got a FakeTensor"
         )
-    assert _table.automatic("select_neurons", torch.nn.Parameter(SCORE), 1, None, None) == "cpp"
+    assert _dispatch.automatic("select_neurons", torch.nn.Parameter(SCORE), 1, None, None) == "cpp"
 
 
 def test_the_environment_asks_and_the_block_overrules_it(fake, monkeypatch):
     monkeypatch.setenv("FASTEDIT_BACKEND", "torch")
     assert select_neurons(SCORE, top_k=1).tolist() == [0]
-    with _table.backend("cpp"):
+    with _dispatch.backend("cpp"):
         assert select_neurons(SCORE, top_k=1) == "cpp"
     monkeypatch.setenv("FASTEDIT_BACKEND", "cpu")
     with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpp, torch, got 'cpu'"):
@@ -82,10 +82,10 @@ def test_a_backend_that_breaks_is_not_passed_over(fake):
 
 
 def test_every_backend_of_the_table_answers_for_its_op():
-    for op, backends in _table.TABLE.items():
-        assert list(backends) == [name for name in _table.BACKENDS if name in backends]
+    for op, backends in _dispatch.TABLE.items():
+        assert list(backends) == [name for name in _dispatch.BACKENDS if name in backends]
         for name in backends:
-            module = _table.module_of(op, name)
+            module = _dispatch.module_of(op, name)
             assert callable(getattr(module, op))
             assert callable(module.supports)
             assert callable(module.worth)
