@@ -103,7 +103,7 @@ def contestants(module: ModuleType, given: tuple[Any, ...]) -> list[Contestant]:
     plain = {**getattr(module, "YARDSTICKS", {}), **module.PLAIN}
     found = [Contestant(name, lambda form=form: form(given)) for name, form in plain.items()]
     on_gpu = any(isinstance(part, Tensor) and part.is_cuda for part in given)
-    backends = [name for name in _dispatch.TABLE.get(module.__name__, {}) if on_gpu or name != "triton"]
+    backends = [name for name in _dispatch.kinds(module.__name__) if on_gpu or name != "triton"]
     for name in ("torch", *backends):
         found.append(Contestant(name, lambda name=name: on_backend(name, module, given)))
     return found
@@ -119,8 +119,8 @@ def chosen_by_itself(module: ModuleType, given: tuple[Any, ...]) -> str:
     seen: list[str] = []
     automatic = _dispatch.automatic
 
-    def remember(op: str, *arguments: Any) -> str:
-        seen.append(automatic(op, *arguments))
+    def remember(op: str, args: NamedTuple) -> str:
+        seen.append(automatic(op, args))
         return seen[-1]
 
     with mock.patch.object(_dispatch, "automatic", remember):

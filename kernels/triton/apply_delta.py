@@ -9,6 +9,7 @@ Positions outside [0, d_ff) are passed over. Products are IEEE float32, or float
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastedit.kernels._launch import (
     cdiv,
     checked,
+    dtype_of,
     first,
     not_worth,
     on_device_of,
@@ -26,29 +28,20 @@ from fastedit.kernels._launch import (
     wrong_dtype,
 )
 
+if TYPE_CHECKING:
+    from fastedit.ops.apply_delta import ApplyDelta
 
-def supports(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-) -> str | None:
+
+def supports(args: ApplyDelta) -> str | None:
     """None, or why the kernels cannot take these arguments."""
     return first(
-        unavailable(weight=weight, residual=residual, solution=solution, index=index, master=master),
-        wrong_dtype("residual", residual, torch.float32, torch.float64),
-        wrong_dtype("solution", solution, torch.float32, torch.float64),
+        unavailable(args),
+        wrong_dtype("residual", args.residual, torch.float32, torch.float64),
+        wrong_dtype("solution", args.solution, torch.float32, torch.float64),
     )
 
 
-def worth(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-) -> str | None:
+def worth(args: ApplyDelta) -> str | None:
     """None, or why the kernels are not the faster choice."""
     return not_worth()
 
@@ -153,20 +146,15 @@ def _apply_kernel(
     tl.store(w_place, new.to(weight.dtype.element_ty), mask=mask)
 
 
-def apply_delta(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-) -> None:
-    """The update in place; arguments as of the public op. Never waits for the device."""
+def apply_delta(args: ApplyDelta) -> None:
+    """The update in place. Never waits for the device."""
+    weight, residual, solution, index, master = args
     (d_model, d_ff), (width, n_edits) = weight.shape, solution.shape
     if d_model == 0 or width == 0:
         return
+
     launch = config()
     wide = torch.promote_types((weight if master is None else master).dtype, torch.float32)
-    dtype = tl.float64 if wide == torch.float64 else tl.float32
     owner = None
     with on_device_of(weight):
         if index is not None:
@@ -175,7 +163,7 @@ def apply_delta(
         _apply_kernel[(cdiv(width, launch.columns), cdiv(d_model, launch.rows))](
             weight, master, residual, solution, index, owner, d_model, d_ff, width, n_edits,
             *weight.stride(), *strides(master, 2), *residual.stride(), *solution.stride(), *strides(index, 1),
-            HAS_INDEX=index is not None, HAS_MASTER=master is not None, DTYPE=dtype, ROWS=launch.rows,
+            HAS_INDEX=index is not None, HAS_MASTER=master is not None, DTYPE=dtype_of(wide), ROWS=launch.rows,
             COLUMNS=launch.columns, EDITS=launch.edits, num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
 
@@ -185,12 +173,13 @@ def _owned(index: Tensor, solution: Tensor, d_ff: int, wide: torch.dtype) -> tup
     width, n_edits = solution.shape
     owner = torch.full((d_ff,), width, dtype=torch.int32, device=index.device)
     copies = torch.zeros(d_ff, dtype=torch.int32, device=index.device)
+    _owner_kernel[(cdiv(width, 256),)](index, owner, copies, width, d_ff, index.stride(0), BLOCK=256, num_warps=4)
+
     folded = torch.empty(width, n_edits, dtype=wide, device=index.device)
     # 16 positions by 64 edits: a solution row is read in runs of 256 bytes, and even 100 positions give 14 programs.
-    _owner_kernel[(cdiv(width, 256),)](index, owner, copies, width, d_ff, index.stride(0), BLOCK=256, num_warps=4)
     if n_edits:
         _fold_kernel[(cdiv(width, 16), cdiv(n_edits, 64))](
             index, owner, copies, solution, folded, width, d_ff, n_edits, index.stride(0), *solution.stride(),
-            DTYPE=tl.float64 if wide == torch.float64 else tl.float32, BLOCK=16, EDITS=64, num_warps=4,
+            DTYPE=dtype_of(wide), BLOCK=16, EDITS=64, num_warps=4,
         )  # fmt: skip
     return owner, folded

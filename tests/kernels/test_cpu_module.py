@@ -133,9 +133,8 @@ def test_an_instruction_set_that_is_not_there_is_named(monkeypatch, on_cpp):
 
 
 def test_what_the_kernels_cannot_take_is_refused_with_the_reason(on_cpp):
-    with pytest.raises(
-        _dispatch.BackendUnavailable, match=r"capture_keys: .* takes .*float16, got torch.float64; able"
-    ):
+    refusal = r"capture_keys: .* takes .*float16, got torch.float64; able"
+    with pytest.raises(_dispatch.BackendUnavailable, match=refusal):
         capture_keys(torch.ones(1, 1, 2).double(), None, torch.ones(1), "silu")
     with pytest.raises(_dispatch.BackendUnavailable, match="run on the CPU, got a tensor on meta"):
         capture_keys(torch.ones(1, 1, 2, device="meta"), None, torch.ones(1), "silu")
@@ -161,10 +160,8 @@ def test_without_the_module_every_op_runs_in_plain_torch(monkeypatch):
     monkeypatch.setattr(cpp, "missing", lambda: "it was not compiled")
     monkeypatch.setattr(cpp, "compiled", lambda: pytest.fail("a kernel was asked for"))
     assert same(everything(), wanted)
-    with (
-        _dispatch.backend("cpp"),
-        pytest.raises(_dispatch.BackendUnavailable, match=r"it was not compiled; able: .*torch"),
-    ):
+    refusal = r"it was not compiled; able: .*torch"
+    with _dispatch.backend("cpp"), pytest.raises(_dispatch.BackendUnavailable, match=refusal):
         select_neurons(torch.ones(3), top_k=1)
 
 

@@ -32,9 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
         on_gpu = {"cuda", "triton"} if torch.cuda.is_available() else {"cuda"}
-        kernels = [
-            name for name in _dispatch.TABLE.get(op, {}) if "device" in metafunc.fixturenames or name not in on_gpu
-        ]
+        kernels = [name for name in _dispatch.kinds(op) if "device" in metafunc.fixturenames or name not in on_gpu]
         marks = {name: [pytest.mark.gpu] for name in on_gpu}
         metafunc.parametrize(
             "backend",

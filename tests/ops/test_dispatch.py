@@ -1,5 +1,8 @@
-"""Dispatch: what was asked for by name is used or refused with its reason, only the automatic choice falls back."""
+"""Dispatch: a backend asked for by name runs or is refused with its reason; only the automatic choice falls back."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastedit.ops import _dispatch
-from fastedit.ops.select_neurons import select_neurons
+from fastedit.ops.select_neurons import SelectNeurons, select_neurons
 
+OPS = sorted(path.stem for path in Path(_dispatch.__file__).parent.glob("[a-z]*.py"))
 SCORE = torch.tensor([3.0, 1.0, 2.0])
 
 
@@ -16,11 +20,11 @@ SCORE = torch.tensor([3.0, 1.0, 2.0])
 def fake(monkeypatch):
     """A "cpp" backend of select_neurons whose answers are set by the test."""
     module = SimpleNamespace(supports=lambda *_: None, worth=lambda *_: None, select_neurons=lambda *_: "cpp")
-    monkeypatch.setitem(_dispatch.TABLE, "select_neurons", {"cpp": "fastedit.ops.cpp.select_neurons"})
     original = _dispatch.module_of
     monkeypatch.setattr(_dispatch, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
+    monkeypatch.setattr(_dispatch, "kinds", lambda op: ("cpp",))
     # Also where no compiler was found at install.
-    monkeypatch.setattr(_dispatch, "present", lambda op: tuple(_dispatch.TABLE[op]))
+    monkeypatch.setattr(_dispatch, "present", lambda op: ("cpp",))
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
     return module
 
@@ -55,11 +59,11 @@ def test_what_is_asked_for_and_cannot_run_is_refused_with_its_reason(fake):
 def test_a_tensor_without_memory_goes_to_torch_and_to_no_kernel(fake):
     with FakeTensorMode():
         score = torch.empty(3)
-        assert _dispatch.automatic("select_neurons", score, 1, None, None) == "torch"
-        assert _dispatch.unsupported("select_neurons", "cpp", score, 1, None, None) == (
+        assert _dispatch.automatic("select_neurons", SelectNeurons(score, 1)) == "torch"
+        assert _dispatch.unsupported("select_neurons", "cpp", SelectNeurons(score, 1)) == (
             "kernels work on plain tensors, got a FakeTensor"
         )
-    assert _dispatch.automatic("select_neurons", torch.nn.Parameter(SCORE), 1, None, None) == "cpp"
+    assert _dispatch.automatic("select_neurons", SelectNeurons(torch.nn.Parameter(SCORE), 1)) == "cpp"
 
 
 def test_the_environment_asks_and_the_block_overrules_it(fake, monkeypatch):
@@ -81,11 +85,31 @@ def test_a_backend_that_breaks_is_not_passed_over(fake):
         select_neurons(SCORE, top_k=1)
 
 
-def test_every_backend_of_the_table_answers_for_its_op():
-    for op, backends in _dispatch.TABLE.items():
-        assert list(backends) == [name for name in _dispatch.BACKENDS if name in backends]
-        for name in backends:
-            module = _dispatch.module_of(op, name)
-            assert callable(getattr(module, op))
-            assert callable(module.supports)
-            assert callable(module.worth)
+def test_a_module_of_a_kinds_package_makes_it_a_backend_of_the_op():
+    assert _dispatch.kinds("gram_update") == ("cuda", "triton", "cpp")
+    assert _dispatch.kinds("score_neurons") == ("triton", "cpp")
+    assert _dispatch.kinds("no_such_op") == ()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_has_what_the_dispatcher_calls(op):
+    assert _dispatch.kinds(op)
+    for name in _dispatch.kinds(op):
+        module = _dispatch.module_of(op, name)
+        assert callable(getattr(module, op))
+        assert callable(module.supports)
+        assert callable(module.worth)
+
+
+def test_the_kinds_of_an_op_are_told_without_importing_a_backend():
+    code = """
+import sys
+from fastedit.ops import _dispatch
+before = set(sys.modules)
+assert not [name for name in before if name.startswith(("fastedit.kernels", "fastedit.ops.c", "fastedit._c"))]
+assert _dispatch.kinds("select_neurons") == ("cuda", "triton", "cpp")
+print(*sorted(name for name in set(sys.modules) - before if name.startswith(("fastedit", "triton"))))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["fastedit.kernels", "fastedit.ops.cpp", "fastedit.ops.cuda"]

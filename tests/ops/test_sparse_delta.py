@@ -6,6 +6,7 @@ import torch
 from fastedit.ops import _dispatch
 from fastedit.ops.sparse_delta import (
     DeltaGrads,
+    SparseDelta,
     sparse_delta,
     sparse_delta_grads,
     sparse_delta_grads_torch,
@@ -131,9 +132,9 @@ def test_the_backward_runs_on_the_backend_of_the_forward(monkeypatch):
     ran = []
     original = _dispatch.run
 
-    def noting(op, *arguments, function=None):
+    def noting(op, args, function=None):
         ran.append((function or op, _dispatch.wanted()))
-        return original(op, *arguments, function=function)
+        return original(op, args, function)
 
     monkeypatch.setattr(_dispatch, "run", noting)
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
@@ -146,7 +147,7 @@ def test_the_backward_runs_on_the_backend_of_the_forward(monkeypatch):
 
 def test_the_grads_are_a_named_pair():
     inputs = Factory(SMALL).sparse()
-    assert isinstance(sparse_delta_grads_torch(*inputs), DeltaGrads)
+    assert isinstance(sparse_delta_grads_torch(SparseDelta(*inputs)), DeltaGrads)
 
 
 @pytest.mark.parametrize(
