@@ -15,7 +15,7 @@ import torch
 from measure import SIZES, available_bytes
 from run import TIMED, contestants
 
-from fastedit.ops._table import BackendUnavailable
+from fastedit.ops._dispatch import BackendUnavailable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -43,7 +43,7 @@ from measure import (
 from timing import append_row, device_name, machine_line, versions
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.testing import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,29 +103,29 @@ def contestants(module: ModuleType, given: tuple[Any, ...]) -> list[Contestant]:
     plain = {**getattr(module, "YARDSTICKS", {}), **module.PLAIN}
     found = [Contestant(name, lambda form=form: form(given)) for name, form in plain.items()]
     on_gpu = any(isinstance(part, Tensor) and part.is_cuda for part in given)
-    backends = [name for name in _table.TABLE.get(module.__name__, {}) if on_gpu or name != "triton"]
+    backends = [name for name in _dispatch.kinds(module.__name__) if on_gpu or name != "triton"]
     for name in ("torch", *backends):
         found.append(Contestant(name, lambda name=name: on_backend(name, module, given)))
     return found
 
 
 def on_backend(name: str, module: ModuleType, given: tuple[Any, ...]) -> Any:
-    with _table.backend(name):
+    with _dispatch.backend(name):
         return module.call(given)
 
 
 def chosen_by_itself(module: ModuleType, given: tuple[Any, ...]) -> str:
     """The backend that the automatic choice takes for these inputs."""
     seen: list[str] = []
-    automatic = _table.automatic
+    automatic = _dispatch.automatic
 
-    def remember(op: str, *arguments: Any) -> str:
-        seen.append(automatic(op, *arguments))
+    def remember(op: str, args: NamedTuple) -> str:
+        seen.append(automatic(op, args))
         return seen[-1]
 
-    with mock.patch.object(_table, "automatic", remember):
+    with mock.patch.object(_dispatch, "automatic", remember):
         module.call(given)
-    return seen[0] if seen else str(_table.wanted())
+    return seen[0] if seen else str(_dispatch.wanted())
 
 
 def copies(given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -144,7 +144,7 @@ def wrong(module: ModuleType, given: tuple[Any, ...], names: list[str]) -> dict[
     for name in names:
         try:
             found = outcome(name)
-        except _table.BackendUnavailable as error:
+        except _dispatch.BackendUnavailable as error:
             reasons[name] = str(error)
             continue
         except Exception as error:

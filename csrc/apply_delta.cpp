@@ -1,5 +1,5 @@
-// W[:, S] += R^T X^T in place, rounded once, saving what is overwritten; see fastedit/ops/apply_delta.py. A tile of the
-// update is computed and added to the weight at once, so nothing of the size of the update is written.
+// W[:, S] += R^T X^T in place, rounded once; see fastedit/ops/apply_delta.py. A tile of the update is computed and added to
+// the weight at once, so nothing of the size of the update is written.
 #include "gemm.h"
 
 namespace fastedit {
@@ -19,37 +19,33 @@ inline void narrow(double value, double *to) { *to = value; }
 // Where an update goes. T is the dtype of its sums, W that of the weight.
 template <class T, class W>
 struct Target {
-    W *weight, *saved;
-    T *master, *saved_master;
+    W *weight;
+    T *master;
 
-    template <bool SAVED, bool MASTER>
-    inline void add(int64_t at, int64_t save_at, T delta) const {
-        const W old = weight[at];
-        const T base = MASTER ? master[at] : static_cast<T>(exact(old));
-        if (SAVED) saved[save_at] = old;
-        if (SAVED && MASTER) saved_master[save_at] = base;
+    template <bool MASTER>
+    inline void add(int64_t at, T delta) const {
+        const T base = MASTER ? master[at] : static_cast<T>(exact(weight[at]));
         if (MASTER) master[at] = base + delta;
         narrow(base + delta, weight + at);
     }
 };
 
-template <class T, class W, bool SAVED, bool MASTER>
+template <class T, class W, bool MASTER>
 void add_tile(const ApplyDelta &a, const Target<T, W> &to, bool across, int64_t i, int64_t j, int64_t rows,
               int64_t columns, const T *tile) {
     for (int64_t r = 0; r < rows; ++r, tile += TILE_STRIDE) {
         if (across) {
             // Rows of the tile are columns of the weight, which are contiguous.
             const int64_t at = (a.index ? a.index[i + r] : i + r) * a.weight_column + j;
-            for (int64_t c = 0; c < columns; ++c)
-                to.template add<SAVED, MASTER>(at + c, (j + c) * a.width + i + r, tile[c]);
+            for (int64_t c = 0; c < columns; ++c) to.template add<MASTER>(at + c, tile[c]);
             continue;
         }
-        const int64_t row = (i + r) * a.weight_row, save = (i + r) * a.width + j, column = a.weight_column;
+        const int64_t row = (i + r) * a.weight_row, column = a.weight_column;
         if (!a.index && column == 1) {
-            for (int64_t c = 0; c < columns; ++c) to.template add<SAVED, MASTER>(row + j + c, save + c, tile[c]);
+            for (int64_t c = 0; c < columns; ++c) to.template add<MASTER>(row + j + c, tile[c]);
         } else {
             for (int64_t c = 0; c < columns; ++c)
-                to.template add<SAVED, MASTER>(row + (a.index ? a.index[j + c] : j + c) * column, save + c, tile[c]);
+                to.template add<MASTER>(row + (a.index ? a.index[j + c] : j + c) * column, tile[c]);
         }
     }
 }
@@ -61,12 +57,8 @@ void run(const ApplyDelta &a) {
     const int64_t down = across ? a.width : a.d_model, along = across ? a.d_model : a.width;
     Scratch<T> residual(packed_size<T>(a.n_edits, a.d_model)), solution(packed_size<T>(a.n_edits, a.width));
     const T *left = across ? solution.data : residual.data, *right = across ? residual.data : solution.data;
-    const Target<T, W> to{static_cast<W *>(a.weight), static_cast<W *>(a.saved), static_cast<T *>(a.master),
-                          static_cast<T *>(a.saved_master)};
-    const auto add = a.saved ? a.master ? add_tile<T, W, true, true> : add_tile<T, W, true, false>
-                     : a.master ? add_tile<T, W, false, true> : add_tile<T, W, false, false>;
-    if (a.saved) prefer_large_pages(a.saved, static_cast<size_t>(a.d_model * a.width) * sizeof(W));
-    if (a.saved_master) prefer_large_pages(a.saved_master, static_cast<size_t>(a.d_model * a.width) * sizeof(T));
+    const Target<T, W> to{static_cast<W *>(a.weight), static_cast<T *>(a.master)};
+    const auto add = a.master ? add_tile<T, W, true> : add_tile<T, W, false>;
 #pragma omp parallel num_threads(a.threads)
     {
 #pragma omp for schedule(static) nowait

@@ -1,5 +1,5 @@
 // W[:, S] += R^T X^T in place: one 128 x 128 tile of the update per block, added to the weight as it leaves the
-// registers and rounded once. The columns as they were are saved in the same pass.
+// registers and rounded once.
 //
 // A warp owns rows of the tile and its lanes neighbouring neurons, so that reads and writes of W are coalesced as far
 // as the chosen neurons lie together.
@@ -187,21 +187,9 @@ struct DeltaTile {
     for (int i = 0; i < kBatch; ++i) {
       const int row = above + first + i;
       if (row >= in.d_model) continue;
-      save(row, place, old[i], wide[i]);
       const Sum value = (master != nullptr ? wide[i] : static_cast<Sum>(widen(old[i]))) + shared.sums[first + i][lane];
       if (master != nullptr) master[row * in.master.row + neuron * in.master.column] = value;
       narrow(value, weight[row * in.weight.row]);
-    }
-  }
-
-  __device__ void save(int row, int place, W old, Sum wide) const {
-    W* saved = static_cast<W*>(in.saved.data);
-    Sum* saved_master = static_cast<Sum*>(in.saved_master.data);
-    for (int at = left + place, left_over = shared.times[place]; left_over > 0; ++at) {
-      if (shared.times[place] > 1 && neuron_at(in.index, at, in.d_ff) != shared.neuron[place]) continue;
-      if (saved != nullptr) saved[row * in.saved.row + at * in.saved.column] = old;
-      if (saved_master != nullptr) saved_master[row * in.saved_master.row + at * in.saved_master.column] = wide;
-      --left_over;
     }
   }
 };

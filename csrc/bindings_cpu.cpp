@@ -100,19 +100,17 @@ PYBIND11_MODULE(_cpu, m) {
         return so;
     }, "Whether the numbers are strictly ascending.");
 
-    m.def("apply_delta", [](int isa, int threads, uintptr_t weight, uintptr_t master, uintptr_t saved,
-                            uintptr_t saved_master, uintptr_t residual, uintptr_t solution, uintptr_t index,
-                            int64_t n_edits, int64_t d_model, int64_t width, int64_t weight_row,
-                            int64_t weight_column, int64_t residual_row, int64_t residual_column,
+    m.def("apply_delta", [](int isa, int threads, uintptr_t weight, uintptr_t master, uintptr_t residual,
+                            uintptr_t solution, uintptr_t index, int64_t n_edits, int64_t d_model, int64_t width,
+                            int64_t weight_row, int64_t weight_column, int64_t residual_row, int64_t residual_column,
                             int64_t solution_row, int64_t solution_column, int type, int residual_type,
                             int solution_type, int64_t d_ff) {
         check(isa, threads);
         check_index(at<int64_t>(index), width, d_ff);
-        const ApplyDelta a{at<void>(weight), at<void>(master), at<void>(saved), at<void>(saved_master),
-                           at<void>(residual), at<void>(solution), at<int64_t>(index), n_edits, d_model, width,
-                           weight_row, weight_column, residual_row, residual_column, solution_row, solution_column,
-                           static_cast<Type>(type), static_cast<Type>(residual_type),
-                           static_cast<Type>(solution_type), threads};
+        const ApplyDelta a{at<void>(weight), at<void>(master), at<void>(residual), at<void>(solution),
+                           at<int64_t>(index), n_edits, d_model, width, weight_row, weight_column, residual_row,
+                           residual_column, solution_row, solution_column, static_cast<Type>(type),
+                           static_cast<Type>(residual_type), static_cast<Type>(solution_type), threads};
         py::gil_scoped_release release;
         FASTEDIT_RUN(isa, apply_delta, a);
     });

@@ -76,12 +76,10 @@ PYBIND11_MODULE(_cuda, m) {
           return system_chain(capture_of(capture), select_of(select), gram_of(gram), at<void>(stream));
         });
 
-  m.def("apply_delta", [](Plane weight, Plane master, Plane residual, Plane solution, Plane saved, Plane saved_master,
-                          Line index, Address ascending, int d_model, int d_ff, int width, int n_edits,
-                          Address stream) {
-    const ApplyDelta arguments{matrix(weight), matrix(master),       matrix(residual), matrix(solution),
-                               matrix(saved),  matrix(saved_master), vector(index),    at<int>(ascending),
-                               d_model,        d_ff,                 width,            n_edits};
+  m.def("apply_delta", [](Plane weight, Plane master, Plane residual, Plane solution, Line index, Address ascending,
+                          int d_model, int d_ff, int width, int n_edits, Address stream) {
+    const ApplyDelta arguments{matrix(weight), matrix(master), matrix(residual), matrix(solution), vector(index),
+                               at<int>(ascending), d_model, d_ff, width, n_edits};
     return apply_delta(arguments, at<void>(stream));
   });
 

@@ -50,11 +50,11 @@ struct GramUpdate {
 };
 
 // weight: (d_model, d_ff) of `type`, any strides; master (may be null): the same strides, float32, or float64 where
-// the weight is; saved, saved_master (may be null): (d_model, width) contiguous copies of what is overwritten
+// the weight is
 // residual: (n_edits, d_model), solution: (width, n_edits), float32 or float64, any strides
 // index: strictly ascending and within d_ff, null for every column
 struct ApplyDelta {
-    void *weight, *master, *saved, *saved_master;
+    void *weight, *master;
     const void *residual, *solution;
     const int64_t *index;
     int64_t n_edits, d_model, width, weight_row, weight_column;

@@ -78,10 +78,10 @@ const char* system_chain(const CaptureKeys& capture, const SelectNeurons& select
 
 // weight[:, S] += residual^T solution^T, in float32 (float64 for a float64 weight), rounded once. weight and master are
 // (d_model, d_ff), the master in the dtype of the sums; residual (n_edits, d_model) and solution (width, n_edits) are
-// float32 or float64; saved and saved_master are (d_model, width) and get the columns as they were. `ascending`, of one
-// element in device memory, is scratch; null where there is no index. Equal neurons of the index add up.
+// float32 or float64. `ascending`, of one element in device memory, is scratch; null where there is no index. Equal
+// neurons of the index add up.
 struct ApplyDelta {
-  Matrix weight, master, residual, solution, saved, saved_master;
+  Matrix weight, master, residual, solution;
   Vector index;
   int* ascending;
   int d_model, d_ff, width, n_edits;

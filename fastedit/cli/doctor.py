@@ -14,7 +14,7 @@ import torch
 
 import fastedit.ops
 from fastedit.model.load import ALIASES, resolve
-from fastedit.ops import _table, cpp
+from fastedit.ops import _dispatch, cpp
 from fastedit.runtime.cache import cache_folder
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "pybind11")
@@ -59,7 +59,7 @@ def examine() -> Examination:
             **{f"model {alias}": resolve(alias) for alias in ALIASES},
         },
         {
-            module.name: {backend: _table.absent(module.name, backend) for backend in _table.BACKENDS}
+            module.name: {backend: _dispatch.absent(module.name, backend) for backend in _dispatch.BACKENDS}
             for module in pkgutil.iter_modules(fastedit.ops.__path__)
             if module.name[0] != "_" and not module.ispkg
         },

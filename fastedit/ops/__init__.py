@@ -1,8 +1,8 @@
-"""The hot steps, one public function per file, each with a plain-torch reference beside it.
+"""The hot steps of an edit, one public function per file, each beside a reference in plain torch.
 
-`with backend("cpp"):` chooses what runs them, see docs/ops.md.
+`with backend("cpp"):` chooses which implementation runs; see docs/ops.md.
 """
 
-from fastedit.ops._table import BACKENDS, BackendUnavailable, backend
+from fastedit.ops._dispatch import BACKENDS, BackendUnavailable, backend
 
 __all__ = ["BACKENDS", "BackendUnavailable", "backend"]

@@ -1,4 +1,4 @@
-"""One wording for wrong arguments of ops: the op, the argument, what was wanted and what was got."""
+"""One wording for wrong arguments of ops: the op, the argument, what it must be and what it was."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def require(op: str, name: str, value: Tensor, shape: Sequence[int | None], like
 
     Raises ValueError for shape or device, TypeError for dtype.
     """
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
     fits = value.dim() == len(shape) and all(
         size is None or size == got for size, got in zip(shape, value.shape, strict=True)
     )
     if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} must be ({wanted}), got {tuple(value.shape)}")
+
     if like is not None and value.dtype != like.dtype:
         raise TypeError(f"{op}: {name} must be {like.dtype}, got {value.dtype}")
     if like is not None and value.device != like.device:

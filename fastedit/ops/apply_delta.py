@@ -6,23 +6,19 @@ come with a float32 master, which takes the update; the weight is then the round
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
 from fastedit.ops._check import require, require_dtype
+from fastedit.ops._dispatch import run
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def apply_delta(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None = None,
-    master: Tensor | None = None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
+    weight: Tensor, residual: Tensor, solution: Tensor, index: Tensor | None = None, master: Tensor | None = None
 ) -> None:
     """Add the update in place. The product is taken in float32 (float64 for float64 weights).
 
@@ -30,50 +26,40 @@ def apply_delta(
     residual: (n_edits, d_model); solution: (k, n_edits), float32 or float64
     index: (k,) int64 selected neurons, or None for all; repeated indices add up
     master: (d_model, d_ff) float32 or float64, or None
-    saved, saved_master: (d_model, k) in the dtype of weight and of master, or None: get the columns as they were
     Raises ValueError for shapes, TypeError for dtypes.
     """
+    args = ApplyDelta(weight, residual, solution, index, master)
+    check(args)
+    run("apply_delta", args)
+
+
+class ApplyDelta(NamedTuple):
+    """The arguments of `apply_delta`, in its order."""
+
+    weight: Tensor
+    residual: Tensor
+    solution: Tensor
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
+    master: Tensor | None = None
+
+
+def check(args: ApplyDelta) -> None:
+    """Raise ValueError or TypeError for arguments that `apply_delta` does not take."""
+    weight, residual, solution, index, master = args
     require("apply_delta", "residual", residual, (None, None))
     n_edits, d_model = residual.shape
     require("apply_delta", "weight", weight, (d_model, None))
     require_dtype("apply_delta", "weight", weight, *WEIGHT_DTYPES)
+
     if index is not None:
         require("apply_delta", "index", index, (None,))
         require_dtype("apply_delta", "index", index, torch.int64)
     width = weight.shape[1] if index is None else index.shape[0]
     require("apply_delta", "solution", solution, (width, n_edits))
+
     if master is not None:
         require("apply_delta", "master", master, weight.shape)
         require_dtype("apply_delta", "master", master, torch.float32, torch.float64)
-    for name, copy, source in (("saved", saved, weight), ("saved_master", saved_master, master)):
-        if copy is not None and source is None:
-            raise ValueError(f"apply_delta: {name} was given without a master")
-        if copy is not None:
-            require("apply_delta", name, copy, (d_model, width), source)
-    _table.run("apply_delta", weight, residual, solution, index, master, saved, saved_master)
-
-
-def apply_delta_torch(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-    saved: Tensor | None,
-    saved_master: Tensor | None,
-) -> None:
-    """The update in place, in plain torch."""
-    for copy, source in ((saved, weight), (saved_master, master)):
-        if copy is not None and source is not None:
-            copy.copy_(source if index is None else source[:, index])
-    new = apply_delta_ref(weight if master is None else master, residual, solution, index)
-    if master is not None:
-        master.copy_(new)
-    # Only selected columns are written: the others must keep their bits, -0.0 and NaN payloads included.
-    if index is None:
-        weight.copy_(new)
-    else:
-        weight[:, index] = new[:, index].to(weight.dtype)
 
 
 def apply_delta_ref(weight: Tensor, residual: Tensor, solution: Tensor, index: Tensor | None = None) -> Tensor:
@@ -83,3 +69,17 @@ def apply_delta_ref(weight: Tensor, residual: Tensor, solution: Tensor, index: T
     if index is None:
         return weight.to(working) + delta
     return weight.to(working).index_add(1, index, delta)
+
+
+def apply_delta_torch(args: ApplyDelta) -> None:
+    """The update in place, in plain torch."""
+    weight, residual, solution, index, master = args
+    new = apply_delta_ref(weight if master is None else master, residual, solution, index)
+    if master is not None:
+        master.copy_(new)
+
+    # Only selected columns are written: the others must keep their bits, -0.0 and NaN payloads included.
+    if index is None:
+        weight.copy_(new)
+    else:
+        weight[:, index] = new[:, index].to(weight.dtype)

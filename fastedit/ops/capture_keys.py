@@ -1,8 +1,8 @@
 """Keys of edits from the gate and up rows of their lookup tokens.
 
-key_i = sum_t weight_t * activation(gate_{i,t}) * up_{i,t}      mean over context templates
-mass_a = sum_i |key_{i,a}|                                       over the active edits
-A key is the input of the down-projection at the lookup token. Without an up projection, activation(gate) alone.
+key_i = sum_t weight_t * activation(gate_{i,t}) * up_{i,t}      mean over the context templates t
+mass_a = sum_i |key_{i,a}|                                       over the active edits i
+A key is the input of the down-projection at the lookup token. Without an up projection it is activation(gate) alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastedit.ops import _table
 from fastedit.ops._check import require, require_dtype
+from fastedit.ops._dispatch import run
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -37,17 +37,36 @@ def capture_keys(
     active: (n_edits,) bool, the edits counted in the mass; None = all
     Raises ValueError for shapes or an unknown activation, TypeError for mixed dtypes.
     """
-    require("capture_keys", "gate", gate, (None, None, None))
-    if up is not None:
-        require("capture_keys", "up", up, gate.shape, gate)
-    require("capture_keys", "weights", weights, gate.shape[1:2])
-    if active is not None:
-        require("capture_keys", "active", active, gate.shape[:1])
-        # An int64 tensor would be taken as positions, silently.
-        require_dtype("capture_keys", "active", active, torch.bool)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"capture_keys: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return Keys(*_table.run("capture_keys", gate, up, weights.to(gate.device), activation, active))
+    args = CaptureKeys(gate, up, weights.to(gate.device), activation, active)
+    check(args)
+    return Keys(*run("capture_keys", args))
+
+
+class CaptureKeys(NamedTuple):
+    """The arguments of `capture_keys`, in its order."""
+
+    gate: Tensor
+    up: Tensor | None
+    weights: Tensor
+    activation: str
+    active: Tensor | None = None
+
+
+def check(args: CaptureKeys) -> None:
+    """Raise ValueError or TypeError for arguments that `capture_keys` does not take."""
+    require("capture_keys", "gate", args.gate, (None, None, None))
+    if args.up is not None:
+        require("capture_keys", "up", args.up, args.gate.shape, args.gate)
+
+    require("capture_keys", "weights", args.weights, args.gate.shape[1:2])
+    if args.active is not None:
+        require("capture_keys", "active", args.active, args.gate.shape[:1])
+        # An int64 tensor would silently be taken as positions.
+        require_dtype("capture_keys", "active", args.active, torch.bool)
+
+    if args.activation not in ACTIVATIONS:
+        names = ", ".join(ACTIVATIONS)
+        raise ValueError(f"capture_keys: activation must be one of {names}, got {args.activation!r}")
 
 
 def capture_keys_ref(
@@ -58,12 +77,15 @@ def capture_keys_ref(
     product = activate(gate.to(working), activation)
     if up is not None:
         product = product * up.to(working)
+
     keys = torch.einsum("itn,t->in", product, weights.to(working))
     counted = keys if active is None else keys[active]
     return Keys(keys, counted.abs().sum(0))
 
 
-capture_keys_torch = capture_keys_ref
+def capture_keys_torch(args: CaptureKeys) -> Keys:
+    """The definition is also the plain torch form."""
+    return capture_keys_ref(*args)
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:

@@ -5,11 +5,13 @@ C is the second moment of background keys, H the history, K the keys, row per ed
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
 from fastedit.ops._check import require, require_dtype
+from fastedit.ops._dispatch import run
 
 SYSTEM_DTYPES = (torch.float32, torch.float64)
 
@@ -29,18 +31,42 @@ def masked_gram(
     index: (k,) int64 ascending, or None for every neuron
     Raises ValueError for shapes, TypeError for dtypes.
     """
-    require("masked_gram", "keys", keys, (None, None))
-    require_dtype("masked_gram", "keys", keys, *SYSTEM_DTYPES)
-    if dtype not in SYSTEM_DTYPES:
-        raise TypeError(f"masked_gram: dtype must be torch.float32 or torch.float64, got {dtype}")
-    d_ff = keys.shape[1]
-    require("masked_gram", "moment", moment, (d_ff, d_ff))
-    if history is not None:
-        require("masked_gram", "history", history, (d_ff, d_ff))
-    if index is not None:
-        require("masked_gram", "index", index, (None,))
-        require_dtype("masked_gram", "index", index, torch.int64)
-    return _table.run("masked_gram", moment, weight, keys, history, index, dtype)
+    args = MaskedGram(moment, weight, keys, history, index, dtype)
+    check(args)
+    return run("masked_gram", args)
+
+
+class MaskedGram(NamedTuple):
+    """The arguments of `masked_gram`, in its order."""
+
+    moment: Tensor
+    weight: float
+    keys: Tensor
+    history: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def width(self) -> int:
+        """The number of neurons in the system: of the index, or all."""
+        return self.keys.shape[1] if self.index is None else self.index.shape[0]
+
+
+def check(args: MaskedGram) -> None:
+    """Raise ValueError or TypeError for arguments that `masked_gram` does not take."""
+    require("masked_gram", "keys", args.keys, (None, None))
+    require_dtype("masked_gram", "keys", args.keys, *SYSTEM_DTYPES)
+    if args.dtype not in SYSTEM_DTYPES:
+        raise TypeError(f"masked_gram: dtype must be torch.float32 or torch.float64, got {args.dtype}")
+
+    d_ff = args.keys.shape[1]
+    require("masked_gram", "moment", args.moment, (d_ff, d_ff))
+    if args.history is not None:
+        require("masked_gram", "history", args.history, (d_ff, d_ff))
+
+    if args.index is not None:
+        require("masked_gram", "index", args.index, (None,))
+        require_dtype("masked_gram", "index", args.index, torch.int64)
 
 
 def masked_gram_ref(
@@ -53,14 +79,19 @@ def masked_gram_ref(
 ) -> Tensor:
     """The definition."""
     if index is not None:
-        moment, keys = moment[index][:, index], keys[:, index]
+        moment = moment[index][:, index]
+        keys = keys[:, index]
         history = None if history is None else history[index][:, index]
+
     gram = weight * moment.to(dtype)
     if history is not None:
         gram = gram + history.to(dtype)
     gram = gram + keys.to(dtype).T @ keys.to(dtype)
+
     # A product K^T K is symmetric only up to rounding.
     return gram.tril() + gram.tril(-1).T
 
 
-masked_gram_torch = masked_gram_ref
+def masked_gram_torch(args: MaskedGram) -> Tensor:
+    """The definition is also the plain torch form."""
+    return masked_gram_ref(*args)

@@ -3,19 +3,20 @@
 g = grad + decay * delta / ||delta||          gradient of decay * ||delta||, 0 at delta = 0
 m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
 delta -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-delta *= min(1, radius / ||delta||)           the moments are left as they are
+delta *= min(1, radius / ||delta||)           m and v stay as they are
 Adam: Kingma & Ba 2015. Penalty and bound: value optimisation of MEMIT and its successors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
 from fastedit.ops._check import require, require_dtype
+from fastedit.ops._dispatch import run
 
 
 @dataclass(frozen=True)
@@ -46,34 +47,39 @@ def sparse_adam(
     radius: (n,) largest norm of a row after the step, or None
     Raises ValueError for wrong shapes or step < 1, TypeError for other or mixed dtypes.
     """
+    args = SparseAdam(delta, grad, moment1, moment2, step, settings, decay, radius)
+    check(args)
+    run("sparse_adam", args)
+
+
+class SparseAdam(NamedTuple):
+    """The arguments of `sparse_adam`, in its order."""
+
+    delta: Tensor
+    grad: Tensor
+    moment1: Tensor
+    moment2: Tensor
+    step: int
+    settings: AdamSettings
+    decay: Tensor | None = None
+    radius: Tensor | None = None
+
+
+def check(args: SparseAdam) -> None:
+    """Raise ValueError or TypeError for arguments that `sparse_adam` does not take."""
+    delta = args.delta
     require("sparse_adam", "delta", delta, (None, None))
     require_dtype("sparse_adam", "delta", delta, torch.float32, torch.float64)
-    require("sparse_adam", "grad", grad, delta.shape, delta)
-    require("sparse_adam", "moment1", moment1, delta.shape, delta)
-    require("sparse_adam", "moment2", moment2, delta.shape, delta)
-    for name, value in (("decay", decay), ("radius", radius)):
-        if value is not None:
-            require("sparse_adam", name, value, delta.shape[:1], delta)
-    if step < 1:
-        raise ValueError(f"sparse_adam: step must be at least 1, got {step}")
-    _table.run("sparse_adam", delta, grad, moment1, moment2, step, settings, decay, radius)
+    require("sparse_adam", "grad", args.grad, delta.shape, delta)
+    require("sparse_adam", "moment1", args.moment1, delta.shape, delta)
+    require("sparse_adam", "moment2", args.moment2, delta.shape, delta)
 
-
-def sparse_adam_torch(
-    delta: Tensor,
-    grad: Tensor,
-    moment1: Tensor,
-    moment2: Tensor,
-    step: int,
-    settings: AdamSettings,
-    decay: Tensor | None,
-    radius: Tensor | None,
-) -> None:
-    """The step in place, in plain torch."""
-    new_delta, new_moment1, new_moment2 = sparse_adam_ref(delta, grad, moment1, moment2, step, settings, decay, radius)
-    delta.copy_(new_delta)
-    moment1.copy_(new_moment1)
-    moment2.copy_(new_moment2)
+    if args.decay is not None:
+        require("sparse_adam", "decay", args.decay, delta.shape[:1], delta)
+    if args.radius is not None:
+        require("sparse_adam", "radius", args.radius, delta.shape[:1], delta)
+    if args.step < 1:
+        raise ValueError(f"sparse_adam: step must be at least 1, got {args.step}")
 
 
 def sparse_adam_ref(
@@ -90,11 +96,21 @@ def sparse_adam_ref(
     if decay is not None:
         norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
         grad = grad + torch.where(norm > 0, decay[:, None] * delta / norm, torch.zeros_like(delta))
+
     moment1 = settings.beta1 * moment1 + (1 - settings.beta1) * grad
     moment2 = settings.beta2 * moment2 + (1 - settings.beta2) * grad * grad
     denominator = (moment2 / (1 - settings.beta2**step)).sqrt() + settings.eps
     delta = delta - settings.lr * (moment1 / (1 - settings.beta1**step)) / denominator
+
     if radius is not None:
         norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
         delta = torch.where(norm > radius[:, None], delta * (radius[:, None] / norm), delta)
     return delta, moment1, moment2
+
+
+def sparse_adam_torch(args: SparseAdam) -> None:
+    """The step in place, in plain torch."""
+    delta, moment1, moment2 = sparse_adam_ref(*args)
+    args.delta.copy_(delta)
+    args.moment1.copy_(moment1)
+    args.moment2.copy_(moment2)

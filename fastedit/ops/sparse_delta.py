@@ -1,11 +1,11 @@
 """Changed columns of a down-projection, sample by sample: y[p] = scale * sum_r a[p, index[r]] * delta[r].
 
 The sum runs over the slots r of the sample that row p belongs to. Every sample has its own list of columns and its own
-vectors, so many edits are trained in one pass over one weight. A column named twice counts twice. One sample that owns
-all rows and slots is an ensemble shared by a batch (KNE); with FiNE every edit is a sample.
+vectors, so many edits are trained in one pass over one weight. A column named twice counts twice. With FiNE every edit
+is a sample; KNE's ensemble, which a batch shares, is one sample that owns all rows and slots.
 
-A backend's module offers two functions with these arguments, `sparse_delta` and `sparse_delta_grads`; `supports` and
-`worth` get the arguments of either (the second has one more, the gradient).
+A backend has two functions, `sparse_delta` and `sparse_delta_grads`. Both take the record `SparseDelta`, whose `grad`
+is None for the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops._check import require, require_dtype
 
 DELTA_DTYPES = (torch.float32, torch.float64)
@@ -40,11 +40,12 @@ def sparse_delta(
     index: (n_slots,) int64, columns in [0, d_ff)
     slot_starts: (n_samples + 1,) int64, likewise for slots; from 0 to n_slots
     delta: (n_slots, d_model) float32 or float64
-    Raises ValueError for shapes and, on the CPU, for starts or columns out of range (elsewhere looking would wait for
+    Raises ValueError for shapes and, on the CPU, for starts or columns out of range (elsewhere the check would wait for
     the device), TypeError for dtypes.
     """
-    _check("sparse_delta", activations, row_starts, index, slot_starts, delta)
-    y: Tensor = _SparseDelta.apply(activations, row_starts, index, slot_starts, delta, scale)  # type: ignore[no-untyped-call]
+    args = SparseDelta(activations, row_starts, index, slot_starts, delta, scale)
+    check(args, "sparse_delta")
+    y: Tensor = _SparseDelta.apply(*args[:-1])  # type: ignore[no-untyped-call]
     return y
 
 
@@ -62,34 +63,56 @@ def sparse_delta_grads(
     dL/ddelta[r] = scale * sum_p a[p, index[r]] * grad[p], over the rows p of r's sample
     dL/da[p, j] = scale * sum_r <delta[r], grad[p]>, over the slots r of p's sample with index[r] = j
     """
-    _check("sparse_delta_grads", activations, row_starts, index, slot_starts, delta)
+    args = SparseDelta(activations, row_starts, index, slot_starts, delta, scale, grad)
+    check(args, "sparse_delta_grads")
     require("sparse_delta_grads", "grad", grad, (activations.shape[0], delta.shape[1]), delta)
-    arguments = (activations, row_starts, index, slot_starts, delta, scale, grad)
-    return _table.run("sparse_delta", *arguments, function="sparse_delta_grads")
+    return DeltaGrads(*_dispatch.run("sparse_delta", args, "sparse_delta_grads"))
 
 
-def sparse_delta_torch(
-    activations: Tensor, row_starts: Tensor, index: Tensor, slot_starts: Tensor, delta: Tensor, scale: float
-) -> Tensor:
-    """The sum in plain torch: one product with the rows' activations at all slots, zero at those of other samples."""
-    return torch.mm(_at_slots(activations, row_starts, index, slot_starts, delta.dtype), delta).mul_(scale)
+class SparseDelta(NamedTuple):
+    """The arguments of `sparse_delta`, in its order, and the gradient of `sparse_delta_grads`."""
+
+    activations: Tensor
+    row_starts: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    slot_starts: Tensor
+    delta: Tensor
+    scale: float = 1.0
+    grad: Tensor | None = None
 
 
-def sparse_delta_grads_torch(
-    activations: Tensor,
-    row_starts: Tensor,
-    index: Tensor,
-    slot_starts: Tensor,
-    delta: Tensor,
-    scale: float,
-    grad: Tensor,
-) -> DeltaGrads:
-    """The two gradients in plain torch."""
-    at_slots = _at_slots(activations, row_starts, index, slot_starts, delta.dtype)
-    own = _own_slots(row_starts, slot_starts, *at_slots.shape)
-    pulled = torch.mm(grad, delta.T).mul_(scale).masked_fill_(~own, 0)
-    into = grad.new_zeros(activations.shape).index_add_(1, index, pulled)
-    return DeltaGrads(into.to(activations.dtype), torch.mm(at_slots.T, grad).mul_(scale))
+def check(args: SparseDelta, function: str) -> None:
+    """Raise ValueError or TypeError for arguments that `function` does not take; `grad` is not looked at."""
+    activations, row_starts, index, slot_starts, delta, _, _ = args
+    require(function, "delta", delta, (None, None))
+    require_dtype(function, "delta", delta, *DELTA_DTYPES)
+    require(function, "activations", activations, (None, None))
+    require_dtype(function, "activations", activations, delta.dtype, *(HALF if delta.dtype == torch.float32 else ()))
+    require(function, "index", index, delta.shape[:1])
+    require(function, "row_starts", row_starts, (None,))
+    require(function, "slot_starts", slot_starts, row_starts.shape)
+
+    for name, value in (("index", index), ("row_starts", row_starts), ("slot_starts", slot_starts)):
+        require_dtype(function, name, value, torch.int64)
+        if value.device != delta.device:
+            raise ValueError(f"{function}: {name} must be on {delta.device}, got {value.device}")
+
+    if delta.device.type == "cpu":
+        _check_ranges(args, function)
+
+
+def _check_ranges(args: SparseDelta, function: str) -> None:
+    n_rows, d_ff = args.activations.shape
+    n_slots = args.delta.shape[0]
+    for name, starts, total in (("row_starts", args.row_starts, n_rows), ("slot_starts", args.slot_starts, n_slots)):
+        numbers = starts.tolist()
+        if not numbers or numbers[0] != 0 or numbers[-1] != total or numbers != sorted(numbers):
+            shown = f"{numbers[:4]} ... {numbers[-1:]}"
+            raise ValueError(f"{function}: {name} must ascend from 0 to {total}, got {shown}")
+
+    index = args.index
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= d_ff):
+        raise ValueError(f"{function}: index must be in [0, {d_ff}), got {index.min()} to {index.max()}")
 
 
 def sparse_delta_ref(
@@ -104,66 +127,54 @@ def sparse_delta_ref(
     return torch.cat(parts)
 
 
+def sparse_delta_torch(args: SparseDelta) -> Tensor:
+    """The sum in plain torch: one product with the rows' activations at all slots, zero at those of other samples."""
+    return torch.mm(_at_slots(args), args.delta).mul_(args.scale)
+
+
+def sparse_delta_grads_torch(args: SparseDelta) -> DeltaGrads:
+    """The two gradients in plain torch."""
+    activations, grad = args.activations, args.grad
+    if grad is None:
+        raise ValueError("sparse_delta_grads: grad is missing")
+
+    at_slots = _at_slots(args)
+    pulled = torch.mm(grad, args.delta.T).mul_(args.scale).masked_fill_(~_own_slots(args), 0)
+    of_activations = grad.new_zeros(activations.shape).index_add_(1, args.index, pulled)
+    return DeltaGrads(of_activations.to(activations.dtype), torch.mm(at_slots.T, grad).mul_(args.scale))
+
+
 class _SparseDelta(torch.autograd.Function):
-    """Forward and backward through the table."""
+    """Forward and backward through the dispatcher. Takes the fields of SparseDelta but `grad`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        activations: Tensor,
-        row_starts: Tensor,
-        index: Tensor,
-        slot_starts: Tensor,
-        delta: Tensor,
-        scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(activations, row_starts, index, slot_starts, delta)
-        # A backward on a device runs in a thread of its own, which does not see the caller's choice of backend.
-        ctx.scale, ctx.backend = scale, _table.wanted()
-        return _table.run("sparse_delta", activations, row_starts, index, slot_starts, delta, scale)
+    def forward(ctx: Any, *fields: Any) -> Tensor:
+        args = SparseDelta(*fields)
+        ctx.save_for_backward(args.activations, args.row_starts, args.index, args.slot_starts, args.delta)
+        ctx.scale = args.scale
+        # On a GPU autograd runs the backward in a thread of its own, which does not see the caller's choice of backend.
+        ctx.backend = _dispatch.wanted()
+        return _dispatch.run("sparse_delta", args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (*ctx.saved_tensors, ctx.scale, grads[0].contiguous())
-        with contextlib.nullcontext() if ctx.backend is None else _table.backend(ctx.backend):
-            found: DeltaGrads = _table.run("sparse_delta", *arguments, function="sparse_delta_grads")
-        return found.activations, None, None, None, found.delta, None
+        activations, row_starts, index, slot_starts, delta = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        args = SparseDelta(activations, row_starts, index, slot_starts, delta, ctx.scale, grad)
+        with contextlib.nullcontext() if ctx.backend is None else _dispatch.backend(ctx.backend):
+            of_activations, of_delta = _dispatch.run("sparse_delta", args, "sparse_delta_grads")
+        return of_activations, None, None, None, of_delta, None
 
 
-def _at_slots(
-    activations: Tensor, row_starts: Tensor, index: Tensor, slot_starts: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _at_slots(args: SparseDelta) -> Tensor:
     """a[p, index[r]] where row p and slot r are of one sample, 0 elsewhere, (n_rows, n_slots)."""
-    at_slots = activations.index_select(1, index).to(dtype)
-    return at_slots.masked_fill_(~_own_slots(row_starts, slot_starts, *at_slots.shape), 0)
+    at_slots = args.activations.index_select(1, args.index).to(args.delta.dtype)
+    return at_slots.masked_fill_(~_own_slots(args), 0)
 
 
-def _own_slots(row_starts: Tensor, slot_starts: Tensor, n_rows: int, n_slots: int) -> Tensor:
+def _own_slots(args: SparseDelta) -> Tensor:
     """(n_rows, n_slots) bool: row and slot are of one sample."""
-    samples = torch.arange(len(row_starts) - 1, device=row_starts.device)
-    of_row = samples.repeat_interleave(row_starts.diff(), output_size=n_rows)
-    of_slot = samples.repeat_interleave(slot_starts.diff(), output_size=n_slots)
+    samples = torch.arange(len(args.row_starts) - 1, device=args.row_starts.device)
+    of_row = samples.repeat_interleave(args.row_starts.diff(), output_size=args.activations.shape[0])
+    of_slot = samples.repeat_interleave(args.slot_starts.diff(), output_size=args.index.shape[0])
     return of_row[:, None] == of_slot[None]
-
-
-def _check(op: str, activations: Tensor, row_starts: Tensor, index: Tensor, slot_starts: Tensor, delta: Tensor) -> None:
-    require(op, "delta", delta, (None, None))
-    require_dtype(op, "delta", delta, *DELTA_DTYPES)
-    require(op, "activations", activations, (None, None))
-    require_dtype(op, "activations", activations, delta.dtype, *(HALF if delta.dtype == torch.float32 else ()))
-    require(op, "index", index, delta.shape[:1])
-    require(op, "row_starts", row_starts, (None,))
-    require(op, "slot_starts", slot_starts, row_starts.shape)
-    for name, value in (("index", index), ("row_starts", row_starts), ("slot_starts", slot_starts)):
-        require_dtype(op, name, value, torch.int64)
-        if value.device != delta.device:
-            raise ValueError(f"{op}: {name} must be on {delta.device}, got {value.device}")
-    if delta.device.type != "cpu":
-        return
-    ends = (("row_starts", row_starts, activations.shape[0]), ("slot_starts", slot_starts, delta.shape[0]))
-    for name, starts, total in ends:
-        found = starts.tolist()
-        if not found or found[0] != 0 or found[-1] != total or found != sorted(found):
-            raise ValueError(f"{op}: {name} must ascend from 0 to {total}, got {found[:4]} ... {found[-1:]}")
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= activations.shape[1]):
-        raise ValueError(f"{op}: index must be in [0, {activations.shape[1]}), got {index.min()} to {index.max()}")

@@ -30,13 +30,6 @@ class Trial:
         self.committed = False
         self._saved: list[tuple[int, Tensor | None, tuple[Tensor, Tensor | None]]] = []
         self._updates: list[Update] = []
-        # Layers that were changed in another way than by an update.
-        self._opaque: set[int] = set()
-
-    def save(self, layer: int, index: Tensor | None) -> None:
-        """Remember columns `index` (None = all) of a layer; to be called before they are overwritten."""
-        self._opaque.add(layer)
-        self._save(layer, index)
 
     def add(self, layer: int, index: Tensor | None, residual: Tensor, solution: Tensor) -> None:
         """Save the columns `index`, then add an update to them, see `EditableWeights.add`."""
@@ -58,14 +51,14 @@ class Trial:
 
     def written(self) -> dict[str, Tensor]:
         """What `rewrite` needs to write this again, bit for bit: of each layer the updates, or its new columns where
-        these are smaller or were not written by updates."""
+        these are smaller."""
         tensors: dict[str, Tensor] = {}
         for layer, index in self.touched.items():
             updates = [update for update in self._updates if update.layer == layer]
             size = sum(update.residual.nbytes + update.solution.nbytes for update in updates)
             d_model, d_ff = self.weights.current(layer).shape
             n_columns = d_ff if index is None else len(index)
-            if layer in self._opaque or size >= n_columns * d_model * self.weights.working_dtype(layer).itemsize:
+            if size >= n_columns * d_model * self.weights.working_dtype(layer).itemsize:
                 tensors[f"columns/{layer}/values"] = self.weights.stored(layer, index)
                 if index is not None:
                     tensors[f"columns/{layer}/index"] = index
@@ -93,7 +86,6 @@ class Trial:
             self.weights.restore(layer, index, saved)
         self._saved.clear()
         self._updates.clear()
-        self._opaque.clear()
 
     def __enter__(self) -> Trial:
         return self

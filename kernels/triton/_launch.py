@@ -1,14 +1,18 @@
-"""Around every kernel here: Triton or its absence, whether tensors can be handed to it, the device they lie on."""
+"""Shared by every launcher: Triton or its absence, whether tensors can be handed to it, the device that they are on."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from fastedit.kernels import interpreted, missing
+
+F = TypeVar("F", bound=Callable[..., object])
 
 try:
     import triton
@@ -16,10 +20,10 @@ try:
 except ModuleNotFoundError:
 
     class _Absent:
-        """Stands where Triton is not installed, so that the modules can be imported and say so."""
+        """Takes the place of Triton where it is not installed, so that the kernels' modules can still be imported."""
 
         @staticmethod
-        def jit(function: Any) -> Any:
+        def jit(function: F) -> F:
             """The function itself; `unavailable` keeps it from being launched."""
             return function
 
@@ -28,35 +32,26 @@ except ModuleNotFoundError:
 INSTALLED = hasattr(triton, "__version__")
 
 # Kernels are bound to the interpreter, or not, when their module is imported; so is this answer.
-INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+INTERPRETED = INSTALLED and interpreted()
 
 SMALLEST_CAPABILITY = 80
 
 
-def unavailable(**tensors: Tensor | None) -> str | None:
-    """Why Triton cannot run on these tensors (name = tensor, None = argument not given), or None if it can.
+def unavailable(args: NamedTuple) -> str | None:
+    """Why Triton cannot run on the tensors of an argument record; None if it can.
 
-    Triton may be installed where no device is, so the tensors' device and an active driver are asked for."""
+    Triton may be installed where no device is, so the tensors' device and an active driver are checked."""
     if not INSTALLED or INTERPRETED:
         return missing()
-    for name, value in tensors.items():
-        if value is not None and not value.is_cuda:
+    for name, value in zip(args._fields, args, strict=True):
+        if isinstance(value, Tensor) and not value.is_cuda:
             return f"{name} is on {value.device}: Triton kernels run on CUDA devices, elsewhere with TRITON_INTERPRET=1"
     return driver_problem()
 
 
-def missing() -> str | None:
-    """Why no Triton kernel can run in this process, whatever it is given, or None."""
-    if not INSTALLED:
-        return "Triton is not installed"
-    if INTERPRETED:
-        return None
-    return driver_problem() if torch.cuda.is_available() else "there is no CUDA device"
-
-
 @functools.cache
 def driver_problem() -> str | None:
-    """Why no kernel can be launched in this process, or None."""
+    """Why no kernel can be launched in this process; None if they can."""
     try:
         target = triton.runtime.driver.active.get_current_target()
     except RuntimeError as error:
@@ -69,12 +64,12 @@ def driver_problem() -> str | None:
 
 
 def not_worth() -> str | None:
-    """Why Triton is not the faster choice anywhere in this process, or None."""
+    """Why Triton is not the faster choice anywhere in this process; None where it may be."""
     return "Triton's interpreter is for tests, not for speed" if INTERPRETED else None
 
 
 def wrong_dtype(name: str, value: Tensor | None, *allowed: torch.dtype) -> str | None:
-    """The reason that a tensor of another dtype gives, or None."""
+    """The reason why a tensor of another dtype is not taken; None for one of the allowed."""
     if value is None or value.dtype in allowed:
         return None
     wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
@@ -82,19 +77,24 @@ def wrong_dtype(name: str, value: Tensor | None, *allowed: torch.dtype) -> str |
 
 
 def first(*reasons: str | None) -> str | None:
-    """The first reason there is, None if there is none."""
+    """The first reason that is not None; None if there is none."""
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def on_device_of(value: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device_of(value: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on the tensor's device: Triton takes the current one, whatever device the pointers are of."""
     return torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext()
 
 
 def checked(index: Tensor, size: int) -> Tensor:
-    """The index, unchanged. A number outside [0, size) is an IndexError, or on a GPU stops the device as torch's own
-    gathers do; nothing waits for it."""
+    """The index, unchanged. A number outside [0, size) is an IndexError; on a GPU it stops the device, as torch's own
+    gathers do, and nothing waits for it."""
     return torch.arange(size, device=index.device).index_select(0, index)
+
+
+def dtype_of(value: torch.dtype) -> tl.dtype:
+    """The dtype of a kernel's sums: float64 for float64, else float32."""
+    return tl.float64 if value == torch.float64 else tl.float32
 
 
 def strides(value: Tensor | None, rank: int) -> tuple[int, ...]:

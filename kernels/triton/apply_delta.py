@@ -1,6 +1,6 @@
 """W[:, S] += R^T X^T on the device, in place. The definition is that of `fastedit.ops.apply_delta`.
 
-Memory decides: the columns are gathered, changed, saved and written in one pass, in which each is rounded once. Each
+Memory decides: the columns are gathered, changed and written in one pass, in which each is rounded once. Each
 column has one owner among the positions that name it, the first; what the others would add is folded into the owner's
 row of X beforehand, so that no two programs write the same place and a run repeats bit for bit.
 Positions outside [0, d_ff) are passed over. Products are IEEE float32, or float64 where the weight or its master is.
@@ -9,6 +9,7 @@ Positions outside [0, d_ff) are passed over. Products are IEEE float32, or float
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastedit.kernels._launch import (
     cdiv,
     checked,
+    dtype_of,
     first,
     not_worth,
     on_device_of,
@@ -26,33 +28,20 @@ from fastedit.kernels._launch import (
     wrong_dtype,
 )
 
+if TYPE_CHECKING:
+    from fastedit.ops.apply_delta import ApplyDelta
 
-def supports(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
-) -> str | None:
+
+def supports(args: ApplyDelta) -> str | None:
     """None, or why the kernels cannot take these arguments."""
     return first(
-        unavailable(weight=weight, residual=residual, solution=solution, index=index, master=master),
-        wrong_dtype("residual", residual, torch.float32, torch.float64),
-        wrong_dtype("solution", solution, torch.float32, torch.float64),
+        unavailable(args),
+        wrong_dtype("residual", args.residual, torch.float32, torch.float64),
+        wrong_dtype("solution", args.solution, torch.float32, torch.float64),
     )
 
 
-def worth(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
-) -> str | None:
+def worth(args: ApplyDelta) -> str | None:
     """None, or why the kernels are not the faster choice."""
     return not_worth()
 
@@ -114,11 +103,11 @@ def _fold_kernel(
 
 @triton.jit
 def _apply_kernel(
-    weight, master, residual, solution, index, owner, saved, saved_master, d_model, d_ff, width, n_edits,
+    weight, master, residual, solution, index, owner, d_model, d_ff, width, n_edits,
     weight_row, weight_column, master_row, master_column, residual_edit, residual_row, solution_row, solution_edit,
-    index_stride, saved_row, saved_column, saved_master_row, saved_master_column,
-    HAS_INDEX: tl.constexpr, HAS_MASTER: tl.constexpr, HAS_SAVED: tl.constexpr, HAS_SAVED_MASTER: tl.constexpr,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EDITS: tl.constexpr,
+    index_stride,
+    HAS_INDEX: tl.constexpr, HAS_MASTER: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EDITS: tl.constexpr,
 ):  # fmt: skip
     """new = (master or W)[:, S] + R^T X^T;  W[:, S] = rounded new, once."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -149,79 +138,34 @@ def _apply_kernel(
     if HAS_MASTER:
         m_place = master + row64[:, None] * master_row + column[None, :] * master_column
         old = tl.load(m_place, mask=mask, other=0.0)
-        if HAS_SAVED_MASTER:
-            place = row64[:, None] * saved_master_row + position[None, :] * saved_master_column
-            tl.store(saved_master + place, old, mask=mask)
-        if HAS_SAVED:
-            place = row64[:, None] * saved_row + position[None, :] * saved_column
-            tl.store(saved + place, tl.load(w_place, mask=mask, other=0.0), mask=mask)
         new = old.to(DTYPE) + total
         tl.store(m_place, new, mask=mask)
     else:
         old = tl.load(w_place, mask=mask, other=0.0)
-        if HAS_SAVED:
-            place = row64[:, None] * saved_row + position[None, :] * saved_column
-            tl.store(saved + place, old, mask=mask)
         new = old.to(DTYPE) + total
     tl.store(w_place, new.to(weight.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _copy_kernel(
-    saved, index, owner, width, d_ff, d_model, saved_row, saved_column, index_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """saved[:, p] = saved[:, owner of p's neuron] for the positions that are not owners."""
-    position = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    neuron = tl.load(index + position * index_stride, mask=position < width, other=-1)
-    there = (neuron >= 0) & (neuron < d_ff)
-    source = tl.load(owner + neuron, mask=there, other=0)
-    there = there & (source != position)
-    if tl.max(there.to(tl.int32), 0) > 0:
-        for base in range(0, d_model, ROWS):
-            row = (base + tl.arange(0, ROWS)).to(tl.int64)  # [ROWS]
-            mask = (row < d_model)[:, None] & there[None, :]
-            line = saved + row[:, None] * saved_row
-            value = tl.load(line + source[None, :] * saved_column, mask=mask, other=0.0)
-            tl.store(line + position[None, :] * saved_column, value, mask=mask)
-
-
-def apply_delta(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
-) -> None:
-    """The update in place; arguments as of the public op. Never waits for the device."""
+def apply_delta(args: ApplyDelta) -> None:
+    """The update in place. Never waits for the device."""
+    weight, residual, solution, index, master = args
     (d_model, d_ff), (width, n_edits) = weight.shape, solution.shape
     if d_model == 0 or width == 0:
         return
+
     launch = config()
     wide = torch.promote_types((weight if master is None else master).dtype, torch.float32)
-    dtype = tl.float64 if wide == torch.float64 else tl.float32
-    columns = cdiv(width, launch.columns)
     owner = None
     with on_device_of(weight):
         if index is not None:
             index = checked(index, d_ff)
             owner, solution = _owned(index, solution, d_ff, wide)
-        _apply_kernel[(columns, cdiv(d_model, launch.rows))](
-            weight, master, residual, solution, index, owner, saved, saved_master, d_model, d_ff, width, n_edits,
+        _apply_kernel[(cdiv(width, launch.columns), cdiv(d_model, launch.rows))](
+            weight, master, residual, solution, index, owner, d_model, d_ff, width, n_edits,
             *weight.stride(), *strides(master, 2), *residual.stride(), *solution.stride(), *strides(index, 1),
-            *strides(saved, 2), *strides(saved_master, 2),
-            HAS_INDEX=index is not None, HAS_MASTER=master is not None, HAS_SAVED=saved is not None,
-            HAS_SAVED_MASTER=saved_master is not None, DTYPE=dtype, ROWS=launch.rows, COLUMNS=launch.columns,
-            EDITS=launch.edits, num_warps=launch.num_warps, num_stages=launch.num_stages,
+            HAS_INDEX=index is not None, HAS_MASTER=master is not None, DTYPE=dtype_of(wide), ROWS=launch.rows,
+            COLUMNS=launch.columns, EDITS=launch.edits, num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
-        for copy in (saved, saved_master):
-            if index is not None and copy is not None:
-                _copy_kernel[(columns,)](
-                    copy, index, owner, width, d_ff, d_model, *copy.stride(), index.stride(0),
-                    ROWS=launch.rows, COLUMNS=launch.columns, num_warps=launch.num_warps,
-                )  # fmt: skip
 
 
 def _owned(index: Tensor, solution: Tensor, d_ff: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -229,12 +173,13 @@ def _owned(index: Tensor, solution: Tensor, d_ff: int, wide: torch.dtype) -> tup
     width, n_edits = solution.shape
     owner = torch.full((d_ff,), width, dtype=torch.int32, device=index.device)
     copies = torch.zeros(d_ff, dtype=torch.int32, device=index.device)
+    _owner_kernel[(cdiv(width, 256),)](index, owner, copies, width, d_ff, index.stride(0), BLOCK=256, num_warps=4)
+
     folded = torch.empty(width, n_edits, dtype=wide, device=index.device)
     # 16 positions by 64 edits: a solution row is read in runs of 256 bytes, and even 100 positions give 14 programs.
-    _owner_kernel[(cdiv(width, 256),)](index, owner, copies, width, d_ff, index.stride(0), BLOCK=256, num_warps=4)
     if n_edits:
         _fold_kernel[(cdiv(width, 16), cdiv(n_edits, 64))](
             index, owner, copies, solution, folded, width, d_ff, n_edits, index.stride(0), *solution.stride(),
-            DTYPE=tl.float64 if wide == torch.float64 else tl.float32, BLOCK=16, EDITS=64, num_warps=4,
+            DTYPE=dtype_of(wide), BLOCK=16, EDITS=64, num_warps=4,
         )  # fmt: skip
     return owner, folded

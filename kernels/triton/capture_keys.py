@@ -7,25 +7,29 @@ edits per program and then over the programs in a fixed order, so that a run rep
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastedit.kernels._launch import cdiv, first, not_worth, on_device_of, strides, tl, triton, unavailable, wrong_dtype
 
+if TYPE_CHECKING:
+    from fastedit.ops.capture_keys import CaptureKeys
+
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None) -> str | None:
+def supports(args: CaptureKeys) -> str | None:
     """None, or why the kernels cannot take these arguments."""
     return first(
-        unavailable(gate=gate, up=up, weights=weights, active=active),
-        wrong_dtype("gate", gate, *INPUT_DTYPES),
-        wrong_dtype("weights", weights, torch.float32),
+        unavailable(args),
+        wrong_dtype("gate", args.gate, *INPUT_DTYPES),
+        wrong_dtype("weights", args.weights, torch.float32),
     )
 
 
-def worth(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None) -> str | None:
+def worth(args: CaptureKeys) -> str | None:
     """None, or why the kernels are not the faster choice."""
     return not_worth()
 
@@ -113,16 +117,16 @@ def _sum_kernel(partial, mass, n_rows, d_ff, ROWS: tl.constexpr, BLOCK: tl.const
     tl.store(mass + neuron, total, mask=neuron < d_ff)
 
 
-def capture_keys(
-    gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(keys (n_edits, d_ff), mass (d_ff,)), float32; arguments as of the public op. Never waits for the device."""
+def capture_keys(args: CaptureKeys) -> tuple[Tensor, Tensor]:
+    """(keys (n_edits, d_ff), mass (d_ff,)), float32. Never waits for the device."""
+    gate, up, weights, activation, active = args
     n_edits, n_templates, d_ff = gate.shape
     keys = torch.empty(n_edits, d_ff, dtype=torch.float32, device=gate.device)
     if keys.numel() == 0:
         return keys, torch.zeros(d_ff, dtype=torch.float32, device=gate.device)
     if n_templates == 0:
         return keys.zero_(), torch.zeros(d_ff, dtype=torch.float32, device=gate.device)
+
     launch = config(n_edits, n_templates, d_ff, gate.element_size())
     groups = cdiv(n_edits, launch.edits)
     partial = torch.empty(groups, d_ff, dtype=torch.float32, device=gate.device)

@@ -6,22 +6,33 @@ writes. Products and sums are IEEE, in the dtype of H.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from fastedit.kernels._launch import cdiv, first, not_worth, on_device_of, tl, triton, unavailable, wrong_dtype
+import torch
+
+from fastedit.kernels._launch import (
+    cdiv,
+    dtype_of,
+    first,
+    not_worth,
+    on_device_of,
+    tl,
+    triton,
+    unavailable,
+    wrong_dtype,
+)
 from fastedit.kernels.masked_gram import add_products, config, lower_tile, store_both
 
+if TYPE_CHECKING:
+    from fastedit.ops.gram_update import GramUpdate
 
-def supports(history: Tensor, keys: Tensor) -> str | None:
+
+def supports(args: GramUpdate) -> str | None:
     """None, or why the kernel cannot take these arguments."""
-    return first(
-        unavailable(history=history, keys=keys),
-        wrong_dtype("history", history, torch.float32, torch.float64),
-    )
+    return first(unavailable(args), wrong_dtype("history", args.history, torch.float32, torch.float64))
 
 
-def worth(history: Tensor, keys: Tensor) -> str | None:
+def worth(args: GramUpdate) -> str | None:
     """None, or why the kernel is not the faster choice."""
     return not_worth()
 
@@ -47,16 +58,18 @@ def _update_kernel(
     store_both(history, total, i, j, history_row, history_column, size)
 
 
-def gram_update(history: Tensor, keys: Tensor) -> None:
-    """H += K^T K in place; arguments as of the public op. The launch is that of masked_gram."""
+def gram_update(args: GramUpdate) -> None:
+    """H += K^T K in place. The launch configuration is that of masked_gram."""
+    history, keys = args
     n_edits, size = keys.shape
     if size == 0:
         return
+
     launch = config(history.dtype)
     tiles = cdiv(size, launch.block)
     with on_device_of(history):
         _update_kernel[(tiles * (tiles + 1) // 2,)](
             history, keys, n_edits, size, *history.stride(), *keys.stride(),
-            DTYPE=tl.float64 if history.dtype == torch.float64 else tl.float32,
+            DTYPE=dtype_of(history.dtype),
             BLOCK=launch.block, ROWS=launch.rows, num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip

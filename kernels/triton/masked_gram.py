@@ -9,25 +9,23 @@ Products and sums are IEEE, in the dtype of the result (float64 on the matrix un
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastedit.kernels._launch import cdiv, checked, not_worth, on_device_of, strides, tl, triton, unavailable
+from fastedit.kernels._launch import cdiv, checked, dtype_of, not_worth, on_device_of, strides, tl, triton, unavailable
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    from fastedit.ops.masked_gram import MaskedGram
 
 
-def supports(
-    moment: Tensor, weight: float, keys: Tensor, history: Tensor | None, index: Tensor | None, dtype: torch.dtype
-) -> str | None:
+def supports(args: MaskedGram) -> str | None:
     """None, or why the kernel cannot take these arguments."""
-    return unavailable(moment=moment, keys=keys, history=history, index=index)
+    return unavailable(args)
 
 
-def worth(
-    moment: Tensor, weight: float, keys: Tensor, history: Tensor | None, index: Tensor | None, dtype: torch.dtype
-) -> str | None:
+def worth(args: MaskedGram) -> str | None:
     """None, or why the kernel is not the faster choice."""
     return not_worth()
 
@@ -133,51 +131,38 @@ def _gram_kernel(
     store_both(out, total, i, j, size, 1, size)
 
 
+def masked_gram(args: MaskedGram) -> Tensor:
+    """A, (k, k) symmetric to the bit."""
+    index = None if args.index is None else checked(args.index, args.keys.shape[1])
+    return masked_gram_on_device(args._replace(index=index)).view(args.width, args.width)
+
+
 def masked_gram_on_device(
-    moment: Tensor,
-    weight: float,
-    keys: Tensor,
-    history: Tensor | None,
-    index: Tensor | None,
-    dtype: torch.dtype,
-    count: Tensor | None = None,
-    past: Tensor | None = None,
-    active: Tensor | None = None,
-    out: Tensor | None = None,
+    args: MaskedGram, count: Tensor | None = None, past: Tensor | None = None, active: Tensor | None = None
 ) -> Tensor:
     """The system matrix as a flat, packed buffer: A[i, j] at i * k + j for i, j < k. Never waits for the device.
 
-    moment, weight, keys, history, index, dtype: as of the public op
-    count: integer in device memory whose first element is k, at most the length of index; None = all of index
+    count: integer in device memory whose first element is k, at most the length of the index; None = all of the index
     past: (n_past, d_ff) float, more rows of keys; active: (n_edits,) bool, the rows of keys that count; None = all
-    out: buffer of at least (length of index)^2 elements in `dtype`, or None for a new one; only k * k are written
     """
-    largest = keys.shape[1] if index is None else index.shape[0]
-    out = torch.empty(largest * largest, dtype=dtype, device=keys.device) if out is None else out
-    if largest == 0:
+    moment, weight, keys, history, index, dtype = args
+    out = torch.empty(args.width * args.width, dtype=dtype, device=keys.device)
+    if args.width == 0:
         return out
+
     launch = config(dtype)
-    tiles = cdiv(largest, launch.block)
+    tiles = cdiv(args.width, launch.block)
     # As 32-bit numbers: with a byte in the mask Triton 3.7 lays float64 operands out in a way that it cannot lower.
     active = None if active is None else active.to(torch.int32)
     with on_device_of(keys):
         _gram_kernel[(tiles * (tiles + 1) // 2,)](
             moment, history, keys, past, active, index, count, out, float(weight),
-            keys.shape[0], 0 if past is None else past.shape[0], largest,
+            keys.shape[0], 0 if past is None else past.shape[0], args.width,
             *moment.stride(), *strides(history, 2), *keys.stride(), *strides(past, 2), *strides(active, 1),
             *strides(index, 1),
             HAS_HISTORY=history is not None, HAS_PAST=past is not None, HAS_ACTIVE=active is not None,
             HAS_INDEX=index is not None, HAS_COUNT=count is not None,
-            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
-            BLOCK=launch.block, ROWS=launch.rows, num_warps=launch.num_warps, num_stages=launch.num_stages,
+            DTYPE=dtype_of(dtype), BLOCK=launch.block, ROWS=launch.rows,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
     return out
-
-
-def masked_gram(
-    moment: Tensor, weight: float, keys: Tensor, history: Tensor | None, index: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """A, (k, k) symmetric to the bit; arguments as of the public op."""
-    size = keys.shape[1] if index is None else index.shape[0]
-    index = None if index is None else checked(index, keys.shape[1])
-    return masked_gram_on_device(moment, weight, keys, history, index, dtype).view(size, size)

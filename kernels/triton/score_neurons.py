@@ -9,29 +9,25 @@ and the best of a slot are then taken among the tiles' best. Half-precision prod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastedit.kernels._launch import INTERPRETED, cdiv, not_worth, on_device_of, tl, triton, unavailable
+from fastedit.kernels._launch import INTERPRETED, cdiv, dtype_of, not_worth, on_device_of, tl, triton, unavailable
+
+if TYPE_CHECKING:
+    from fastedit.ops.score_neurons import ScoreNeurons
 
 
-class Best(NamedTuple):
-    """Per slot its k best neurons, descending: values (n_slots, k), neurons (n_slots, k) int64."""
-
-    values: Tensor
-    neurons: Tensor
-
-
-def supports(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> str | None:
+def supports(args: ScoreNeurons) -> str | None:
     """None, or why the kernel cannot take these arguments."""
-    if top_k is not None and weight.dtype == torch.float64:
+    if args.top_k is not None and args.weight.dtype == torch.float64:
         return "a float64 score and its neuron do not fit the 64 bits by which the kernel compares them"
-    return unavailable(activations=activations, weight=weight, directions=directions)
+    return unavailable(args)
 
 
-def worth(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> str | None:
+def worth(args: ScoreNeurons) -> str | None:
     """None, or why the kernel is not the faster choice."""
     return not_worth()
 
@@ -103,30 +99,34 @@ def _score_kernel(
             key = tl.where(key == largest[:, None], lowest, key)
 
 
-def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> Tensor | Best:
-    """Scores (n_slots, d_ff), or the best of every slot; arguments as of the public op. Never waits for the device."""
+def score_neurons(args: ScoreNeurons) -> Tensor | tuple[Tensor, Tensor]:
+    """Scores (n_slots, d_ff), or values and neurons (n_slots, k) of the best. Never waits for the device."""
+    activations, weight, directions, top_k = args
     n_slots, d_ff = activations.shape
     wide = torch.promote_types(weight.dtype, torch.float32)
     # Triton's interpreter would multiply the bit patterns of bf16 numbers; the products are exact either way.
     widen = INTERPRETED and weight.dtype == torch.bfloat16
     launch = config(n_slots, wide)
-    tiles, top = cdiv(d_ff, launch.neurons), min(top_k or 0, launch.neurons)
-    shape = (n_slots, d_ff) if top_k is None else (0, d_ff)
-    out = torch.empty(shape, dtype=wide, device=weight.device)
+    tiles = cdiv(d_ff, launch.neurons)
+    top = min(top_k or 0, launch.neurons)
+
+    # Either the scores or every tile's best are written; the other buffer is empty.
+    out = torch.empty((n_slots, d_ff) if top_k is None else (0, d_ff), dtype=wide, device=weight.device)
     best = torch.empty(n_slots, tiles * top, dtype=torch.int64, device=weight.device)
     if n_slots and d_ff:
         with on_device_of(weight):
             _score_kernel[(tiles, cdiv(n_slots, launch.slots))](
                 activations, weight, directions, out, best, n_slots, weight.shape[0], d_ff, tiles * top,
                 *activations.stride(), *weight.stride(), *directions.stride(),
-                TOP=top, DTYPE=tl.float64 if wide == torch.float64 else tl.float32, WIDEN=widen,
+                TOP=top, DTYPE=dtype_of(wide), WIDEN=widen,
                 SLOTS=launch.slots, NEURONS=launch.neurons, DEPTH=launch.depth, num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )  # fmt: skip
     if top_k is None:
         return out
+
     # No two keys are equal, so any way to take the largest takes the same ones.
     key = best.topk(top_k, dim=1).values
     order = key >> 32
     bits = torch.where(order < 0, order ^ 0x7FFFFFFF, order).to(torch.int32)
-    return Best(bits.view(torch.float32), 0xFFFFFFFF - (key & 0xFFFFFFFF))
+    return bits.view(torch.float32), 0xFFFFFFFF - (key & 0xFFFFFFFF)

@@ -9,26 +9,35 @@ bit. Ties go by rank in index order. The index list and the count stay on the de
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastedit.kernels._launch import first, not_worth, on_device_of, power_of_two, tl, triton, unavailable, wrong_dtype
 
+if TYPE_CHECKING:
+    from fastedit.ops.select_neurons import SelectNeurons
+
 SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 65536
 
 
-def supports(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> str | None:
+def supports(args: SelectNeurons) -> str | None:
     """None, or why the kernel cannot take these arguments."""
     return first(
-        unavailable(score=score),
-        wrong_dtype("score", score, *SCORE_DTYPES),
-        None if score.numel() <= LARGEST else f"{score.numel()} scores do not fit one program, at most {LARGEST}",
+        unavailable(args),
+        wrong_dtype("score", args.score, *SCORE_DTYPES),
+        too_many(args.score.numel()),
     )
 
 
-def worth(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> str | None:
+def too_many(n_scores: int) -> str | None:
+    """None, or why the one program of the kernel cannot hold so many scores."""
+    return None if n_scores <= LARGEST else f"{n_scores} scores do not fit one program, at most {LARGEST}"
+
+
+def worth(args: SelectNeurons) -> str | None:
     """None, or why the kernel is not the faster choice."""
     return not_worth()
 
@@ -122,20 +131,27 @@ def _select_kernel(
     tl.store(status, tl.sum(chosen.to(tl.int64), 0))
 
 
-def select_on_device(
-    score: Tensor, top_k: int | None, reaching: float | None, within: float | None
-) -> tuple[Tensor, Tensor]:
+def select_neurons(args: SelectNeurons) -> Tensor:
+    """(n_selected,) int64 ascending. Waits for the number of neurons."""
+    index, status = select_on_device(args)
+    return index[: int(status[0])]
+
+
+def select_on_device(args: SelectNeurons) -> tuple[Tensor, Tensor]:
     """(index (d_ff,) int64, status (3,) int64) in device memory, without waiting for the device.
 
     The first status[0] of index are the selected neurons; status[1] counts NaN and Inf scores, status[2] negative
-    ones. Where status[1], or with a share of the mass status[2], is not 0, index and count mean nothing."""
-    n = score.shape[0]
+    ones. Where status[1], or with a share of the mass status[2], is not 0, index and status[0] mean nothing."""
+    score, top_k, reaching, _ = args
+    n, share = score.shape[0], args.share
+    rule = "within" if reaching is None else "reaching"
+    if share is None:
+        rule = "top_k"
+    elif share >= 1:
+        rule, top_k = "top_k", n
+
     index = torch.empty(n, dtype=torch.int64, device=score.device)
     status = torch.empty(3, dtype=torch.int64, device=score.device)
-    share = reaching if reaching is not None else within
-    rule = "reaching" if reaching is not None else "within" if within is not None else "top_k"
-    if share is not None and share >= 1:
-        rule, top_k = "top_k", n
     launch = config(n)
     with on_device_of(score):
         _select_kernel[(1,)](
@@ -143,9 +159,3 @@ def select_on_device(
             RULE=rule, BLOCK=launch.block, num_warps=launch.num_warps,
         )  # fmt: skip
     return index, status
-
-
-def select_neurons(score: Tensor, top_k: int | None, reaching: float | None, within: float | None) -> Tensor:
-    """(n_selected,) int64 ascending; arguments as of the public op. Waits for the count."""
-    index, status = select_on_device(score, top_k, reaching, within)
-    return index[: int(status[0])]

@@ -7,38 +7,20 @@ norm is past the bound, the row scaled once more; what the later passes read aga
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from fastedit.kernels._launch import dtype_of, not_worth, on_device_of, power_of_two, strides, tl, triton, unavailable
 
-from fastedit.kernels._launch import not_worth, on_device_of, power_of_two, strides, tl, triton, unavailable
+if TYPE_CHECKING:
+    from fastedit.ops.sparse_adam import SparseAdam
 
 
-def supports(
-    delta: Tensor,
-    grad: Tensor,
-    moment1: Tensor,
-    moment2: Tensor,
-    step: int,
-    settings: Any,
-    decay: Tensor | None,
-    radius: Tensor | None,
-) -> str | None:
+def supports(args: SparseAdam) -> str | None:
     """None, or why the kernel cannot take these arguments."""
-    return unavailable(delta=delta, grad=grad, moment1=moment1, moment2=moment2, decay=decay, radius=radius)
+    return unavailable(args)
 
 
-def worth(
-    delta: Tensor,
-    grad: Tensor,
-    moment1: Tensor,
-    moment2: Tensor,
-    step: int,
-    settings: Any,
-    decay: Tensor | None,
-    radius: Tensor | None,
-) -> str | None:
+def worth(args: SparseAdam) -> str | None:
     """None, or why the kernel is not the faster choice."""
     return not_worth()
 
@@ -114,20 +96,13 @@ def _adam_kernel(
                 tl.store(x_place, x * (bound / norm), mask=column < d)
 
 
-def sparse_adam(
-    delta: Tensor,
-    grad: Tensor,
-    moment1: Tensor,
-    moment2: Tensor,
-    step: int,
-    settings: Any,
-    decay: Tensor | None,
-    radius: Tensor | None,
-) -> None:
-    """The step in place; arguments as of the public op."""
+def sparse_adam(args: SparseAdam) -> None:
+    """The step in place."""
+    delta, grad, moment1, moment2, step, settings, decay, radius = args
     n, d = delta.shape
     if delta.numel() == 0:
         return
+
     launch = config(d)
     beta1, beta2 = settings.beta1, settings.beta2
     with on_device_of(delta):
@@ -137,7 +112,6 @@ def sparse_adam(
             1.0 - beta1**step, 1.0 - beta2**step,
             *delta.stride(), *grad.stride(), *moment1.stride(), *moment2.stride(),
             *strides(decay, 1), *strides(radius, 1),
-            HAS_DECAY=decay is not None, HAS_RADIUS=radius is not None,
-            DTYPE=tl.float64 if delta.dtype == torch.float64 else tl.float32,
+            HAS_DECAY=decay is not None, HAS_RADIUS=radius is not None, DTYPE=dtype_of(delta.dtype),
             BLOCK=launch.block, num_warps=launch.num_warps,
         )  # fmt: skip

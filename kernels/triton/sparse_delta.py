@@ -10,45 +10,23 @@ activations' gradient in any order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastedit.kernels._launch import cdiv, checked, not_worth, on_device_of, tl, triton, unavailable
+from fastedit.kernels._launch import cdiv, checked, dtype_of, not_worth, on_device_of, tl, triton, unavailable
+
+if TYPE_CHECKING:
+    from fastedit.ops.sparse_delta import SparseDelta
 
 
-class Grads(NamedTuple):
-    """activations: (n_rows, d_ff), in the dtype of the activations, zero but at slots; delta: (n_slots, d_model)."""
-
-    activations: Tensor
-    delta: Tensor
-
-
-def supports(
-    activations: Tensor,
-    row_starts: Tensor,
-    index: Tensor,
-    slot_starts: Tensor,
-    delta: Tensor,
-    scale: float,
-    grad: Tensor | None = None,
-) -> str | None:
+def supports(args: SparseDelta) -> str | None:
     """None, or why the kernels cannot take these arguments, of the sum or of its gradients."""
-    return unavailable(
-        activations=activations, row_starts=row_starts, index=index, slot_starts=slot_starts, delta=delta, grad=grad
-    )
+    return unavailable(args)
 
 
-def worth(
-    activations: Tensor,
-    row_starts: Tensor,
-    index: Tensor,
-    slot_starts: Tensor,
-    delta: Tensor,
-    scale: float,
-    grad: Tensor | None = None,
-) -> str | None:
+def worth(args: SparseDelta) -> str | None:
     """None, or why the kernels are not the faster choice."""
     return not_worth()
 
@@ -157,65 +135,56 @@ def _pull_kernel(
         tl.atomic_add(out + place, tl.full((), scale, DTYPE) * total, mask=shared, sem="relaxed")
 
 
+def sparse_delta(args: SparseDelta) -> Tensor:
+    """y, (n_rows, d_model). Never waits for the device."""
+    args = _ready(args)
+    return _sum(args, args.row_starts, args.slot_starts, args.delta, args.activations.shape[0], of_slots=False)
+
+
+def sparse_delta_grads(args: SparseDelta) -> tuple[Tensor, Tensor]:
+    """The gradients of activations (n_rows, d_ff) and delta (n_slots, d_model). Never waits for the device."""
+    args = _ready(args)
+    activations, row_starts, index, slot_starts, delta, scale, grad = args
+    of_delta = _sum(args, slot_starts, row_starts, grad, delta.shape[0], of_slots=True)
+
+    n_samples, launch = len(row_starts) - 1, config()
+    (n_rows, d_ff), d_model = activations.shape, delta.shape[1]
+    of_activations = torch.zeros(n_rows, d_ff, dtype=delta.dtype, device=delta.device)
+    if of_activations.numel() and delta.numel():
+        with on_device_of(delta):
+            _pull_kernel[(cdiv(n_rows, launch.rows),)](
+                grad, delta, index, row_starts, slot_starts, of_activations, float(scale), n_samples,
+                n_samples.bit_length(), n_rows, d_model, d_ff, *grad.stride(), *delta.stride(), index.stride(0),
+                DTYPE=dtype_of(delta.dtype), ROWS=launch.rows, INNER=launch.inner, DEPTH=launch.columns,
+                num_warps=launch.num_warps,
+            )  # fmt: skip
+    return of_activations.to(activations.dtype), of_delta
+
+
+def _ready(args: SparseDelta) -> SparseDelta:
+    """The arguments with contiguous starts and a checked index."""
+    return args._replace(
+        row_starts=args.row_starts.contiguous(),
+        index=checked(args.index, args.activations.shape[1]),
+        slot_starts=args.slot_starts.contiguous(),
+    )
+
+
 def _sum(
-    activations: Tensor,
-    index: Tensor,
-    own_starts: Tensor,
-    other_starts: Tensor,
-    vectors: Tensor,
-    scale: float,
-    n_items: int,
-    of_slots: bool,
+    args: SparseDelta, own_starts: Tensor, other_starts: Tensor, vectors: Tensor, n_items: int, of_slots: bool
 ) -> Tensor:
+    """(n_items, d_model), see `_sum_kernel`: with own_starts the items' samples, with other_starts the others'."""
+    activations, index = args.activations, args.index
     n_samples, launch = len(own_starts) - 1, config()
     out = torch.empty(n_items, vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
     if out.numel() == 0:
         return out
+
     with on_device_of(vectors):
         _sum_kernel[(cdiv(n_items, launch.rows), cdiv(vectors.shape[1], launch.columns))](
-            activations, index, own_starts, other_starts, vectors, out, float(scale), n_samples,
+            activations, index, own_starts, other_starts, vectors, out, float(args.scale), n_samples,
             n_samples.bit_length(), n_items, vectors.shape[1], *activations.stride(), index.stride(0),
-            *vectors.stride(), OF_SLOTS=of_slots, DTYPE=_dtype(vectors), ITEMS=launch.rows, COLUMNS=launch.columns,
-            INNER=launch.inner, num_warps=launch.num_warps,
+            *vectors.stride(), OF_SLOTS=of_slots, DTYPE=dtype_of(vectors.dtype), ITEMS=launch.rows,
+            COLUMNS=launch.columns, INNER=launch.inner, num_warps=launch.num_warps,
         )  # fmt: skip
     return out
-
-
-def _dtype(value: Tensor) -> object:
-    return tl.float64 if value.dtype == torch.float64 else tl.float32
-
-
-def sparse_delta(
-    activations: Tensor, row_starts: Tensor, index: Tensor, slot_starts: Tensor, delta: Tensor, scale: float
-) -> Tensor:
-    """y, (n_rows, d_model); arguments as of the public op. Never waits for the device."""
-    row_starts, slot_starts = row_starts.contiguous(), slot_starts.contiguous()
-    index = checked(index, activations.shape[1])
-    return _sum(activations, index, row_starts, slot_starts, delta, scale, activations.shape[0], of_slots=False)
-
-
-def sparse_delta_grads(
-    activations: Tensor,
-    row_starts: Tensor,
-    index: Tensor,
-    slot_starts: Tensor,
-    delta: Tensor,
-    scale: float,
-    grad: Tensor,
-) -> Grads:
-    """The gradients; arguments as of the public function. Never waits for the device."""
-    row_starts, slot_starts = row_starts.contiguous(), slot_starts.contiguous()
-    index = checked(index, activations.shape[1])
-    of_delta = _sum(activations, index, slot_starts, row_starts, grad, scale, delta.shape[0], of_slots=True)
-    n_samples, launch = len(row_starts) - 1, config()
-    (n_rows, d_ff), d_model = activations.shape, delta.shape[1]
-    into = torch.zeros(n_rows, d_ff, dtype=delta.dtype, device=delta.device)
-    if into.numel() and delta.numel():
-        with on_device_of(delta):
-            _pull_kernel[(cdiv(n_rows, launch.rows),)](
-                grad, delta, index, row_starts, slot_starts, into, float(scale), n_samples, n_samples.bit_length(),
-                n_rows, d_model, d_ff, *grad.stride(), *delta.stride(), index.stride(0),
-                DTYPE=_dtype(delta), ROWS=launch.rows, INNER=launch.inner, DEPTH=launch.columns,
-                num_warps=launch.num_warps,
-            )  # fmt: skip
-    return Grads(into.to(activations.dtype), of_delta)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.gram_update import gram_update_torch
 from fastedit.testing import Case
 
@@ -145,11 +145,11 @@ def test_the_baselines_of_the_selection_keep_its_promises(bench, rule):
 def backend(monkeypatch):
     """A second backend of gram_update, whose function the test may replace."""
     module = SimpleNamespace(supports=lambda *_: None, worth=lambda *_: None, gram_update=gram_update_torch)
-    original = _table.module_of
-    monkeypatch.setitem(_table.TABLE, "gram_update", {"cpp": "here"})
+    original = _dispatch.module_of
+    monkeypatch.setattr(_dispatch, "kinds", lambda op: ("cpp",))
     # Also where no compiler was found at install.
-    monkeypatch.setattr(_table, "present", lambda op: tuple(_table.TABLE[op]))
-    monkeypatch.setattr(_table, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
+    monkeypatch.setattr(_dispatch, "present", lambda op: ("cpp",))
+    monkeypatch.setattr(_dispatch, "module_of", lambda op, name: module if name == "cpp" else original(op, name))
     return module
 
 
@@ -164,13 +164,13 @@ def test_a_backend_is_compared_told_when_it_cannot_and_never_timed_when_wrong(be
     backend.supports = lambda *_: "it was not compiled"
     assert "it was not compiled" in run.wrong(module, given, ["cpp"])["cpp"]
     backend.supports = lambda *_: None
-    backend.gram_update = lambda history, keys: history.addmm_(keys.T, keys, alpha=1.01)
+    backend.gram_update = lambda args: args.history.addmm_(args.keys.T, args.keys, alpha=1.01)
     assert run.wrong(module, given, ["cpp"]) == {"cpp": "FAULT: wrong result"}
-    backend.gram_update = lambda history, keys: history.fill_(float("nan"))
+    backend.gram_update = lambda args: args.history.fill_(float("nan"))
     assert run.wrong(module, given, ["cpp"]) == {"cpp": "FAULT: wrong result"}
-    backend.gram_update = lambda history, keys: history.view(7)
+    backend.gram_update = lambda args: args.history.view(7)
     assert run.wrong(module, given, ["cpp"]) == {"cpp": "FAULT: RuntimeError"}
-    backend.gram_update = lambda history, keys: None
+    backend.gram_update = lambda args: None
     options = run.arguments(["--budget", "0", "--device", "cpu"])
     rates = SimpleNamespace(measure=lambda dtype: None, roof=lambda cost: 1.0, copy=1.0, products={torch.float32: 1.0})
     faults = []

@@ -3,7 +3,7 @@
 A launcher that is called in the block (on CPU tensors) has its arguments bound and its kernels compiled to machine code
 as on the device; nothing runs, so what it returns is not to be read. As a program (not under Triton's interpreter):
 
-    python tests/parts/compile_triton.py 90
+    python tests/kernels/compile_triton.py 90
 """
 
 from __future__ import annotations
@@ -32,8 +32,17 @@ from fastedit.kernels import (
     select_neurons,
     sparse_adam,
     sparse_delta,
+    system_chain,
 )
-from fastedit.ops.sparse_adam import AdamSettings
+from fastedit.ops.apply_delta import ApplyDelta
+from fastedit.ops.capture_keys import CaptureKeys
+from fastedit.ops.gram_update import GramUpdate
+from fastedit.ops.masked_gram import MaskedGram
+from fastedit.ops.score_neurons import ScoreNeurons
+from fastedit.ops.select_neurons import SelectNeurons
+from fastedit.ops.sparse_adam import AdamSettings, SparseAdam
+from fastedit.ops.sparse_delta import SparseDelta
+from fastedit.ops.system_chain import SystemChain
 
 
 class Kernel(NamedTuple):
@@ -102,45 +111,71 @@ def examined(kernel: Any) -> Kernel:
 
 def launches(capability: int) -> Iterator[tuple[str, list[Kernel]]]:
     """One launch of every op, at sizes that stand for a model's, with every optional argument."""
-    row, bits = torch.zeros(24, 1536), torch.ones(24, dtype=torch.bool)
-    square, index = torch.zeros(1536, 1536), torch.zeros(1536, dtype=torch.int64)
-    count = torch.zeros(3, dtype=torch.int64)
     for dtype in (torch.float32, torch.bfloat16):
-        gate = torch.zeros(24, 6, 1536, dtype=dtype)
-        with compiled(capability) as kernels:
-            capture_keys.capture_keys(gate, gate, torch.zeros(6), "gelu", bits)
-        yield f"capture_keys {dtype}", kernels
-        weight = torch.zeros(576, 1536, dtype=dtype)
-        with compiled(capability) as kernels:
-            apply_delta.apply_delta(weight, torch.zeros(24, 576), row.T, index, weight.float(), weight, weight.float())
-        yield f"apply_delta {dtype}", kernels
+        yield from launches_of_rows(capability, dtype)
+
     for size in (1536, 14336):
-        for name, rule in (("top_k", (5, None, None)), ("mass", (None, 0.5, None))):
+        for name, rule in (("top_k", {"top_k": 5}), ("mass", {"reaching": 0.5})):
             with compiled(capability) as kernels:
-                select_neurons.select_on_device(torch.zeros(size), *rule)
+                select_neurons.select_on_device(SelectNeurons(torch.zeros(size), **rule))
             yield f"select_neurons {name} {size}", kernels
+
     for dtype in (torch.float32, torch.float64):
-        with compiled(capability) as kernels:
-            masked_gram.masked_gram_on_device(square, 0.1, row, square, index, dtype, count, row, bits)
-        yield f"masked_gram {dtype}", kernels
-        with compiled(capability) as kernels:
-            gram_update.gram_update(square.to(dtype), row.to(dtype))
-        yield f"gram_update {dtype}", kernels
-        state = torch.zeros(24, 576, dtype=dtype)
-        with compiled(capability) as kernels:
-            sparse_adam.sparse_adam(*[state] * 4, 3, AdamSettings(0.1), state[:, 0], state[:, 0])
-        yield f"sparse_adam {dtype}", kernels
-        starts = torch.zeros(5, dtype=torch.int64)
-        with compiled(capability) as kernels:
-            sparse_delta.sparse_delta(state, starts, count, starts, state[:3], 0.5)
-            sparse_delta.sparse_delta_grads(state, starts, count, starts, state[:3], 0.5, state)
-        yield f"sparse_delta {dtype}", kernels
-        with compiled(capability) as kernels:
-            score_neurons.score_neurons(row.to(dtype), square[:576].to(dtype), state, None)
-        yield f"score_neurons {dtype}", kernels
+        yield from launches_of_sums(capability, dtype)
+
+    row, weight = torch.zeros(24, 1536, dtype=torch.bfloat16), torch.zeros(576, 1536, dtype=torch.bfloat16)
     with compiled(capability) as kernels:
-        score_neurons.score_neurons(row.bfloat16(), square[:576].bfloat16(), row[:, :576].bfloat16(), 10)
+        score_neurons.score_neurons(ScoreNeurons(row, weight, row[:, :576], 10))
     yield "score_neurons top_k", kernels
+
+
+def launches_of_rows(capability: int, dtype: torch.dtype) -> Iterator[tuple[str, list[Kernel]]]:
+    """The ops whose rows or weights are in the dtype of the model."""
+    row, square, active = torch.zeros(24, 1536), torch.zeros(1536, 1536), torch.ones(24, dtype=torch.bool)
+    gate = torch.zeros(24, 6, 1536, dtype=dtype)
+    rows = (gate, gate, torch.zeros(6), "gelu", active)
+    with compiled(capability) as kernels:
+        capture_keys.capture_keys(CaptureKeys(*rows))
+    yield f"capture_keys {dtype}", kernels
+
+    with compiled(capability) as kernels:
+        system_chain.system_chain(SystemChain(*rows, square, 0.1, square, row, within=0.5))
+    yield f"system_chain {dtype}", kernels
+
+    weight, index = torch.zeros(576, 1536, dtype=dtype), torch.zeros(1536, dtype=torch.int64)
+    with compiled(capability) as kernels:
+        apply_delta.apply_delta(ApplyDelta(weight, torch.zeros(24, 576), row.T, index, weight.float()))
+    yield f"apply_delta {dtype}", kernels
+
+
+def launches_of_sums(capability: int, dtype: torch.dtype) -> Iterator[tuple[str, list[Kernel]]]:
+    """The ops whose sums are taken in `dtype`."""
+    row, square, active = torch.zeros(24, 1536), torch.zeros(1536, 1536), torch.ones(24, dtype=torch.bool)
+    index, count = torch.zeros(1536, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    with compiled(capability) as kernels:
+        args = MaskedGram(square, 0.1, row, square, index, dtype)
+        masked_gram.masked_gram_on_device(args, count, row, active)
+    yield f"masked_gram {dtype}", kernels
+
+    with compiled(capability) as kernels:
+        gram_update.gram_update(GramUpdate(square.to(dtype), row.to(dtype)))
+    yield f"gram_update {dtype}", kernels
+
+    state = torch.zeros(24, 576, dtype=dtype)
+    with compiled(capability) as kernels:
+        sparse_adam.sparse_adam(SparseAdam(*[state] * 4, 3, AdamSettings(0.1), state[:, 0], state[:, 0]))
+    yield f"sparse_adam {dtype}", kernels
+
+    starts = torch.zeros(5, dtype=torch.int64)
+    with compiled(capability) as kernels:
+        args = SparseDelta(state, starts, count, starts, state[:3], 0.5, state)
+        sparse_delta.sparse_delta(args)
+        sparse_delta.sparse_delta_grads(args)
+    yield f"sparse_delta {dtype}", kernels
+
+    with compiled(capability) as kernels:
+        score_neurons.score_neurons(ScoreNeurons(row.to(dtype), square[:576].to(dtype), state))
+    yield f"score_neurons {dtype}", kernels
 
 
 def main() -> None:

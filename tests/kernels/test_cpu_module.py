@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastedit.ops import _table, cpp
+from fastedit.ops import _dispatch, cpp
 from fastedit.ops.apply_delta import apply_delta
 from fastedit.ops.capture_keys import capture_keys
 from fastedit.ops.gram_update import gram_update
@@ -28,7 +28,7 @@ WIDE = Case("wide", 9, 300, d_model=150, selected=170)
 def on_cpp():
     if cpp.missing() is not None:
         pytest.skip("fastedit._cpu was not compiled")
-    with _table.backend("cpp"):
+    with _dispatch.backend("cpp"):
         yield
 
 
@@ -73,7 +73,7 @@ def test_two_python_threads_at_once_get_what_one_gets(two_threads, on_cpp):
     results = []
 
     def work():
-        with _table.backend("cpp"):
+        with _dispatch.backend("cpp"):
             for _ in range(10):
                 results.append(everything())
 
@@ -133,9 +133,10 @@ def test_an_instruction_set_that_is_not_there_is_named(monkeypatch, on_cpp):
 
 
 def test_what_the_kernels_cannot_take_is_refused_with_the_reason(on_cpp):
-    with pytest.raises(_table.BackendUnavailable, match=r"capture_keys: .* takes .*float16, got torch.float64; able"):
+    refusal = r"capture_keys: .* takes .*float16, got torch.float64; able"
+    with pytest.raises(_dispatch.BackendUnavailable, match=refusal):
         capture_keys(torch.ones(1, 1, 2).double(), None, torch.ones(1), "silu")
-    with pytest.raises(_table.BackendUnavailable, match="run on the CPU, got a tensor on meta"):
+    with pytest.raises(_dispatch.BackendUnavailable, match="run on the CPU, got a tensor on meta"):
         capture_keys(torch.ones(1, 1, 2, device="meta"), None, torch.ones(1), "silu")
 
 
@@ -153,13 +154,14 @@ print(len(maps))
 
 
 def test_without_the_module_every_op_runs_in_plain_torch(monkeypatch):
-    with _table.backend("torch"):
+    with _dispatch.backend("torch"):
         wanted = everything()
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
     monkeypatch.setattr(cpp, "missing", lambda: "it was not compiled")
     monkeypatch.setattr(cpp, "compiled", lambda: pytest.fail("a kernel was asked for"))
     assert same(everything(), wanted)
-    with _table.backend("cpp"), pytest.raises(_table.BackendUnavailable, match=r"it was not compiled; able: .*torch"):
+    refusal = r"it was not compiled; able: .*torch"
+    with _dispatch.backend("cpp"), pytest.raises(_dispatch.BackendUnavailable, match=refusal):
         select_neurons(torch.ones(3), top_k=1)
 
 

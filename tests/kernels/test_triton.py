@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.capture_keys import ACTIVATIONS, capture_keys, capture_keys_ref
 from fastedit.ops.masked_gram import masked_gram, masked_gram_ref
 from fastedit.ops.select_neurons import select_neurons, select_neurons_ref
@@ -21,7 +21,7 @@ RULES = ({"top_k": 1}, {"top_k": 0.3}, {"reaching": 0.65}, {"within": 0.65}, {"r
 
 @pytest.fixture(autouse=True)
 def on_triton():
-    with _table.backend("triton"):
+    with _dispatch.backend("triton"):
         yield
 
 
@@ -134,9 +134,9 @@ def test_tiles_meet_without_gap_or_overlap(dtype):
 
 def test_what_the_kernels_do_not_take_is_refused_with_the_reason():
     gate = torch.zeros(1, 1, 4, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(_table.BackendUnavailable, match="gate is float64, the kernel takes float32 or bfloat16 or"):
+    with pytest.raises(_dispatch.BackendUnavailable, match="gate is float64, the kernel takes float32 or bfloat16 or"):
         capture_keys(gate, None, torch.ones(1, device=DEVICE), "relu")
-    with pytest.raises(_table.BackendUnavailable, match="score is float64"):
+    with pytest.raises(_dispatch.BackendUnavailable, match="score is float64"):
         select_neurons(gate.view(-1), top_k=1)
-    with pytest.raises(_table.BackendUnavailable, match="65537 scores do not fit one program"):
+    with pytest.raises(_dispatch.BackendUnavailable, match="65537 scores do not fit one program"):
         select_neurons(torch.zeros(65537, device=DEVICE), top_k=1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.score_neurons import score_neurons, score_neurons_ref
 from fastedit.ops.sparse_delta import sparse_delta, sparse_delta_grads, sparse_delta_ref
 from fastedit.testing import CASES, Case, Factory, assert_close, assert_tolerance_bites, in_float64
@@ -17,7 +17,7 @@ ENSEMBLE = Case("ensemble", 1, 50, d_model=70, n_templates=20)
 
 @pytest.fixture(autouse=True)
 def on_triton():
-    with _table.backend("triton"):
+    with _dispatch.backend("triton"):
         yield
 
 
@@ -60,7 +60,7 @@ def test_a_broken_score_ranks_first_and_both_zeros_are_one():
 
 def test_the_best_of_float64_scores_are_refused_with_the_reason():
     inputs = Factory(Case("small", 4, 10), torch.float64, DEVICE).scored()
-    with pytest.raises(_table.BackendUnavailable, match="float64 score and its neuron do not fit the 64 bits"):
+    with pytest.raises(_dispatch.BackendUnavailable, match="float64 score and its neuron do not fit the 64 bits"):
         score_neurons(*inputs, top_k=2)
 
 

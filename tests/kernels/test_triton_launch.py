@@ -10,17 +10,17 @@ pytest.importorskip("triton")
 
 ASK = """
 import torch
-from fastedit.ops import _table
-from fastedit.ops.select_neurons import select_neurons
-from fastedit.kernels import _launch
+from fastedit.ops import _dispatch
+from fastedit.ops.select_neurons import SelectNeurons, select_neurons
+from fastedit import kernels
 score = torch.tensor([3.0, 1.0, 2.0])
-print(_launch.missing())
-print(_table.unsupported("select_neurons", "triton", score, 1, None, None))
+print(kernels.missing())
+print(_dispatch.unsupported("select_neurons", "triton", SelectNeurons(score, 1)))
 print(select_neurons(score, top_k=1).tolist())
-with _table.backend("triton"):
+with _dispatch.backend("triton"):
     try:
         print(select_neurons(score, top_k=1).tolist())
-    except _table.BackendUnavailable as refusal:
+    except _dispatch.BackendUnavailable as refusal:
         print(refusal)
 """
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
@@ -64,7 +64,7 @@ def test_without_the_package_the_modules_are_imported_and_say_so():
 
 def test_the_interpreter_runs_what_is_asked_for_and_is_never_the_automatic_choice():
     assert answers(ASK, interpret=True) == ["None", "None", "[0]", "[0]"]
-    code = "from fastedit.kernels import select_neurons as kernel\nprint(kernel.worth(None, 1, None, None))"
+    code = "from fastedit.kernels import select_neurons as kernel\nprint(kernel.worth(None))"
     assert answers(code, interpret=True) == ["Triton's interpreter is for tests, not for speed"]
 
 

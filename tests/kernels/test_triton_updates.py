@@ -1,15 +1,13 @@
 """The Triton kernels that change their arguments, under Triton's interpreter (or on the device, where there is one)."""
 
-import importlib
-
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.apply_delta import apply_delta, apply_delta_ref
 from fastedit.ops.gram_update import gram_update, gram_update_ref
 from fastedit.ops.sparse_adam import AdamSettings, sparse_adam, sparse_adam_ref
-from fastedit.testing import CASES, Case, Factory, assert_close, assert_tolerance_bites, in_float64, strided
+from fastedit.testing import CASES, Case, Factory, assert_close, assert_tolerance_bites, in_float64
 
 pytest.importorskip("triton")
 
@@ -21,7 +19,7 @@ SETTINGS = AdamSettings(0.1, beta1=0.8, eps=1e-6)
 
 @pytest.fixture(autouse=True)
 def on_triton():
-    with _table.backend("triton"):
+    with _dispatch.backend("triton"):
         yield
 
 
@@ -69,21 +67,6 @@ def test_repeated_positions_add_up_in_a_fixed_order(dtype):
     assert torch.equal(found, again)
 
 
-@pytest.mark.parametrize("with_master", [True, False])
-def test_the_columns_are_saved_as_they_were_for_every_position(with_master):
-    weight, residual, solution, index = repeated_update(torch.bfloat16)
-    master = weight.float() + 1e-4 if with_master else None
-    before = copies((weight, master))
-    saved = strided(torch.zeros(70, 100, dtype=weight.dtype, device=DEVICE))
-    saved_master = torch.zeros(70, 100, device=DEVICE) if with_master else None
-    module = importlib.import_module("fastedit.kernels.apply_delta")
-    module.apply_delta(weight, residual, solution, index, master, saved, saved_master)
-    assert not torch.equal(weight, before[0])
-    assert torch.equal(saved, before[0][:, index])
-    if with_master:
-        assert torch.equal(saved_master, before[1][:, index])
-
-
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("case", [*CASES[:-1], Case("tiles", 37, 193)], ids=str)
 def test_the_history_takes_the_products_and_stays_symmetric(case, dtype):
@@ -117,5 +100,5 @@ def test_a_broken_row_stays_broken_and_alone():
 
 def test_an_update_in_half_precision_is_refused_with_the_reason():
     weight, residual, solution, index = repeated_update(torch.float32)
-    with pytest.raises(_table.BackendUnavailable, match="residual is bfloat16, the kernel takes float32 or float64"):
+    with pytest.raises(_dispatch.BackendUnavailable, match="residual is bfloat16, the kernel takes float32 or float64"):
         apply_delta(weight, residual.bfloat16(), solution, index)

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 
 # Read when Triton's kernels are imported. With a GPU they are compiled for it instead.
 if not torch.cuda.is_available():
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
         on_gpu = {"cuda", "triton"} if torch.cuda.is_available() else {"cuda"}
-        kernels = [name for name in _table.TABLE.get(op, {}) if "device" in metafunc.fixturenames or name not in on_gpu]
+        kernels = [name for name in _dispatch.kinds(op) if "device" in metafunc.fixturenames or name not in on_gpu]
         marks = {name: [pytest.mark.gpu] for name in on_gpu}
         metafunc.parametrize(
             "backend",
@@ -46,7 +46,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A GPU kernel that does not take a dtype skips the test, with its reason; the C++ kernels take them all."""
     try:
         return (yield)
-    except _table.BackendUnavailable as refusal:
+    except _dispatch.BackendUnavailable as refusal:
         if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") not in ("cuda", "triton"):
             raise
         pytest.skip(str(refusal))
@@ -55,7 +55,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every op of the test runs on this backend, or the test fails."""
-    with _table.backend(request.param):
+    with _dispatch.backend(request.param):
         yield request.param
 
 

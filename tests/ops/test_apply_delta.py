@@ -92,27 +92,23 @@ def test_repeated_indices_add_up(dtype, backend, device):
 
 @pytest.mark.parametrize("chosen", [None, [1, 4, 11], [7, 2, 7, 7, 0, 2], []], ids=["all", "some", "repeated", "none"])
 @pytest.mark.parametrize("with_master", [True, False], ids=["master", "bare"])
-@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_overwritten_is_saved_bit_for_bit(dtype, transposed, with_master, chosen, backend, device):
-    inputs = Factory(
-        Case("", 4, 12, d_model=5, selected=None if chosen is None else len(chosen)), dtype, device
-    ).delta()
-    weight, residual, solution, _, master = inputs
-    weight[1, 2], weight[2, 7], weight[0, 0] = float("nan"), -float("inf"), -0.0
-    if transposed:
-        weight, master = (tensor.T.contiguous().T for tensor in (weight, master))
+def test_a_transposed_weight_takes_the_same_update(dtype, with_master, chosen, backend, device):
+    """GPT-2 stores the down-projection transposed."""
+    case = Case("", 4, 12, d_model=5, selected=None if chosen is None else len(chosen))
+    weight, residual, solution, _, master = Factory(case, dtype, device).delta()
     index = None if chosen is None else torch.tensor(chosen, dtype=torch.int64, device=device)
-    columns = slice(None) if chosen is None else index
     master = master if with_master else None
-    before = [None if tensor is None else tensor[:, columns].clone() for tensor in (weight, master)]
-    alone = [None if tensor is None else tensor.clone() for tensor in (weight, master)]
-    saved = [None if tensor is None else torch.full_like(tensor, 7.0) for tensor in before]
-    apply_delta(weight, residual, solution, index, master, *saved)
-    for found, wanted in zip(saved, before, strict=True):
-        assert found is wanted is None or torch.equal(bits(found), bits(wanted))
-    apply_delta(alone[0], residual, solution, index, alone[1])
-    assert torch.equal(bits(weight), bits(alone[0]))
+    expected = formula(weight if master is None else master, residual, solution, index)
+    yardstick = apply_delta_ref(weight if master is None else master, residual, solution, index)
+    transposed = [None if tensor is None else tensor.T.contiguous().T for tensor in (weight, master)]
+
+    apply_delta(transposed[0], residual, solution, index, transposed[1])
+
+    columns = slice(None) if index is None else index
+    assert_close(transposed[0][:, columns], expected[:, columns], yardstick[:, columns].to(dtype), "apply_delta")
+    if master is not None:
+        assert_close(transposed[1], expected, yardstick, "apply_delta")
 
 
 @pytest.mark.parametrize("index", [[0, 12], [-1, 3]])
@@ -168,12 +164,6 @@ def test_the_update_itself_is_left_alone(backend, device):
     assert all(torch.equal(value, copy) for value, copy in zip(inputs[1:4], before, strict=True))
 
 
-def test_a_copy_of_a_master_that_is_not_there_is_an_error():
-    weight, residual, solution, chosen, _ = Factory(SMALL).delta()
-    with pytest.raises(ValueError, match="saved_master was given without a master"):
-        apply_delta(weight, residual, solution, chosen, saved_master=torch.zeros(5, 6))
-
-
 @pytest.mark.parametrize(
     ("changes", "argument"),
     [
@@ -184,8 +174,6 @@ def test_a_copy_of_a_master_that_is_not_there_is_an_error():
         pytest.param({"index": torch.arange(5)}, "solution", id="index_short"),
         pytest.param({"index": None}, "solution", id="index_left_out"),
         pytest.param({"master": torch.zeros(5, 11)}, "master", id="master_narrow"),
-        pytest.param({"saved": torch.zeros(5, 12)}, "saved", id="saved_of_every_neuron"),
-        pytest.param({"saved_master": torch.zeros(6, 5)}, "saved_master", id="saved_master_transposed"),
     ],
 )
 def test_wrong_arguments_are_named_and_change_nothing(changes, argument):

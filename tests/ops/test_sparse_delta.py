@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastedit.ops import _table
+from fastedit.ops import _dispatch
 from fastedit.ops.sparse_delta import (
     DeltaGrads,
+    SparseDelta,
     sparse_delta,
     sparse_delta_grads,
     sparse_delta_grads_torch,
@@ -129,16 +130,16 @@ def test_the_backward_runs_on_the_backend_of_the_forward(monkeypatch):
     """The choice is kept with the graph: the block that made it has ended when the gradient is asked for."""
     inputs = Factory(SMALL).sparse()
     ran = []
-    original = _table.run
+    original = _dispatch.run
 
-    def noting(op, *arguments, function=None):
-        ran.append((function or op, _table.wanted()))
-        return original(op, *arguments, function=function)
+    def noting(op, args, function=None):
+        ran.append((function or op, _dispatch.wanted()))
+        return original(op, args, function)
 
-    monkeypatch.setattr(_table, "run", noting)
+    monkeypatch.setattr(_dispatch, "run", noting)
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
     delta = inputs.delta.requires_grad_()
-    with _table.backend("torch"):
+    with _dispatch.backend("torch"):
         y = sparse_delta(inputs.activations, *inputs[1:4], delta)
     y.sum().backward()
     assert ran == [("sparse_delta", "torch"), ("sparse_delta_grads", "torch")]
@@ -146,7 +147,7 @@ def test_the_backward_runs_on_the_backend_of_the_forward(monkeypatch):
 
 def test_the_grads_are_a_named_pair():
     inputs = Factory(SMALL).sparse()
-    assert isinstance(sparse_delta_grads_torch(*inputs), DeltaGrads)
+    assert isinstance(sparse_delta_grads_torch(SparseDelta(*inputs)), DeltaGrads)
 
 
 @pytest.mark.parametrize(

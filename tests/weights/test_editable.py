@@ -156,8 +156,7 @@ OVERLAPPING = [
 
 def fill(trial, weights, seed=0):
     for step, (layer, index) in enumerate(OVERLAPPING):
-        trial.save(layer, index)
-        weights.add(layer, index, *update(index, seed=seed + step))
+        trial.add(layer, index, *update(index, seed=seed + step))
 
 
 def test_a_trial_that_is_not_committed_leaves_no_bit_changed(weights):

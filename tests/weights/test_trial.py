@@ -50,13 +50,12 @@ def test_updates_are_stored_as_factors_and_give_the_same_bits(weights: EditableW
     assert bits(weights) == after
 
 
-def test_columns_are_stored_where_they_are_smaller_or_nothing_else_is_known(weights: EditableWeights) -> None:
+def test_columns_are_stored_where_they_are_smaller(weights: EditableWeights) -> None:
     with Trial(weights) as trial:
         # More edits than columns: factors would be larger.
         trial.add(1, SOME, *update(SOME, 1, n=9))
-        trial.save(2, torch.tensor([5]))
-        trial.save(2, torch.tensor([2, 5]))
-        weights.put(2, torch.tensor([5, 2]), torch.randn(D_MODEL, 2))
+        trial.add(2, torch.tensor([5]), *update(torch.tensor([5]), 2, n=3))
+        trial.add(2, torch.tensor([2, 5]), *update(torch.tensor([2, 5]), 3, n=3))
         tensors, after = trial.written(), bits(weights)
     assert {name.split("/")[0] for name in tensors} == {"columns"}
     assert tensors["columns/2/index"].tolist() == [2, 5]
@@ -68,9 +67,9 @@ def test_columns_are_stored_where_they_are_smaller_or_nothing_else_is_known(weig
 def test_touched_columns(weights: EditableWeights) -> None:
     with Trial(weights) as trial:
         assert trial.touched == {}
-        trial.save(1, torch.tensor([9, 4]))
+        trial.add(1, torch.tensor([9, 4]), *update(torch.tensor([9, 4]), 2))
         trial.add(1, SOME, *update(SOME, 1))
-        trial.save(2, None)
+        trial.add(2, None, *update(None, 3))
         assert trial.touched[1] is not None
         assert trial.touched[1].tolist() == [3, 4, 7, 9, 40]
         assert trial.touched[2] is None

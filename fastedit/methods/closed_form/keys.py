@@ -17,8 +17,8 @@ from torch import Tensor
 from fastedit.model.adapter import Mixed, ModelAdapter
 from fastedit.model.packed_passes import RowTree, TreePass, take
 from fastedit.model.tokens import lookup_prefix, rewrite_sequences
-from fastedit.ops._chain import Chain, system_chain
 from fastedit.ops.capture_keys import Keys, capture_keys
+from fastedit.ops.system_chain import Chain, system_chain
 from fastedit.records.edit import Edit
 
 

@@ -1,7 +1,7 @@
 """Launchers of the C++ kernels in csrc/, one file per op; the compiled module is `fastedit._cpu`.
 
-They run on CPU tensors with torch's number of threads. The instruction set is the widest of the processor, or the one
-that FASTEDIT_ISA names (baseline, avx2, avx512), for comparing them.
+They run on CPU tensors with torch's number of threads. The instruction set is the widest that the processor has, or the
+one that FASTEDIT_ISA names (baseline, avx2, avx512) for comparing them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 @cache
 def missing() -> str | None:
-    """Why there are no C++ kernels in this installation, None if there are."""
+    """Why there are no C++ kernels in this installation; None if there are."""
     return None if find_spec("fastedit._cpu") else "fastedit._cpu was not compiled (fastedit doctor says why)"
 
 
@@ -34,6 +34,7 @@ def cannot(*values: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.floa
     """Why the kernels cannot take these floating-point tensors; None if they can."""
     if missing() is not None:
         return missing()
+
     for value in values:
         if value is not None and value.device.type != "cpu":
             return f"the C++ kernels run on the CPU, got a tensor on {value.device}"
@@ -48,14 +49,14 @@ def setting() -> tuple[int, int]:
     Raises ValueError for an instruction set that is unknown or that the processor lacks."""
     module = compiled()
     best: int = module.best_isa()
-    wish = os.environ.get("FASTEDIT_ISA") or module.ISAS[best]
-    if wish not in module.ISAS[: best + 1]:
-        raise ValueError(f"FASTEDIT_ISA must be one of {', '.join(module.ISAS[: best + 1])} here, got {wish!r}")
-    return module.ISAS.index(wish), torch.get_num_threads()
+    name = os.environ.get("FASTEDIT_ISA") or module.ISAS[best]
+    if name not in module.ISAS[: best + 1]:
+        raise ValueError(f"FASTEDIT_ISA must be one of {', '.join(module.ISAS[: best + 1])} here, got {name!r}")
+    return module.ISAS.index(name), torch.get_num_threads()
 
 
 def address(value: Tensor | None) -> int:
-    """Where the tensor's first element lies; 0 for None."""
+    """The address of the tensor's first element; 0 for None."""
     return 0 if value is None else value.data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""Scores, or the best of every slot, with one reading of W."""
+"""Scores, or the best of every slot, in one pass over W."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import torch
 from torch import Tensor
 
 from fastedit.ops import cpp
-from fastedit.ops.score_neurons import SCORE_DTYPES, BestNeurons
+from fastedit.ops.score_neurons import SCORE_DTYPES, BestNeurons, ScoreNeurons
 
 
-def supports(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> str | None:
+def supports(args: ScoreNeurons) -> str | None:
     """Every dtype on the CPU; W is copied first where its rows have gaps."""
-    return cpp.cannot(activations, weight, directions, dtypes=SCORE_DTYPES)
+    return cpp.cannot(args.activations, args.weight, args.directions, dtypes=SCORE_DTYPES)
 
 
-def worth(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> str | None:
+def worth(args: ScoreNeurons) -> str | None:
     """Where W need not be copied. Two threads of an AMD EPYC (Zen 4), float32, the best 5, against a product and topk
     of torch: 1.3 times for 4 slots and W (576, 1536), 3.5 for W (4096, 14336); 0.92 and 1.2 for 100 slots, but 1.8
     and 1.4 times the form that is used without kernels."""
-    return None if weight.stride(1) == 1 else "W would be copied, which costs more than the scores"
+    return None if args.weight.stride(1) == 1 else "W would be copied, which costs more than the scores"
 
 
-def score_neurons(activations: Tensor, weight: Tensor, directions: Tensor, top_k: int | None) -> Tensor | BestNeurons:
+def score_neurons(args: ScoreNeurons) -> Tensor | BestNeurons:
     """See :func:`fastedit.ops.score_neurons.score_neurons`."""
-    working = torch.promote_types(weight.dtype, torch.float32)
-    activations, directions = activations.to(working).contiguous(), directions.to(working).contiguous()
-    weight = cpp.rows(weight)
+    top_k = args.top_k
+    working = torch.promote_types(args.weight.dtype, torch.float32)
+    activations = args.activations.to(working).contiguous()
+    directions = args.directions.to(working).contiguous()
+    weight = cpp.rows(args.weight)
+
     n_slots, d_ff = activations.shape
     width = top_k or d_ff
     values = activations.new_empty(n_slots, width)

@@ -1,7 +1,7 @@
 """Launchers of the CUDA kernels in csrc/, one file per op; the compiled module is `fastedit._cuda`.
 
-They enqueue on torch's current stream of the tensors' device and never wait for it, but where a result has a size that
-only the device knows.
+They enqueue on torch's current stream of the tensors' device. They wait for it only where the size of a result is known
+to the device alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +20,13 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 # The oldest architecture that is compiled for.
 SMALLEST_CAPABILITY = (8, 0)
 
+# A kernel's arguments as csrc/bindings_cuda.cpp has them: numbers, addresses, and tuples of them.
+Argument = int | float | tuple["Argument", ...]
+
 
 @cache
 def missing() -> str | None:
-    """Why there are no CUDA kernels in this process, None if there are."""
+    """Why no CUDA kernel can run in this process; None if they can."""
     if find_spec("fastedit._cuda") is None:
         return "fastedit._cuda was not compiled (fastedit doctor says why)"
     problem: str | None = compiled().problem()
@@ -41,6 +43,7 @@ def cannot(*values: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.floa
     """Why the kernels cannot take these tensors; None if they can."""
     if missing() is not None:
         return missing()
+
     for value in values:
         if value is None:
             continue
@@ -50,6 +53,7 @@ def cannot(*values: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.floa
             return f"the CUDA kernel takes {' or '.join(map(str, dtypes))}, got {value.dtype}"
         if max(value.shape, default=0) >= 2**31:
             return f"the CUDA kernel counts to 2^31, got {tuple(value.shape)}"
+
     devices = {value.device for value in values if value is not None}
     if len(devices) > 1:
         return f"the tensors are on {' and '.join(sorted(map(str, devices)))}"
@@ -72,16 +76,16 @@ def unmeasured() -> str:
 
 
 def operand(value: Tensor | None, rank: int) -> tuple[int, ...]:
-    """What a kernel is told of a tensor of `rank` dimensions: address (0 for None), type, strides in elements."""
+    """A tensor of `rank` dimensions as a kernel takes it: address (0 for None), type, strides in elements."""
     if value is None:
         return (0,) * (rank + 2)
     return (value.data_ptr(), TYPES[value.dtype], *value.stride())
 
 
-def launch(op: str, like: Tensor, *arguments: Any) -> None:
-    """Enqueue a kernel of the module on the stream of a tensor's device. arguments: as csrc/bindings_cuda.cpp has them.
+def launch(op: str, like: Tensor, *arguments: Argument) -> None:
+    """Enqueue a kernel of the module on the stream of a tensor's device.
 
-    Raises RuntimeError with CUDA's words when it cannot be launched."""
+    Raises RuntimeError with CUDA's message when it cannot be launched."""
     kernel: Callable[..., str | None] = getattr(compiled(), op)
     with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         error = kernel(*arguments, stream_of(like.device))

@@ -1,29 +1,22 @@
-"""The update in one pass over the selected columns: read, saved, added to, rounded once, written."""
+"""The update in one pass over the selected columns: read, added to, rounded once, written."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fastedit.ops import cuda
+from fastedit.ops.apply_delta import WEIGHT_DTYPES, ApplyDelta
 
 WIDE = (torch.float32, torch.float64)
 
 
-def supports(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
-) -> str | None:
+def supports(args: ApplyDelta) -> str | None:
     """Any weight with a float32 master or none, a float64 one with a float64 master or none; any strides."""
+    weight, master = args.weight, args.master
     reason = (
-        cuda.cannot(weight, saved, dtypes=(*WIDE, torch.bfloat16, torch.float16))
-        or cuda.cannot(residual, solution, master, saved_master, dtypes=WIDE)
-        or cuda.cannot(index, dtypes=(torch.int64,))
+        cuda.cannot(weight, dtypes=WEIGHT_DTYPES)
+        or cuda.cannot(args.residual, args.solution, master, dtypes=WIDE)
+        or cuda.cannot(args.index, dtypes=(torch.int64,))
     )
     sums = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if reason is None and master is not None and master.dtype != sums:
@@ -31,35 +24,21 @@ def supports(
     return reason
 
 
-def worth(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
-) -> str | None:
+def worth(args: ApplyDelta) -> str | None:
     """No GPU has timed it yet."""
     return cuda.unmeasured()
 
 
-def apply_delta(
-    weight: Tensor,
-    residual: Tensor,
-    solution: Tensor,
-    index: Tensor | None,
-    master: Tensor | None,
-    saved: Tensor | None = None,
-    saved_master: Tensor | None = None,
-) -> None:
+def apply_delta(args: ApplyDelta) -> None:
     """See :func:`fastedit.ops.apply_delta.apply_delta`; an ascending index is the fast case."""
+    weight, residual, solution, index, master = args
     d_model, d_ff = weight.shape
+    # Scratch for the kernel's answer whether the index ascends.
     ascending = None if index is None else torch.empty(1, dtype=torch.int32, device=weight.device)
     cuda.launch(
         "apply_delta",
         weight,
-        *(cuda.operand(value, 2) for value in (weight, master, residual, solution, saved, saved_master)),
+        *(cuda.operand(value, 2) for value in (weight, master, residual, solution)),
         cuda.operand(index, 1),
         0 if ascending is None else ascending.data_ptr(),
         d_model,

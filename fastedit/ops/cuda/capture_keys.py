@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastedit.ops import cuda
-from fastedit.ops.capture_keys import ACTIVATIONS, Keys
+from fastedit.ops.capture_keys import ACTIVATIONS, CaptureKeys, Keys
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None) -> str | None:
+def supports(args: CaptureKeys) -> str | None:
     """float32, bf16 and fp16 on a CUDA device, any strides; 16-byte reads where the rows allow them."""
-    return cuda.cannot(gate, up, dtypes=DTYPES)
+    return cuda.cannot(args.gate, args.up, dtypes=DTYPES)
 
 
-def worth(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None) -> str | None:
+def worth(args: CaptureKeys) -> str | None:
     """No GPU has timed it yet."""
     return cuda.unmeasured()
 
 
-def capture_keys(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None) -> Keys:
+def capture_keys(args: CaptureKeys) -> Keys:
     """See :func:`fastedit.ops.capture_keys.capture_keys`."""
-    weights = weights.to(torch.float32)
-    active = None if active is None else active.to(gate.device)
-    found = empty(gate)
-    cuda.launch("capture_keys", gate, task(gate, up, weights, activation, active, found))
-    return found
+    args = ready(args)
+    out = empty(args.gate)
+    cuda.launch("capture_keys", args.gate, task(args, out))
+    return out
+
+
+def ready(args: CaptureKeys) -> CaptureKeys:
+    """The arguments with weights and active as the kernel takes them; they must live until it is enqueued."""
+    active = None if args.active is None else args.active.to(args.gate.device)
+    return args._replace(weights=args.weights.to(torch.float32), active=active)
 
 
 def empty(gate: Tensor) -> Keys:
@@ -38,17 +41,15 @@ def empty(gate: Tensor) -> Keys:
     return Keys(gate.new_empty(n_edits, d_ff, dtype=torch.float32), gate.new_empty(d_ff, dtype=torch.float32))
 
 
-def task(
-    gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, active: Tensor | None, found: Keys
-) -> tuple[Any, ...]:
-    """What the kernel is told; the tensors must live until it is enqueued."""
+def task(args: CaptureKeys, out: Keys) -> tuple[cuda.Argument, ...]:
+    """The kernel's arguments; the tensors must live until it is enqueued."""
     return (
-        cuda.operand(gate, 3),
-        cuda.operand(up, 3),
-        cuda.operand(weights, 1),
-        cuda.operand(active, 1),
-        found.keys.data_ptr(),
-        found.mass.data_ptr(),
-        *gate.shape,
-        ACTIVATIONS.index(activation),
+        cuda.operand(args.gate, 3),
+        cuda.operand(args.up, 3),
+        cuda.operand(args.weights, 1),
+        cuda.operand(args.active, 1),
+        out.keys.data_ptr(),
+        out.mass.data_ptr(),
+        *args.gate.shape,
+        ACTIVATIONS.index(args.activation),
     )

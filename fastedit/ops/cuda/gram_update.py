@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from fastedit.ops import cuda
-from fastedit.ops.cuda.masked_gram import DTYPES, add_gram
+from fastedit.ops.cuda import masked_gram
+from fastedit.ops.gram_update import GramUpdate
+from fastedit.ops.masked_gram import SYSTEM_DTYPES, MaskedGram
 
 
-def supports(history: Tensor, keys: Tensor) -> str | None:
+def supports(args: GramUpdate) -> str | None:
     """float32 or float64 on a CUDA device, any strides."""
-    return cuda.cannot(history, keys, dtypes=DTYPES)
+    return cuda.cannot(args.history, args.keys, dtypes=SYSTEM_DTYPES)
 
 
-def worth(history: Tensor, keys: Tensor) -> str | None:
+def worth(args: GramUpdate) -> str | None:
     """No GPU has timed it yet."""
     return cuda.unmeasured()
 
 
-def gram_update(history: Tensor, keys: Tensor) -> None:
-    """See :func:`fastedit.ops.gram_update.gram_update`."""
-    add_gram(history, keys)
+def gram_update(args: GramUpdate) -> None:
+    """See :func:`fastedit.ops.gram_update.gram_update`. H is both the moment, with lambda 1, and the result."""
+    history, keys = args
+    system = MaskedGram(history, 1.0, keys)
+    cuda.launch("masked_gram", keys, masked_gram.task(system, out=history, packed=False))

@@ -1,65 +1,38 @@
-"""The Adam step with a block per row: everything is read once, but for the deltas whose norm is asked for."""
+"""The Adam step with a block per row; everything is read once, except deltas whose norm is needed."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fastedit.ops import cuda
-from fastedit.ops.sparse_adam import AdamSettings
+from fastedit.ops.sparse_adam import SparseAdam
 
 DTYPES = (torch.float32, torch.float64)
 
 
-def supports(
-    delta: Tensor,
-    grad: Tensor,
-    moment1: Tensor,
-    moment2: Tensor,
-    step: int,
-    settings: AdamSettings,
-    decay: Tensor | None,
-    radius: Tensor | None,
-) -> str | None:
+def supports(args: SparseAdam) -> str | None:
     """float32 or float64 on a CUDA device, any strides."""
-    return cuda.cannot(delta, grad, moment1, moment2, decay, radius, dtypes=DTYPES)
+    return cuda.cannot(args.delta, args.grad, args.moment1, args.moment2, args.decay, args.radius, dtypes=DTYPES)
 
 
-def worth(
-    delta: Tensor,
-    grad: Tensor,
-    moment1: Tensor,
-    moment2: Tensor,
-    step: int,
-    settings: AdamSettings,
-    decay: Tensor | None,
-    radius: Tensor | None,
-) -> str | None:
+def worth(args: SparseAdam) -> str | None:
     """No GPU has timed it yet."""
     return cuda.unmeasured()
 
 
-def sparse_adam(
-    delta: Tensor,
-    grad: Tensor,
-    moment1: Tensor,
-    moment2: Tensor,
-    step: int,
-    settings: AdamSettings,
-    decay: Tensor | None,
-    radius: Tensor | None,
-) -> None:
+def sparse_adam(args: SparseAdam) -> None:
     """See :func:`fastedit.ops.sparse_adam.sparse_adam`."""
+    settings = args.settings
     cuda.launch(
         "sparse_adam",
-        delta,
-        *(cuda.operand(value, 2) for value in (delta, grad, moment1, moment2)),
-        *(cuda.operand(value, 1) for value in (decay, radius)),
+        args.delta,
+        *(cuda.operand(value, 2) for value in (args.delta, args.grad, args.moment1, args.moment2)),
+        *(cuda.operand(value, 1) for value in (args.decay, args.radius)),
         settings.lr,
         settings.beta1,
         settings.beta2,
         settings.eps,
-        1 - settings.beta1**step,
-        1 - settings.beta2**step,
-        *delta.shape,
+        1 - settings.beta1**args.step,
+        1 - settings.beta2**args.step,
+        *args.delta.shape,
     )

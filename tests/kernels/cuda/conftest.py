@@ -63,7 +63,7 @@ def emulated_file(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
     command += [
         "-I",
-        str(ROOT / "tests/cuda/emulation"),
+        str(ROOT / "tests/kernels/cuda/emulation"),
         *(part for path in headers for part in ("-isystem", str(path))),
     ]
     done = subprocess.run([*command, str(folder / "all.cpp"), "-o", str(target)], capture_output=True, text=True)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastedit.ops.capture_keys import capture_keys_ref
-from fastedit.ops.cuda.system_chain import system_chain
+from fastedit.ops.cuda.system_chain import one_launch, three_launches
 from fastedit.ops.masked_gram import masked_gram_ref
 from fastedit.ops.select_neurons import select_neurons_ref
+from fastedit.ops.system_chain import SystemChain
 from fastedit.testing import Case, Factory, assert_close, assert_same_indices, in_float64
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -24,7 +25,8 @@ def test_one_launch_is_the_three_ops_in_a_row(order, rows, dtype, rule):
     moment, weight, past, history, _ = Factory(case).gram()
     past = past[:4]
     share = (rule.get("reaching"), rule.get("within"))
-    found = system_chain(gate, up, weights, "silu", active, moment, weight, history, past, *share, dtype)
+    args = SystemChain(gate, up, weights, "silu", active, moment, weight, history, past, *share, dtype)
+    found = one_launch(args)
     expected = capture_keys_ref(*in_float64((gate, up, weights)), "silu", active)
     yardstick = capture_keys_ref(gate, up, weights, "silu", active)
     assert_close(found.keys, expected.keys, yardstick.keys, "capture_keys")
@@ -37,6 +39,9 @@ def test_one_launch_is_the_three_ops_in_a_row(order, rows, dtype, rule):
     inputs = (moment, weight, torch.cat([past, found.keys[active]]), history, index)
     assert_close(matrix, masked_gram_ref(*in_float64(inputs)), masked_gram_ref(*inputs, dtype=dtype), "masked_gram")
     assert torch.equal(matrix, matrix.T)
+    apart = three_launches(args).read()
+    assert torch.equal(apart.neurons, index)
+    assert torch.equal(apart.matrix, matrix)
 
 
 def test_a_key_that_is_not_finite_leaves_no_neuron_and_a_flag():
@@ -44,6 +49,7 @@ def test_a_key_that_is_not_finite_leaves_no_neuron_and_a_flag():
     gate, up, weights, _ = Factory(case).capture()
     moment, weight, _, _, _ = Factory(case).gram()
     gate[1, 0, 7] = float("nan")
-    found = system_chain(gate, up, weights, "silu", None, moment, weight, None, None, 0.5, None, torch.float32)
+    args = SystemChain(gate, up, weights, "silu", None, moment, weight, reaching=0.5, dtype=torch.float32)
+    found = one_launch(args)
     assert found.status.tolist() == [0, 1, 0]
     assert found.system.isnan().all()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fastedit.ops.cuda import capture_keys, masked_gram, missing, select_neurons, system_chain
+from fastedit.ops.cuda import missing
+from fastedit.ops.cuda.system_chain import one_launch, three_launches
+from fastedit.ops.system_chain import SystemChain
 from fastedit.testing import Case, Factory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -15,22 +17,7 @@ def inputs():
     factory = Factory(CASE, torch.bfloat16, "cuda")
     gate, up, weights, active = factory.capture()
     moment, weight, _, history, _ = Factory(CASE, torch.float32, "cuda").gram()
-    return gate, up, weights, active, moment, weight, history
-
-
-def three_launches(gate, up, weights, active, moment, weight, history):
-    keys, mass = capture_keys.capture_keys(gate, up, weights, "silu", active)
-    index, status = select_neurons.select_on_device(mass, None, 0.6, None)
-    system = masked_gram.masked_gram_on_device(
-        moment, weight, keys, history, index, torch.float64, status, None, active
-    )
-    return keys, mass, index, status, system
-
-
-def one_launch(gate, up, weights, active, moment, weight, history):
-    return system_chain.system_chain(
-        gate, up, weights, "silu", active, moment, weight, history, None, 0.6, None, torch.float64
-    )
+    return SystemChain(gate, up, weights, "silu", active, moment, weight, history, reaching=0.6)
 
 
 def parts(found):
@@ -45,26 +32,26 @@ def parts(found):
 @pytest.mark.parametrize("chain", [three_launches, one_launch], ids=lambda chain: chain.__name__)
 def test_the_chain_is_captured_and_replayed_without_the_host(chain):
     given = inputs()
-    expected = parts(chain(*given))
+    expected = parts(chain(given))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = chain(*given)
+        found = chain(given)
     for part in found:
         part.zero_()
     graph.replay()
     assert all(torch.equal(one, other) for one, other in zip(parts(found), expected, strict=True))
-    given[0].mul_(-0.5)
+    given.gate.mul_(-0.5)
     graph.replay()
-    assert all(torch.equal(one, other) for one, other in zip(parts(found), parts(chain(*given)), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(parts(found), parts(chain(given)), strict=True))
 
 
 def test_the_chain_runs_where_every_wait_is_an_error():
     given = inputs()
-    expected = parts(three_launches(*given))
+    expected = parts(three_launches(given))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = three_launches(*given)
+        found = three_launches(given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(one, other) for one, other in zip(parts(found), expected, strict=True))
@@ -72,23 +59,23 @@ def test_the_chain_runs_where_every_wait_is_an_error():
 
 def test_one_launch_takes_the_same_neurons_as_three():
     given = inputs()
-    for one, other in zip(parts(one_launch(*given)), parts(three_launches(*given)), strict=True):
+    for one, other in zip(parts(one_launch(given)), parts(three_launches(given)), strict=True):
         assert torch.equal(one, other)
 
 
 def test_equal_inputs_give_equal_bits():
     given = inputs()
-    first = parts(three_launches(*given))
+    first = parts(three_launches(given))
     for _ in range(20):
-        assert all(torch.equal(one, other) for one, other in zip(parts(three_launches(*given)), first, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(parts(three_launches(given)), first, strict=True))
 
 
 def test_a_side_stream_is_waited_for_by_nobody_else():
     given = inputs()
-    expected = parts(three_launches(*given))
+    expected = parts(three_launches(given))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        found = three_launches(*given)
+        found = three_launches(given)
     stream.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(parts(found), expected, strict=True))

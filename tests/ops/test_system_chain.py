@@ -1,13 +1,13 @@
-"""The chain against its three ops one after the other, on every backend that offers it on the device."""
+"""The chain against its three ops in a row, on every backend, with and without a form of its own."""
 
 import pytest
 import torch
 
-from fastedit.ops import _table
-from fastedit.ops._chain import DEVICE_BACKENDS, system_chain
+from fastedit.ops import _dispatch
 from fastedit.ops.capture_keys import capture_keys_ref
 from fastedit.ops.masked_gram import masked_gram_ref
-from fastedit.ops.select_neurons import select_neurons_ref
+from fastedit.ops.select_neurons import SelectNeurons, select_neurons_ref
+from fastedit.ops.system_chain import system_chain, system_chain_ref
 from fastedit.testing import Case, Factory, assert_close, assert_same_indices, in_float64
 
 CASE = Case("chain", 7, 150, n_templates=3)
@@ -16,16 +16,16 @@ RULES = ({"reaching": 0.6}, {"within": 0.6}, {"reaching": 1.0}, {"within": 1e-6}
 
 
 def able(name):
-    """Whether a backend has the device forms and can run them here."""
-    score = torch.ones(2, device=DEVICE)
-    return name == "torch" or _table.unsupported("select_neurons", name, score, 1, None, None) is None
+    """Whether a backend can run the parts of the chain here."""
+    args = SelectNeurons(torch.ones(2, device=DEVICE), 1)
+    return _dispatch.unsupported("select_neurons", name, args) is None
 
 
-@pytest.fixture(params=["torch", *DEVICE_BACKENDS])
+@pytest.fixture(params=_dispatch.BACKENDS)
 def chosen(request):
     if not able(request.param):
         pytest.skip(f"{request.param} cannot run here")
-    with _table.backend(request.param):
+    with _dispatch.backend(request.param):
         yield request.param
 
 
@@ -46,6 +46,7 @@ def test_the_chain_is_its_three_ops_in_a_row(chosen, optional, rule, dtype):
     gate, up, weights, activation, active, moment, weight, history, past = given = arguments(optional)
     chain = system_chain(*given, **rule, dtype=dtype)
     index, matrix = chain.read()
+
     wide = in_float64((gate, up, weights))
     keys, mass = capture_keys_ref(*wide, activation, active)
     yardstick = capture_keys_ref(gate, up, weights, activation, active)
@@ -58,6 +59,34 @@ def test_the_chain_is_its_three_ops_in_a_row(chosen, optional, rule, dtype):
     inputs = (moment, weight, rows, history, index)
     assert_close(matrix, masked_gram_ref(*in_float64(inputs)), masked_gram_ref(*inputs, dtype=dtype), "masked_gram")
     assert torch.equal(matrix, matrix.T)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_without_a_form_of_its_own_the_chain_is_its_parts_bit_for_bit(rule):
+    given = arguments()
+    with _dispatch.backend("torch"):
+        found = system_chain(*given, **rule)
+    for part, expected in zip(found, system_chain_ref(*given, **rule), strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_a_backend_that_cannot_run_a_part_is_refused_by_that_part():
+    given = arguments()
+    name = "cuda" if DEVICE == "cpu" else "cpp"
+    with _dispatch.backend(name), pytest.raises(_dispatch.BackendUnavailable, match="capture_keys: backend"):
+        system_chain(*given, reaching=0.5)
+
+
+@pytest.mark.parametrize("name", _dispatch.kinds("system_chain"))
+def test_a_backend_of_its_own_runs_the_chain_whole(chosen, name, monkeypatch):
+    """No part is dispatched by itself, and nothing is read before the end."""
+    if chosen != name:
+        pytest.skip("another backend")
+    ran = []
+    original = _dispatch._function
+    monkeypatch.setattr(_dispatch, "_function", lambda *names: ran.append(names) or original(*names))
+    system_chain(*arguments(), reaching=0.5)
+    assert ran == [("system_chain", name, "system_chain")]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -81,15 +110,23 @@ def test_a_wrong_share_is_named(rule):
         system_chain(*arguments(), **rule)
 
 
+@pytest.mark.parametrize("name", ["moment", "history", "past"])
+def test_a_wrong_shape_is_named(name):
+    given = list(arguments())
+    given[{"moment": 5, "history": 7, "past": 8}[name]] = torch.zeros(150, 149, device=DEVICE)
+    with pytest.raises(ValueError, match=f"system_chain: {name} must be"):
+        system_chain(*given, reaching=0.5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", DEVICE_BACKENDS)
+@pytest.mark.parametrize("name", _dispatch.kinds("system_chain"))
 def test_the_chain_is_captured_in_a_cuda_graph_and_replays_with_other_rows(name):
     """A capture fails at the first operation that waits for the device."""
     if not able(name):
         pytest.skip(f"{name} cannot run here")
     gate, *others = arguments()
-    with _table.backend(name):
+    with _dispatch.backend(name):
         system_chain(gate, *others, reaching=0.6).read()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
