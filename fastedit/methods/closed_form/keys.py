@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastedit.methods.closed_form.selection import MassRule
+from fastedit.methods.closed_form.solver import PastKeys, RidgeSolver
 from fastedit.model.adapter import Mixed, ModelAdapter
 from fastedit.model.packed_passes import RowTree, TreePass, take
 from fastedit.model.tokens import lookup_prefix, rewrite_sequences
@@ -96,24 +98,22 @@ class KeySweep:
         return capture_keys(captured.gate, captured.up, self.weights, name, active)
 
     def chain(
-        self,
-        captured: LayerCapture,
-        active: Tensor,
-        moment: Tensor,
-        weight: float,
-        history: Tensor | None,
-        past: Tensor | None,
-        rule: dict[str, float],
+        self, captured: LayerCapture, active: Tensor, solver: RidgeSolver, past: PastKeys, rule: MassRule
     ) -> Chain:
-        """Keys and mass as from `keys`, the neurons that `rule` selects by their mass, and these neurons' system
-        matrix. `Chain.read` returns neurons and matrix.
-
-        moment, weight, history, past: as for `system_chain`
-        rule: one of its two shares by name, see `selection.mass_rule`"""
-        name = self.model.activation_name
-        rows = (captured.gate, captured.up, self.weights, name, active)
+        """Keys and mass as from `keys`, the neurons that `rule` selects, and their system matrix, in one chain that
+        does not wait for the device. `Chain.read` returns neurons and matrix."""
         return system_chain(
-            *rows, moment, weight, history, past, reaching=rule.get("reaching"), within=rule.get("within")
+            captured.gate,
+            captured.up,
+            self.weights,
+            self.model.activation_name,
+            active,
+            solver.moment,
+            solver.weight,
+            past.dense,
+            past.rows,
+            reaching=rule.reaching,
+            within=rule.within,
         )
 
     def _hidden(self, layer: int, mixed: Mixed) -> Tensor:

@@ -14,6 +14,7 @@ from fastedit.methods.base import Method, Progress, Start
 from fastedit.methods.closed_form.config import ClosedFormConfig, MEMITConfig, NSEConfig
 from fastedit.methods.closed_form.keys import KeySweep, LayerCapture
 from fastedit.methods.closed_form.second_moments import second_moments
+from fastedit.methods.closed_form.selection import MassRule
 from fastedit.methods.closed_form.solver import PastKeys, RidgeSolver, Solver
 from fastedit.methods.closed_form.templates import sample_templates
 from fastedit.methods.closed_form.values import Values, optimise_values, upper_layers
@@ -31,8 +32,13 @@ F = TypeVar("F", bound=ClosedFormConfig)
 
 @dataclass
 class ClosedFormState:
-    """What lives as long as an editor: context templates, what runs the layers above the value layer, and per layer the
-    second moment, the solver and past keys."""
+    """The state of an editor with a closed-form method.
+
+    templates: context templates
+    upper: runs the layers above the value layer; the model itself, or a copy of these layers in another dtype
+    moments: layer -> second moment C (d_ff, d_ff)
+    solvers, past: by layer; `past` holds the keys of committed edits
+    """
 
     templates: tuple[str, ...]
     upper: ModelAdapter
@@ -41,36 +47,40 @@ class ClosedFormState:
     past: dict[int, PastKeys]
 
     def kept(self, result: BatchResult) -> dict[str, Tensor]:
-        """What of a batch becomes history: layer -> keys (n_edits, d_ff)."""
+        """The keys of a batch, which join the history: layer -> (n_edits, d_ff) float32."""
         return {str(layer): keys.float() for layer, keys in result.keys.items()}
 
     def take_in(self, kept: Mapping[str, Tensor]) -> None:
-        """The keys of a committed batch become history."""
+        """Add the keys of a committed batch to the history."""
         for layer, keys in kept.items():
             past = self.past[int(layer)]
             past.add(keys.to(past.device))
 
     def tensors(self) -> dict[str, Tensor]:
         """Past keys, as rows or as their sum."""
-        return {f"{layer}/{name}": each for layer, past in self.past.items() for name, each in past.tensors().items()}
+        return {
+            f"{layer}/{name}": tensor for layer, past in self.past.items() for name, tensor in past.tensors().items()
+        }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become what `tensors` returned."""
+        """Return to the past keys that `tensors` returned."""
         for layer, past in self.past.items():
             prefix = f"{layer}/"
-            past.load({name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)})
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            past.load(own)
 
     def describe(self) -> dict[str, Any]:
         """The templates, and the SHA-256 of each second moment."""
-        hashes = {layer: tensors_hash({"moment": moment}) for layer, moment in self.moments.items()}
-        return {"templates": list(self.templates), "moments": {str(layer): each for layer, each in hashes.items()}}
+        hashes = {str(layer): tensors_hash({"moment": moment}) for layer, moment in self.moments.items()}
+        return {"templates": list(self.templates), "moments": hashes}
 
     def adopt(self, described: Mapping[str, Any]) -> None:
         """Take over the templates. Raises ValueError for other second moments."""
         now = self.describe()["moments"]
-        differ = [layer for layer, each in described["moments"].items() if now.get(layer) != each]
+        differ = [layer for layer, digest in described["moments"].items() if now.get(layer) != digest]
         if differ:
             raise ValueError(f"second moments of layers {', '.join(differ)} are not those that the run began with")
+
         self.templates = tuple(described["templates"])
 
 
@@ -78,8 +88,10 @@ class ClosedFormState:
 class BatchResult:
     """What a recipe did to one batch inside its trial.
 
-    keys: layer -> (n_edits, d_ff) post-edit keys of all edits, which become history on commit; empty = no memory
-    written: edits written per round; neurons: layer -> neurons written last; norms: layer -> summed update norms
+    keys: layer -> (n_edits, d_ff), post-edit keys of all edits, which join the history on commit; empty = no memory
+    written: number of edits written per round
+    neurons: layer -> number of neurons written last
+    norms: layer -> summed Frobenius norms of the updates
     """
 
     values: Values
@@ -89,7 +101,7 @@ class BatchResult:
     norms: dict[int, float] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a later solve can start from, by name: the values."""
+        """The values, by name: a later write can start from them."""
         return self.values.tensors()
 
     @property
@@ -211,38 +223,52 @@ def write_sweep(
     sweep: KeySweep,
     result: BatchResult,
     choose_edits: Callable[[Tensor], Tensor] | None = None,
-    rule: dict[str, float] | None = None,
+    rule: MassRule | None = None,
 ) -> bool:
-    """One pass from the first edited layer to the last, the residual spread over the layers still to come.
+    """One pass from the first edited layer to the last; each writes its share of the residual z - h.
 
     choose_edits: residuals (n_edits, d_model) at the first layer -> (n_edits,) bool, the edits written; None = all
-    rule: how the neurons written are selected by their mass (`selection.mass_rule`), or None for every neuron
-    Returns False, with nothing written, when a later round has no edit left to write."""
+    rule: selects the neurons written by their mass; None = every neuron
+    Returns False, with nothing written, when no edit is left to write in a later round."""
     active = torch.ones(len(batch.edits), dtype=torch.bool)
     rows = torch.arange(len(batch.edits))
+
     for position, captured in enumerate(sweep):
+        layer = captured.layer
         residual = result.values.z.to(captured.hidden.device) - captured.hidden
+
         if position == 0:
             active = active.to(residual.device) if choose_edits is None else choose_edits(residual)
-            # Looked at once: from here to the solve of a layer nothing waits for the device.
+            # The only wait for the device before the solve of a layer.
             rows = active.nonzero().flatten()
             if result.written and not len(rows):
                 return False
             result.written.append(len(rows))
-        layer = captured.layer
+
         if batch.progress is not None:
             # A batch may be abandoned here.
             batch.progress(0)
-        # In the last round that writes, weights below this layer are final: these are the post-edit keys.
+
+        # In the last round that writes, the weights below this layer are final, so these are the post-edit keys.
         if not len(rows):
             result.keys[layer] = sweep.keys(captured, active).keys
             continue
-        result.keys[layer], chosen, solution = _solve_selected(batch, sweep, captured, active, rows, rule)
-        share = residual[rows] / (len(sweep.layers) - position)
-        norm = apply_update(batch.trial, layer, chosen, share, solution, rows)
+        result.keys[layer], chosen, solution = _solve(batch, sweep, captured, active, rows, rule)
+
+        layers_left = len(sweep.layers) - position
+        norm = apply_update(batch.trial, layer, chosen, residual[rows] / layers_left, solution, rows)
         result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
         result.norms[layer] = result.norms.get(layer, 0.0) + norm
+
     return True
+
+
+def one_round(batch: Batch[F]) -> BatchResult:
+    """Values, then one sweep that writes every edit on every neuron."""
+    result = BatchResult(batch.values())
+    with batch.model.packed():
+        write_sweep(batch, batch.sweep(), result)
+    return result
 
 
 def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
@@ -250,13 +276,13 @@ def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
     return RidgeSolver(moment, config.covariance_weight)
 
 
-def _solve_selected(
+def _solve(
     batch: Batch[F],
     sweep: KeySweep,
     captured: LayerCapture,
     active: Tensor,
     rows: Tensor,
-    rule: dict[str, float] | None,
+    rule: MassRule | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Keys of all edits (n_edits, d_ff), the selected neurons (k,) or None for all, X (k, number of rows)."""
     solver, past = batch.state.solvers[captured.layer], batch.state.past[captured.layer]
@@ -266,18 +292,10 @@ def _solve_selected(
 
     if isinstance(solver, RidgeSolver):
         # Its system is the one that the fused chain builds on the device.
-        chain = sweep.chain(captured, active, solver.moment, solver.weight, past.dense, past.rows, rule)
+        chain = sweep.chain(captured, active, solver, past, rule)
         chosen, system = chain.read()
         return chain.keys, chosen, solver.solve_system(system, chain.keys[rows][:, chosen])
 
     keys, mass = sweep.keys(captured, active)
-    chosen = select_neurons(mass, reaching=rule.get("reaching"), within=rule.get("within"))
+    chosen = select_neurons(mass, reaching=rule.reaching, within=rule.within)
     return keys, chosen, solver.solve(keys[rows], past, chosen)
-
-
-def one_round(batch: Batch[F]) -> BatchResult:
-    """Values, then one sweep that writes every edit on every neuron."""
-    result = BatchResult(batch.values())
-    with batch.model.packed():
-        write_sweep(batch, batch.sweep(), result)
-    return result

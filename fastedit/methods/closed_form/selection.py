@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,19 @@ def active_edits(residual: Tensor, smallest: float, largest: float) -> Tensor:
     return ~((distance <= smallest) | (distance >= largest))
 
 
-def mass_rule(share: float, as_released: bool) -> dict[str, float] | None:
-    """The rule that selects neurons by their mass, as keyword arguments of `select_neurons`; None = every neuron.
+class MassRule(NamedTuple):
+    """Selects neurons by cumulative mass; one of the two is a share in (0, 1), the other None.
 
-    share: p in (0, 1], share of the summed mass
-    as_released: False, the smallest set that reaches the share (NSE's paper); True, the largest set within it (NSE's
-        released code)"""
+    reaching: the smallest set whose mass reaches this share of the sum (NSE's paper)
+    within: the largest set whose mass stays within this share (NSE's released code)
+    """
+
+    reaching: float | None = None
+    within: float | None = None
+
+
+def mass_rule(share: float, as_released: bool) -> MassRule | None:
+    """The rule for a share p in (0, 1] of the mass; None = every neuron. as_released: see `MassRule`."""
     if share >= 1:
         return None
-    return {"within": share} if as_released else {"reaching": share}
+    return MassRule(within=share) if as_released else MassRule(reaching=share)

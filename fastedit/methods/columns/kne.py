@@ -29,32 +29,46 @@ def kne(batch: ColumnBatch[KNEConfig, FirstSlots]) -> ColumnResult:
     config = batch.config
     model = batch.model
     sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
+
     with model.packed():
         slots = batch.state.slots if config.fixed else None
-        locating = 0.5 if slots is None else 0.0
+        # Share of the batch's work: choosing the ensemble takes about as long as training it.
+        choosing = 0.5 if slots is None else 0.0
         if slots is None:
-            scores = attribute(model, batch.edits, config.attribution, batch.stage(locating, model.n_layers))
-            slots = chosen(scores, config)
+            scores = attribute(model, batch.edits, config.attribution, batch.stage(choosing, model.n_layers))
+            slots = choose_ensemble(scores, config)
+
         train = train_columns if config.ensemble == "own" else train_shared
-        trained = train(model, sequences, slots, config.train, batch.stage(1 - locating, len(sequences)))
+        trained = train(model, sequences, slots, config.train, batch.stage(1 - choosing, len(sequences)))
+
     return write_columns(batch, slots, trained)
 
 
-def chosen(scores: Tensor, config: KNEConfig) -> Slots:
-    """The slots of a batch by its scores, (n_edits, n_layers, d_ff); of "shared" and "union" the edit is 0."""
+def choose_ensemble(scores: Tensor, config: KNEConfig) -> Slots:
+    """The slots of a batch. scores: (n_edits, n_layers, d_ff); with "shared" and "union" all slots belong to edit 0."""
     scores = scores[:, : scores.shape[1] - config.frozen_layers]
-    tables = scores.sum(0, keepdim=True) if config.ensemble == "shared" else scores
-    found = [ensemble(table, config.share, config.key_layers) for table in tables]
+    summed = scores.sum(0)
+    tables = [summed] if config.ensemble == "shared" else list(scores)
+    ensembles = [ensemble(table, config.share, config.key_layers) for table in tables]
     if config.ensemble == "union":
-        found = [torch.unique(torch.cat(found), dim=0)]
+        tables = [summed]
+        ensembles = [torch.unique(torch.cat(ensembles), dim=0)]
+
     parts = []
-    for edit, members in enumerate(found):
+    for edit, (table, members) in enumerate(zip(tables, ensembles, strict=True)):
         layers, neurons = members.unbind(1)
-        n = torch.bincount(layers)[layers] if config.alpha_per == "layer" else torch.full_like(layers, len(layers))
-        scales = None if config.alpha is None else config.alpha / n.sqrt()
-        table = scores.sum(0) if config.ensemble == "union" else tables[edit]
+        scales = _scales(layers, config)
         parts.append(Slots(torch.full_like(layers, edit), layers, neurons, table[layers, neurons], scales))
     return Slots.joined(parts)
+
+
+def _scales(layers: Tensor, config: KNEConfig) -> Tensor | None:
+    """alpha / sqrt(n) of every member, n the members of its layer or of all layers; None = 1. layers: (n_members,)"""
+    if config.alpha is None:
+        return None
+
+    n = torch.bincount(layers)[layers] if config.alpha_per == "layer" else torch.full_like(layers, len(layers))
+    return config.alpha / n.sqrt()
 
 
 KNE = ColumnMethod(

@@ -9,7 +9,7 @@ from fastedit.methods.columns.attribution import integrated_gradients
 from fastedit.methods.columns.config import KNEConfig, TrainConfig
 from fastedit.methods.columns.contributions import Slots
 from fastedit.methods.columns.ensemble import ensemble
-from fastedit.methods.columns.kne import chosen
+from fastedit.methods.columns.kne import choose_ensemble
 from fastedit.methods.columns.training import train_columns, train_shared
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.tokens import target_sequences, whole_sequences
@@ -166,7 +166,7 @@ def test_the_ensemble_lies_above_one_threshold_for_all_layers():
 def test_the_slots_of_a_batch(kind):
     scores = torch.zeros(2, 3, 10)
     scores[0, 1, 4], scores[0, 2, 0], scores[1, 1, 4], scores[1, 0, 7] = 5, 4, 1, 3
-    slots = chosen(scores, KNEConfig(share=2 / 30, ensemble=kind, alpha=3.0))
+    slots = choose_ensemble(scores, KNEConfig(share=2 / 30, ensemble=kind, alpha=3.0))
     members = list(zip(slots.edits.tolist(), slots.layers.tolist(), slots.neurons.tolist(), strict=True))
     wanted = {
         "shared": [(0, 1, 4), (0, 2, 0)],
@@ -175,7 +175,7 @@ def test_the_slots_of_a_batch(kind):
     }
     assert members == wanted[kind]
     assert slots.scales.tolist() == [3.0] * len(slots)
-    whole = chosen(scores, KNEConfig(share=2 / 30, ensemble=kind, alpha=3.0, alpha_per="all"))
+    whole = choose_ensemble(scores, KNEConfig(share=2 / 30, ensemble=kind, alpha=3.0, alpha_per="all"))
     assert whole.scales[0] == pytest.approx(3 / (len(slots) / (2 if kind == "own" else 1)) ** 0.5)
 
 
