@@ -42,7 +42,7 @@ from fastedit.methods.closed_form.values import Values
 from fastedit.methods.columns.attribution import attribute
 from fastedit.methods.columns.config import AttributionConfig
 from fastedit.methods.columns.contributions import Slots
-from fastedit.methods.columns.kne import chosen
+from fastedit.methods.columns.kne import choose_ensemble
 from fastedit.methods.columns.recipe import ColumnBatch, write_columns
 from fastedit.methods.columns.training import Trained, train_columns
 from fastedit.methods.presets import preset_for
