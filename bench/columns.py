@@ -179,7 +179,7 @@ class Bench:
         config: Any = changed(editor.config, {"ensemble": "own"})
         sequences = whole_sequences(self.model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
         with self.model.packed():
-            slots = chosen(self.attributions(edits, config.attribution), config)
+            slots = choose_ensemble(self.attributions(edits, config.attribution), config)
             return slots, train_columns(self.model, sequences, slots, config.train)
 
     def attributions(self, edits: EditSet, config: AttributionConfig) -> torch.Tensor:
