@@ -15,7 +15,7 @@ from torch import Tensor
 from fastedit.ops.apply_delta import apply_delta
 from fastedit.testing import Factory
 
-# Between two updates of a weight lie a sweep and the other layers' solves.
+# A sweep and the solves of the other layers run between two updates of a weight.
 COLD = True
 
 
@@ -43,7 +43,7 @@ def call(given: tuple[Any, ...]) -> None:
 
 
 def added(given: tuple[Any, ...]) -> None:
-    """The product, then index_add_ in the dtype of what takes the update."""
+    """The product, then index_add_ in the dtype of the weight or its master."""
     weight, residual, solution, index, master = given
     takes = weight if master is None else master
     takes.index_add_(1, index, (residual.T @ solution.T).to(takes.dtype))

@@ -14,8 +14,8 @@ from measure import Cost, Setting, setting, size_of
 from fastedit.ops.capture_keys import Keys, activate, capture_keys
 from fastedit.testing import Factory
 
-# In an edit the rows of one layer are captured right after its projections wrote them, but those write more than the
-# caches hold at the real sizes.
+# An edit captures the rows of a layer right after its projections have written them, but at the real sizes the
+# projections write more than the caches hold.
 COLD = True
 
 
@@ -39,7 +39,7 @@ def call(given: tuple[Any, ...]) -> Keys:
 
 
 def in_place(given: tuple[Any, ...]) -> Keys:
-    """As few passes as torch can do it in: the product in place, the mean as a product of matrices."""
+    """As few passes as torch allows: the product in place, the mean as a product of matrices."""
     gate, up, weights, activation = given
     wide = gate.float()
     product = activate(wide, activation)

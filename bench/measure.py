@@ -1,4 +1,4 @@
-"""What the op benchmarks share: real sizes, bytes that have to move, rates of the machine, and interleaved timing."""
+"""Shared by the op benchmarks: real sizes, bytes that have to move, rates of the machine, and interleaved timing."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ SHARES = (0.3, 0.8)
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a sweep: a model's size, the case the factory makes, dtype of the weights or results, and what else
-    the op needs. label: what tells it from the model's other rows."""
+    """One row of a sweep: a model's size, the factory's case, the dtype of the weights or results, and other options of
+    the op. label: distinguishes it from the model's other rows."""
 
     model: str
     case: Case
@@ -60,7 +60,7 @@ class Setting:
 
 
 class Cost(NamedTuple):
-    """The least an op has to do: bytes read and written, floating-point operations, the dtype they are taken in."""
+    """The least that an op needs: bytes read and written, floating-point operations, and the dtype of these."""
 
     bytes: int
     flops: int
@@ -68,9 +68,10 @@ class Cost(NamedTuple):
 
 
 def setting(model: str, label: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Setting:
-    """A row for `model`; `share` of the neurons are selected where given, `options` are handed on."""
+    """A row for `model`; `share` of the neurons are selected where given, `options` go into the setting."""
     size = SIZES[model]
-    share, options = changes.pop("share", None), changes.pop("options", None)
+    share = changes.pop("share", None)
+    options = changes.pop("options", None)
     case = {"n_edits": N_EDITS, "n_templates": N_TEMPLATES, "d_ff": size.d_ff, "d_model": size.d_model}
     if share is not None:
         case["selected"] = round(share * size.d_ff)
@@ -96,18 +97,19 @@ def line_bytes(device: str) -> int:
 
 
 class Rates:
-    """Best rates of this machine, measured again whenever asked: copy in GB/s, products in GFLOP/s by dtype."""
+    """Best rates of this machine so far: copy in GB/s, products in GFLOP/s by dtype. `measure` measures them again."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         # Four times the last cache at least, and enough on a GPU to hide the launch.
         n = 1 << 28 if device == "cuda" else max(1 << 25, last_cache())
-        self.source, self.target = torch.rand(n, device=device), torch.empty(n, device=device)
+        self.source = torch.rand(n, device=device)
+        self.target = torch.empty(n, device=device)
         self.copy = 0.0
         self.products: dict[torch.dtype, float] = {}
 
     def measure(self, dtype: torch.dtype) -> None:
-        """Keep the better of what is known and what is seen now."""
+        """Measure both rates again and keep the better values."""
         seconds = self._best(lambda: self.target.copy_(self.source))
         self.copy = max(self.copy, 2 * size_of(self.source) / seconds / 1e9)
         n = 8192 if self.device == "cuda" else 1536
@@ -128,7 +130,7 @@ class Rates:
 
 
 class Flush:
-    """Empties the caches by going through a buffer larger than the last of them."""
+    """Empties the caches by a pass over a buffer larger than the last of them."""
 
     def __init__(self, device: str) -> None:
         # On a GPU the pass has also to outlast the launch of what is timed after it.
@@ -141,19 +143,19 @@ class Flush:
 
 def last_cache() -> int:
     """Bytes of the largest cache of processor 0; 32 MiB where the system does not say."""
-    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    sizes = [re.fullmatch(r"(\d+)K", path.read_text(encoding="ascii").strip()) for path in found]
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [re.fullmatch(r"(\d+)K", path.read_text(encoding="ascii").strip()) for path in files]
     return max((int(size.group(1)) << 10 for size in sizes if size), default=32 << 20)
 
 
 def timed(
     calls: Mapping[str, Callable[[], Any]], device: str, flush: Flush | None, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of every call, `rounds` times, the calls taking turns; each round begins with another one.
+    """Seconds of every call, `rounds` times; the calls take turns, and each round begins with another one.
 
     With `flush` the caches are emptied before each."""
     names = list(calls)
-    found: dict[str, list[Any]] = {name: [] for name in names}
+    taken: dict[str, list[Any]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -162,22 +164,24 @@ def timed(
                 name = names[(turn + place) % len(names)]
                 if flush is not None:
                     flush()
-                found[name].append(_once(calls[name], device))
+                taken[name].append(_once(calls[name], device))
     finally:
         if collecting:
             gc.enable()
+
     if device != "cuda":
-        return found
+        return taken
     torch.cuda.synchronize()
-    return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in found.items()}
+    return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in taken.items()}
 
 
 def _once(call: Callable[[], Any], device: str) -> Any:
-    """Seconds of one call; on a GPU the pair of events around it, to be read later."""
+    """Seconds of one call; on a GPU the pair of events around it, which is read later."""
     if device != "cuda":
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
+
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -186,7 +190,7 @@ def _once(call: Callable[[], Any], device: str) -> Any:
 
 
 def rounds_for(seconds: Iterable[float], budget: float) -> int:
-    """How many rounds of calls that take so long fit into the budget, 5 to 200."""
+    """How many rounds of calls of these durations fit into the budget, 5 to 200."""
     return min(200, max(5, int(budget / max(sum(seconds), 1e-9))))
 
 
@@ -197,7 +201,7 @@ def percentiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def extra_mb(call: Callable[[], Any], device: str) -> float:
-    """Peak memory of one call beyond what is there before it, its result included, in MB."""
+    """Peak memory of one call beyond the memory used before it, its result included, in MB."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -205,25 +209,26 @@ def extra_mb(call: Callable[[], Any], device: str) -> float:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    give_back()
+
+    release()
     reset_peak()
     resident = resident_mb()
     call()
     return max(0.0, peak_mb() - resident)
 
 
-def give_back() -> None:
-    """Let the C library return freed memory to the system, or a call that takes it again would look free of cost."""
+def release() -> None:
+    """Let the C library return freed memory to the system; a call that took it again would seem to need none."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def available_bytes(device: str) -> int:
-    """Memory that can still be taken."""
+    """Bytes of free memory."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     path = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text(encoding="ascii")) if path.exists() else None
-    return int(found.group(1)) << 10 if found else 16 * GIB
+    line = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text(encoding="ascii")) if path.exists() else None
+    return int(line.group(1)) << 10 if line else 16 * GIB

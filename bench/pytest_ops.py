@@ -2,8 +2,8 @@
 
     python -m pytest bench/pytest_ops.py -o pythonpath=bench -k "masked_gram and smollm2"
 
-Every backend that is here and the fastest plain torch form; warm caches, nothing kept. The tests of the ops are not run
-first: `run.py` does that, and its rows are the ones that count.
+Times every backend of this machine and the first plain torch form, with warm caches, and stores nothing. The tests of
+the ops do not run first; `run.py` runs them, and its rows are the ones that count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def given(module, at):
 @pytest.mark.parametrize(("module", "at"), SETTINGS, scope="module")
 @pytest.mark.parametrize("name", ["plain torch", "torch", "cpp", "triton", "cuda"])
 def test_speed(benchmark, module, at, given, name):
-    by_name = {found.name: found.call for found in contestants(module, given)}
+    by_name = {each.name: each.call for each in contestants(module, given)}
     call = by_name.get(next(iter(module.PLAIN)) if name == "plain torch" else name)
     if call is None:
         pytest.skip(f"{module.__name__} has no {name} kernel")

@@ -1,7 +1,7 @@
 """score_neurons at 4 slots (an edit of FiNE) and at 100, the five best of each: float32 on the CPU, bf16 on a GPU.
 
 Bytes: W, activations and directions once, values and indices written.  Operations: 2 per slot and element of W, 1 per
-score.  At 4 slots the yardstick is one scan of W, at 100 the product without its choice.
+score.  At 4 slots the yardstick is one scan of W, at 100 the product without the selection.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ YARDSTICKS = {"yardstick: scan of W": scan, "yardstick: product": product}
 
 
 def results(given: tuple[Any, ...], made: BestNeurons) -> tuple[Tensor, ...]:
-    # In bf16 torch rounds the scores, and near-equal neurons change places.
+    # In bf16 torch rounds the scores, so that neurons with nearly equal scores change places.
     return (made.values,) if given[1].dtype != torch.bfloat16 else (made.values.bfloat16(),)
 
 

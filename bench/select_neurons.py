@@ -1,8 +1,8 @@
 """select_neurons on heavy-tailed scores: 30 % and 80 % of the neurons by rank, and the prefix that reaches a mass.
 
 Bytes: the scores read once, the indices written.  Operations: a comparison per score.  Both are so few that the roof
-is microseconds: what is measured is the number of passes and of launches.  Torch's forms keep the op's promises (exact
-among equals, NaN and Inf refused); what torch takes without them is the yardstick.
+is microseconds: the time shows the number of passes and launches.  Torch's forms keep the op's promises (exact among
+equals, NaN and Inf refused); torch without them is the yardstick.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MASSES = (0.8, 0.95)
 
 
 def sweep(models: list[str], device: str) -> list[Setting]:
-    found = []
+    settings = []
     for model in models:
-        found += [setting(model, f"k={share:.0%}", options={"share": share}) for share in SHARES]
-        found += [setting(model, f"mass={mass:.0%}", options={"reaching": mass}) for mass in MASSES]
-    return found
+        settings += [setting(model, f"k={share:.0%}", options={"share": share}) for share in SHARES]
+        settings += [setting(model, f"mass={mass:.0%}", options={"reaching": mass}) for mass in MASSES]
+    return settings
 
 
 def memory(at: Setting) -> int:
@@ -69,7 +69,7 @@ def by_sort(given: tuple[Any, ...]) -> Tensor:
 
 
 def by_bound(given: tuple[Any, ...]) -> Tensor:
-    """The score of the last one taken, by a partial sort for a rank; then all above it, and of its equals the first."""
+    """The score of the last neuron taken, by a partial sort for a rank; all above it and the first of its equals."""
     score, rule = given
     check(score, rule)
     if "top_k" in rule:
@@ -79,7 +79,8 @@ def by_bound(given: tuple[Any, ...]) -> Tensor:
         ordered = score.sort(descending=True).values
         count = reaching(ordered, rule["reaching"])
         last = ordered[count - 1]
-    above, tied = score > last, score == last
+    above = score > last
+    tied = score == last
     return (above | (tied & (tied.cumsum(0) <= count - above.sum()))).nonzero().flatten()
 
 

@@ -45,7 +45,7 @@ def call(given: tuple[Any, ...]) -> None:
 
 
 def in_place(given: tuple[Any, ...]) -> None:
-    """Torch's in-place arithmetic, with as few temporaries as it can do."""
+    """Torch's in-place arithmetic, with as few temporaries as possible."""
     delta, grad, moment1, moment2, decay, radius = given
     norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
     grad = torch.addcmul(grad, delta, torch.where(norm > 0, decay[:, None] / norm, torch.zeros_like(norm)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastedit.ops.sparse_delta import DeltaGrads, sparse_delta, sparse_delta_grads
 from fastedit.testing import Factory
 
-# The down-projection in front of it went through all of W.
+# The down-projection before it has read all of W.
 COLD = True
 
 
@@ -68,7 +68,8 @@ def results(given: tuple[Any, ...], made: Tensor | DeltaGrads) -> tuple[Tensor, 
 
 def cost(at: Setting, given: tuple[Any, ...], device: str) -> Cost:
     activations, row_starts, index, slot_starts, delta, _, *grads = given
-    line, pairs, gathered = line_bytes(device), 0, 0
+    line = line_bytes(device)
+    pairs = gathered = 0
     rows, slots = row_starts.tolist(), slot_starts.tolist()
     for sample in range(len(rows) - 1):
         n_rows, held = rows[sample + 1] - rows[sample], index[slots[sample] : slots[sample + 1]]

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine line, peak memory, and rows appended to bench/results/."""
+"""Shared by every benchmark: the machine line, peak memory, and the rows appended to bench/results/."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from fastedit.cli.doctor import matmul_rate
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Columns are only ever added, at the end: rows of older files stay what they are.
+# Columns are only ever added, at the end, so that the rows of older files stay valid.
 FIELDS = (
     "date", "commit", "benchmark", "backend", "shape", "dtype", "metric", "median", "low", "high", "unit",
     "peak_mb", "gemm_gflops", "torch", "python", "machine", "threads",
@@ -32,15 +32,15 @@ def device_name(device: str | None = None) -> str:
         name = torch.cuda.get_device_name()
     else:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-        found = re.search(r"model name\s*:\s*(.+)", text)
-        name = found.group(1) if found else platform.processor() or platform.machine()
+        model = re.search(r"model name\s*:\s*(.+)", text)
+        name = model.group(1) if model else platform.processor() or platform.machine()
         if "avx512f" in text:
             name += " avx512"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def machine_line(device: str | None = None) -> str:
-    """Device, threads, versions, and the processor's matrix rate as it is now: a busy machine shows."""
+    """Device, threads, versions, and the processor's present matrix rate, which shows whether the machine is busy."""
     return (
         f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, python"
         f" {platform.python_version()}, float32 matmul {matmul_rate():.0f} GFLOP/s"
@@ -48,19 +48,19 @@ def machine_line(device: str | None = None) -> str:
 
 
 def reset_peak() -> None:
-    """Start a new peak of resident memory where the system lets us (Linux)."""
+    """Start a new peak of resident memory, where the system allows it (Linux)."""
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_mb() -> float:
-    """Peak resident memory in MB since `reset_peak`, or since the start where that is not to be had."""
+    """Peak resident memory in MB since `reset_peak`; since the start of the process where the peak cannot be reset."""
     peak = _status_mb("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if peak is None else peak
 
 
 def resident_mb() -> float:
-    """Resident memory in MB; the peak where that is not to be had."""
+    """Resident memory in MB; the peak where the system does not report it."""
     now = _status_mb("VmRSS")
     return peak_mb() if now is None else now
 
@@ -68,12 +68,12 @@ def resident_mb() -> float:
 def _status_mb(field: str) -> float | None:
     status = Path("/proc/self/status")
     text = status.read_text(encoding="ascii") if status.exists() else ""
-    found = re.search(rf"{field}:\s+(\d+) kB", text)
-    return int(found.group(1)) / 1024 if found else None
+    line = re.search(rf"{field}:\s+(\d+) kB", text)
+    return int(line.group(1)) / 1024 if line else None
 
 
 def commit() -> str:
-    """Short hash of the checkout, with + when it has changes; where it came without git, what $COMMIT says."""
+    """Short hash of the checkout, with + when it has changes; without git the value of $COMMIT."""
     root = RESULTS.parent.parent
     if os.environ.get("COMMIT") or not (root / ".git").exists() or shutil.which("git") is None:
         return os.environ.get("COMMIT") or "unknown"
@@ -82,17 +82,18 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions behind a row: torch, python, and of a GPU's toolchain what is there."""
-    found = {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda or ""}
+    """Versions behind a row: torch, python, and those of a GPU's toolchain, empty where missing."""
+    by_package = {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda or ""}
     try:
-        found["triton"] = importlib.metadata.version("triton")
+        by_package["triton"] = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        found["triton"] = ""
+        by_package["triton"] = ""
+
     driver = Path("/proc/driver/nvidia/version")
     text = driver.read_text(encoding="ascii", errors="replace") if driver.exists() else ""
     number = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
-    found["driver"] = number.group(1) if number else ""
-    return found
+    by_package["driver"] = number.group(1) if number else ""
+    return by_package
 
 
 def append_row(device: str | None = None, **columns: object) -> Path:
@@ -120,13 +121,13 @@ def append_row(device: str | None = None, **columns: object) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """All rows of a file, whichever columns it was begun with; what a row does not have is empty."""
+    """All rows of a file, whichever columns it was started with; missing columns are empty."""
     with path.open(newline="", encoding="utf-8") as file:
         return [{name: row.get(name) or "" for name in FIELDS} for row in csv.DictReader(file)]
 
 
 def widen(path: Path) -> None:
-    """Give a file that was begun with fewer columns the present ones. Raises ValueError for a column unknown here."""
+    """Add the missing columns to a file that was started with fewer. Raises ValueError for a column unknown here."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8") as file:

@@ -35,7 +35,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 # Kind of backend -> its package, in the order in which the automatic choice tries them.
-PACKAGES = {"cuda": "fastedit.ops.cuda", "triton": "fastedit.kernels", "cpp": "fastedit.ops.cpp"}
+PACKAGES = {
+    "cuda": "fastedit.ops.cuda",
+    "triton": "fastedit.kernels",
+    "cpp": "fastedit.ops.cpp",
+}
 
 BACKENDS = (*PACKAGES, "torch")
 
