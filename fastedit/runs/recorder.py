@@ -36,7 +36,7 @@ from fastedit.runs.identity import check_model, compare_machine, identity, machi
 from fastedit.runs.log import LockedRun, Record, RunError, RunLog
 from fastedit.runs.reports import BatchReport
 from fastedit.runtime.hashing import canonical
-from fastedit.weights.trial import Trial, rewrite
+from fastedit.weights.trial import Trial, replay
 
 if TYPE_CHECKING:
     from fastedit.weights.editable import EditableWeights
@@ -298,7 +298,7 @@ class Recorder:
                 weights.put(int(layer), tensors.get(f"columns/{layer}"), columns)
 
         for record in _after(live, snapshot):
-            rewrite(weights, _part(self.log.tensors(record.number), "written/"))
+            replay(weights, _part(self.log.tensors(record.number), "written/"))
 
         self._compare_bits(weights, live)
 

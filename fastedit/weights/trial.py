@@ -34,44 +34,56 @@ class Trial:
     def add(self, layer: int, index: Tensor | None, residual: Tensor, solution: Tensor) -> None:
         """Save the columns `index`, then add an update to them, see `EditableWeights.add`."""
         self._save(layer, index)
-        # The same dtype and layout when it is replayed from a file: BLAS gives other bits for other ones.
+
+        # A replay from a file has the same dtype and layout: with others BLAS gives other bits.
         dtype = self.weights.working_dtype(layer)
-        residual, solution = (each.to(dtype).contiguous() for each in (residual, solution))
+        residual = residual.to(dtype).contiguous()
+        solution = solution.to(dtype).contiguous()
+
         self.weights.add(layer, index, residual, solution)
         self._updates.append(Update(layer, index, residual, solution))
 
     @property
     def touched(self) -> dict[int, Tensor | None]:
         """layer -> columns that were saved, (k,) int64 ascending on the CPU, None for all."""
-        found: dict[int, Tensor | None] = {}
+        touched: dict[int, Tensor | None] = {}
         for layer, index, _ in self._saved:
-            known = found.get(layer, torch.zeros(0, dtype=torch.int64))
-            found[layer] = None if index is None or known is None else torch.unique(torch.cat([known, index.cpu()]))
-        return found
+            columns = touched.get(layer, torch.zeros(0, dtype=torch.int64))
+            if index is None or columns is None:
+                touched[layer] = None
+            else:
+                touched[layer] = torch.unique(torch.cat([columns, index.cpu()]))
+        return touched
 
     def written(self) -> dict[str, Tensor]:
-        """What `rewrite` needs to write this again, bit for bit: of each layer the updates, or its new columns where
+        """What `replay` needs to write this trial again, bit for bit: per layer the updates, or the new columns where
         these are smaller."""
         tensors: dict[str, Tensor] = {}
         for layer, index in self.touched.items():
             updates = [update for update in self._updates if update.layer == layer]
-            size = sum(update.residual.nbytes + update.solution.nbytes for update in updates)
+            update_bytes = sum(update.residual.nbytes + update.solution.nbytes for update in updates)
+
             d_model, d_ff = self.weights.current(layer).shape
             n_columns = d_ff if index is None else len(index)
-            if size >= n_columns * d_model * self.weights.working_dtype(layer).itemsize:
+            column_bytes = n_columns * d_model * self.weights.working_dtype(layer).itemsize
+
+            if update_bytes >= column_bytes:
                 tensors[f"columns/{layer}/values"] = self.weights.stored(layer, index)
                 if index is not None:
                     tensors[f"columns/{layer}/index"] = index
                 continue
+
             for number, update in enumerate(updates):
                 place = f"update/{layer}/{number:04d}"
-                tensors[f"{place}/residual"], tensors[f"{place}/solution"] = update.residual, update.solution
+                tensors[f"{place}/residual"] = update.residual
+                tensors[f"{place}/solution"] = update.solution
                 if update.index is not None:
                     tensors[f"{place}/index"] = update.index
         return tensors
 
     def _save(self, layer: int, index: Tensor | None) -> None:
-        if any(layer == seen and whole is None for seen, whole, _ in self._saved):
+        """Copy columns before they are overwritten, unless the whole layer was copied before."""
+        if any(layer == saved and whole is None for saved, whole, _ in self._saved):
             return
         self._saved.append((layer, index, self.weights.columns(layer, index)))
 
@@ -97,8 +109,8 @@ class Trial:
             self.rollback()
 
 
-def rewrite(weights: EditableWeights, tensors: Mapping[str, Tensor]) -> None:
-    """Write what `Trial.written` returned once more, onto the weights it was written onto then."""
+def replay(weights: EditableWeights, tensors: Mapping[str, Tensor]) -> None:
+    """Write what `Trial.written` returned again, onto weights as they were before that trial."""
     for name in sorted(tensors):
         kind, layer, *rest = name.split("/")
         if kind == "columns" and rest == ["values"]:

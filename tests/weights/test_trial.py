@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.weights.editable import EditableWeights
-from fastedit.weights.trial import Trial, rewrite
+from fastedit.weights.trial import Trial, replay
 
 D_MODEL, D_FF = 32, 48
 SOME = torch.tensor([3, 7, 40])
@@ -46,7 +46,7 @@ def test_updates_are_stored_as_factors_and_give_the_same_bits(weights: EditableW
     assert bits(weights) != after
     assert {name.split("/")[0] for name in tensors} == {"update"}
     assert sum(each.nbytes for each in tensors.values()) < 3 * D_FF * D_MODEL * 4
-    rewrite(weights, through_a_file(tensors))
+    replay(weights, through_a_file(tensors))
     assert bits(weights) == after
 
 
@@ -60,7 +60,7 @@ def test_columns_are_stored_where_they_are_smaller(weights: EditableWeights) -> 
     assert {name.split("/")[0] for name in tensors} == {"columns"}
     assert tensors["columns/2/index"].tolist() == [2, 5]
     assert tensors["columns/1/values"].shape == (D_MODEL, 3)
-    rewrite(weights, through_a_file(tensors))
+    replay(weights, through_a_file(tensors))
     assert bits(weights) == after
 
 
