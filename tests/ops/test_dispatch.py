@@ -72,7 +72,7 @@ def test_the_environment_asks_and_the_block_overrules_it(fake, monkeypatch):
     with _dispatch.backend("cpp"):
         assert select_neurons(SCORE, top_k=1) == "cpp"
     monkeypatch.setenv("FASTEDIT_BACKEND", "cpu")
-    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpp.*, torch, got 'cpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of cuda, triton, cpp.*, torch, got 'cpu'"):
         select_neurons(SCORE, top_k=1)
 
 

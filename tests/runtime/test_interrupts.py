@@ -5,10 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from fastedit.runtime.interrupts import Interrupts
+
+
+@pytest.fixture(autouse=True)
+def python_handler() -> Iterator[None]:
+    """Python's own handler, which a shell's background job starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_first_signal_requests_a_stop_and_the_second_abandons(caplog: pytest.LogCaptureFixture) -> None:

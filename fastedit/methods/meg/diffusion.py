@@ -25,12 +25,16 @@ def alpha_bar() -> Tensor:
 
 
 class Schedule:
-    """A and S of every step, (1000,) float32 on a device."""
+    """A and S of every step, (1000,) float32. device: None = torch's default device"""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str | None = None) -> None:
         bars = alpha_bar()
-        self.signal = bars.sqrt().float().to(device)
-        self.sigma = (1 - bars).sqrt().float().to(device)
+        self.signal = bars.sqrt().float()
+        self.sigma = (1 - bars).sqrt().float()
+
+        if device is not None:
+            self.signal = self.signal.to(device)
+            self.sigma = self.sigma.to(device)
 
     def noised(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """x_t of x (n, size) and noise (n, size) at steps (n,)."""
