@@ -51,7 +51,7 @@ class Trial:
         return found
 
     def written(self) -> dict[str, Tensor]:
-        """What `rewrite` needs to write this again, bit for bit: of each layer the updates, or its new columns where
+        """What `rewrite` needs to write this again, bit for bit: the updates of each layer, or its new columns where
         these are smaller."""
         tensors: dict[str, Tensor] = {}
         for layer, index in self.touched.items():
