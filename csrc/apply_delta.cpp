@@ -1,5 +1,5 @@
-// W[:, S] += R^T X^T in place, rounded once; see fastedit/ops/apply_delta.py. A tile of the update is computed and added to
-// the weight at once, so nothing of the size of the update is written.
+// W[:, S] += R^T X^T in place, rounded once; see fastedit/ops/apply_delta.py. A tile of the update is added to the
+// weight as soon as it is computed, so nothing of the size of the update is written.
 #include "gemm.h"
 
 namespace fastedit {

@@ -39,7 +39,7 @@ void check(int isa, int threads) {
     if (threads < 1) throw std::invalid_argument("threads must be positive");
 }
 
-// An index outside of the matrix would be read, or written, all the same.
+// The kernels would read or write outside of the matrix for an index that is out of range.
 void check_index(const int64_t *index, int64_t size, int64_t end) {
     bool inside = true;
     for (int64_t i = 0; index && i < size; ++i) inside &= 0 <= index[i] && index[i] < end;

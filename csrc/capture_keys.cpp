@@ -46,7 +46,7 @@ inline VecF product(const T *gate, const T *up) {
 }
 
 // sums += weight * activation(gate) * up over `width` columns. The hardware stops reading ahead at the end of a page,
-// and a tile's row is about as long as one: the next row, `ahead` elements further on, is asked for from here.
+// and a tile's row is about as long as one: the next row, `ahead` elements further on, is prefetched here.
 template <class T, Activation A>
 void add_template(float *sums, const T *gate, const T *up, float weight, int64_t width, int64_t gate_ahead,
                   int64_t up_ahead) {

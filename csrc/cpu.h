@@ -1,5 +1,5 @@
 // What bindings_cpu.cpp and the CPU kernels share: the arguments of each kernel, and its declaration per instruction
-// set. Strides are in elements. Shapes and dtypes were checked by Python; what is left to check here is said beside it.
+// set. Strides are in elements. Python has checked shapes and dtypes; what remains to be checked is stated beside it.
 #pragma once
 
 #include <cstddef>
@@ -63,8 +63,8 @@ struct ApplyDelta {
     int threads;
 };
 
-// score: (n,) float32 or float64, finite, contiguous; by mass: not negative. index: (n,), of which the first `return value` are
-// written, ascending. share < 0: the `count` largest; else the prefix that reaches the share or stays within it.
+// score: (n,) float32 or float64, finite, contiguous; by mass: not negative. index: (n,), of which the first
+// `return value` are written, ascending. share < 0: the `count` largest; else the prefix that reaches the share or stays within it.
 struct SelectNeurons {
     const void *score;
     int64_t *index;
@@ -97,7 +97,7 @@ struct ScoreNeurons {
 };
 
 // Row p of activations: (n_rows, d_ff), last stride 1, and slot r of index: (n_slots,), delta: (n_slots, d_model),
-// belong to the sample in whose starts they lie. Forward: y (n_rows, d_model). Gradients: grad (n_rows, d_model) of y,
+// belong to the sample whose range of starts holds them. Forward: y (n_rows, d_model). Gradients: grad (n_rows, d_model) of y,
 // grad_activations (n_rows, d_ff) zero before, grad_delta (n_slots, d_model). All but activations contiguous and of
 // delta_type, float32 or float64.
 struct SparseDelta {

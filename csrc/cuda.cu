@@ -1,4 +1,4 @@
-// What the bindings ask of the machine.
+// Whether a device is here and can run the kernels.
 
 #include "cuda.cuh"
 

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: conversions, 16-byte pieces, and a launch that reports its error.
+// Shared by the CUDA kernels: conversions, 16-byte pieces, and a launch that reports its error.
 
 #pragma once
 

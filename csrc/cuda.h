@@ -62,7 +62,7 @@ const char* select_neurons(const SelectNeurons& arguments, void* stream);
 // out (k, k) = weight * moment[S, S] + history[S, S] + past[:, S]^T past[:, S] + keys[:, S]^T keys[:, S], symmetric to
 // the bit. moment, history, past and keys are all float32 or all float64; products and sums are taken in the type of
 // out, in the order of the edits. out may be moment. Where `count` is not null, k is read there in device memory, and
-// capacity is its bound. With packed, A[i, j] lies at i * k + j, whatever the strides of out.
+// capacity is its bound. With packed, A[i, j] is at i * k + j, whatever the strides of out.
 struct MaskedGram {
   Matrix moment, keys, past, history, out;
   Vector active, index;

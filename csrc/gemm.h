@@ -1,5 +1,5 @@
-// Small dense products out of packed panels. A matrix with n rows is packed as panels of NR columns, each panel
-// (n, NR) contiguous and filled up with zeros; left and right factor have the same form.
+// Small dense products of packed panels. A matrix with n rows is packed as panels of NR columns, each panel
+// (n, NR) contiguous and padded with zeros; left and right factor have the same form.
 #pragma once
 
 #include <cstdlib>
@@ -47,7 +47,7 @@ static inline int64_t thread_number() {
 #endif
 }
 
-// Fresh pages of 4 KB cost more than a kernel that fills them once; larger ones cost next to nothing.
+// The first use of 4 KB pages costs more than a kernel that fills them once; large pages cost next to nothing.
 static inline void prefer_large_pages(void *start, size_t bytes) {
 #if defined(__linux__)
     const uintptr_t page = 1 << 21, first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;

@@ -1,5 +1,5 @@
 // The system matrix weight * C[S, S] + H[S, S] + K_S^T K_S; see fastedit/ops/masked_gram.py. C and H are gathered
-// tile by tile where the products stand already, so nothing of the size of C is written but the result.
+// tile by tile and added to the products, so nothing of the size of C is written but the result.
 #include "gemm.h"
 
 namespace fastedit {
@@ -29,8 +29,8 @@ void add_rows(const void *source, Type type, int64_t stride, double factor, cons
 }
 
 #if defined(__AVX512F__)
-// The columns index[j .. j + columns) of a matrix, to be cut out of its rows 16 neighbours at a time: a register that
-// keeps the marked ones packed costs as much as two gathered elements.
+// The columns index[j .. j + columns) of a matrix, picked out of its rows 16 neighbours at a time: packing the marked
+// elements of a register costs as much as gathering two elements.
 struct Cutter {
     // Neighbours looked through at most: with fewer than one column in eight, picking them one by one is faster.
     static constexpr int64_t MOST = SIDE / 2;
@@ -65,7 +65,7 @@ struct Cutter {
     }
 };
 
-// tile += factor * source[S, S], by rows that the cutter cuts.
+// tile += factor * source[S, S], with the columns of each row picked by the cutter.
 template <class T>
 void cut_rows(const Cutter &cutter, const float *source, int64_t stride, T factor, const int64_t *index, int64_t i,
               int64_t rows, int64_t columns, T *tile) {

@@ -1,5 +1,5 @@
 // Contribution scores a[i, j] * <W[:, j], g[i]>, or the best of every slot; see fastedit/ops/score_neurons.py. W is
-// read once: by rows as it lies for a few slots, in packed tiles for many. A column's products are summed in order,
+// read once: by rows in memory order for a few slots, in packed tiles for many. A column's products are summed in order,
 // 256 rows at a time, so the result does not depend on the number of threads.
 #include "gemm.h"
 
@@ -9,7 +9,7 @@ namespace {
 
 // Slots up to which reading W bounds the time and packing it would cost more than it saves.
 constexpr int64_t FEW = 8;
-// Columns per task: so that sums of few slots, and a packed tile, stay in the second-level cache.
+// Columns per task. The sums of a few slots, and a packed tile, stay in the second-level cache.
 constexpr int64_t STRIP = 2048, TILE = 256;
 // Rows of W that are read together, so that sums are loaded and stored once for all of them.
 constexpr int64_t ROWS = 8;
@@ -50,7 +50,7 @@ inline void swap(Entry &a, Entry &b) {
     b = kept;
 }
 
-// Puts the first `k` of the order in front. No two entries are equal.
+// Moves the first `k` of the order to the front. No two entries are equal.
 void select(Entry *all, int64_t size, int64_t k) {
     int64_t low = 0, high = size - 1;
     while (low < high) {

@@ -1,4 +1,4 @@
-// Vectors of the instruction set that this file is compiled for. Everything lies in its namespace: a function shared
+// Vectors of the instruction set that this file is compiled for. Everything is in its namespace: a function shared
 // between object files of different instruction sets could be linked from the wrong one.
 #pragma once
 

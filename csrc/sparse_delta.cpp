@@ -7,7 +7,7 @@ namespace fastedit {
 namespace FASTEDIT_ISA {
 namespace {
 
-// Sums of this many vectors stay in registers while the slots, or rows, go by.
+// The sums of this many vectors stay in registers during the loop over the slots, or rows.
 constexpr int64_t VECTORS = 4;
 
 inline float exact(float value) { return value; }

@@ -1,4 +1,4 @@
-"""Chooses the backend that runs an op: the one asked for by name, or else the first that is faster than plain torch.
+"""Chooses the backend that runs an op: the one requested by name, or else the first that is faster than plain torch.
 
 A kind of backend is a package, listed in PACKAGES, with
 
@@ -47,7 +47,7 @@ _chosen: ContextVar[str | None] = ContextVar("fastedit_backend", default=None)
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend that was asked for by name cannot run an op."""
+    """The backend that was requested by name cannot run an op."""
 
 
 @contextmanager
@@ -63,15 +63,15 @@ def backend(name: str) -> Iterator[None]:
 
 
 def wanted() -> str | None:
-    """The backend asked for by `backend` or by FASTEDIT_BACKEND; None for the automatic choice."""
+    """The backend requested by `backend` or by FASTEDIT_BACKEND; None for the automatic choice."""
     return _chosen.get() or _known(os.environ.get("FASTEDIT_BACKEND") or None)
 
 
 def run(op: str, args: NamedTuple, function: str | None = None) -> Any:
-    """Run `op` on the backend asked for, or on the automatic choice.
+    """Run `op` on the requested backend, or on the automatic choice.
 
     args: the op's argument record, checked; function: the op's second function, None for the op itself
-    Raises BackendUnavailable if the backend asked for cannot run the op on these arguments.
+    Raises BackendUnavailable if the requested backend cannot run the op on these arguments.
     """
     name = wanted()
     if name is None:
@@ -79,7 +79,7 @@ def run(op: str, args: NamedTuple, function: str | None = None) -> Any:
     elif (reason := unsupported(op, name, args)) is not None:
         if not has_parts(op):
             able = [other for other in BACKENDS if unsupported(op, other, args) is None]
-            raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}; able: {', '.join(able)}")
+            raise BackendUnavailable(f"{op}: backend {name!r} was requested, but {reason}; able: {', '.join(able)}")
         name = "torch"
 
     return _function(op, name, function or op)(args)

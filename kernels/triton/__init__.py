@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is asked for, as it is when the kernels' modules are imported."""
+    """Whether Triton's interpreter is requested; what counts is the answer when a kernel's module is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 

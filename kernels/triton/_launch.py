@@ -41,7 +41,9 @@ def unavailable(args: NamedTuple) -> str | None:
     """Why Triton cannot run on the tensors of an argument record; None if it can.
 
     Triton may be installed where no device is, so the tensors' device and an active driver are checked."""
-    if not INSTALLED or INTERPRETED:
+    if INTERPRETED:
+        return None
+    if not INSTALLED:
         return missing()
     for name, value in zip(args._fields, args, strict=True):
         if isinstance(value, Tensor) and not value.is_cuda:

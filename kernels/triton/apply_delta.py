@@ -1,9 +1,9 @@
 """W[:, S] += R^T X^T on the device, in place. The definition is that of `fastedit.ops.apply_delta`.
 
-Memory decides: the columns are gathered, changed and written in one pass, in which each is rounded once. Each
-column has one owner among the positions that name it, the first; what the others would add is folded into the owner's
-row of X beforehand, so that no two programs write the same place and a run repeats bit for bit.
-Positions outside [0, d_ff) are passed over. Products are IEEE float32, or float64 where the weight or its master is.
+Memory bounds the time: the columns are gathered, changed, rounded once and written in one pass. The first of the
+positions that name a column owns it. The rows of X of the others are added to the owner's row beforehand, so that no
+two programs write the same place and a run repeats bit for bit. Positions outside [0, d_ff) are skipped. Products are
+IEEE float32, or float64 where the weight or its master is.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def config() -> Config:
 
 @triton.jit
 def _owner_kernel(index, owner, copies, width, d_ff, index_stride, BLOCK: tl.constexpr):
-    """owner[j] = the first position that names neuron j; copies[j] = how many do."""
+    """owner[j] = the first position that names neuron j; copies[j] = the number of positions that do."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     neuron = tl.load(index + position * index_stride, mask=position < width, other=-1)
     there = (neuron >= 0) & (neuron < d_ff)
@@ -88,9 +88,11 @@ def _fold_kernel(
     neuron = tl.load(index + position * index_stride, mask=position < width, other=-1)
     there = (neuron >= 0) & (neuron < d_ff)
     inside = (position < width)[:, None] & (edit < n_edits)[None, :]
+
     position64 = position.to(tl.int64)
     place = position64[:, None] * solution_row + edit[None, :] * solution_edit
     total = tl.load(solution + place, mask=inside, other=0.0).to(DTYPE)  # [BLOCK, EDITS]
+
     if tl.max(tl.load(copies + neuron, mask=there, other=0), 0) > 1:
         for q in range(width):
             same = there & (neuron == tl.load(index + q * index_stride)) & (q > position)  # [BLOCK]
@@ -98,6 +100,7 @@ def _fold_kernel(
                 row = solution + tl.cast(q, tl.int64) * solution_row
                 more = tl.load(row + edit * solution_edit, mask=edit < n_edits, other=0.0).to(DTYPE)  # [EDITS]
                 total += tl.where(same[:, None], more[None, :], 0.0)
+
     tl.store(folded + position64[:, None] * n_edits + edit[None, :], total, mask=inside)
 
 
@@ -116,6 +119,7 @@ def _apply_kernel(
     there = position < width
     row64 = row.to(tl.int64)
     position64 = position.to(tl.int64)
+
     total = tl.zeros((ROWS, COLUMNS), DTYPE)
     for base in range(0, n_edits, EDITS):
         edit = base + tl.arange(0, EDITS)  # [EDITS]
@@ -127,12 +131,14 @@ def _apply_kernel(
         r = tl.trans(r.to(DTYPE))
         x = tl.trans(x.to(DTYPE))
         total = tl.dot(r, x, total, input_precision="ieee", out_dtype=DTYPE)
+
     if HAS_INDEX:
         column = tl.load(index + position * index_stride, mask=there, other=-1)
         there = (column >= 0) & (column < d_ff)
         there = there & (tl.load(owner + column, mask=there, other=-1) == position)
     else:
         column = position64
+
     mask = row_there[:, None] & there[None, :]
     w_place = weight + row64[:, None] * weight_row + column[None, :] * weight_column
     if HAS_MASTER:
@@ -169,7 +175,7 @@ def apply_delta(args: ApplyDelta) -> None:
 
 
 def _owned(index: Tensor, solution: Tensor, d_ff: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(d_ff,) int32 first position of each neuron, and the solution folded onto it, (k, n_edits) in `wide`."""
+    """(d_ff,) int32 first position of each neuron, and the solution summed onto it, (k, n_edits) in `wide`."""
     width, n_edits = solution.shape
     owner = torch.full((d_ff,), width, dtype=torch.int32, device=index.device)
     copies = torch.zeros(d_ff, dtype=torch.int32, device=index.device)

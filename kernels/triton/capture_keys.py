@@ -1,7 +1,8 @@
 """Keys and their mass on the device. The definition is that of `fastedit.ops.capture_keys`.
 
-Memory decides: gate and up are read once, in 16-byte pieces, and a key is written once. The mass is summed over a few
-edits per program and then over the programs in a fixed order, so that a run repeats bit for bit (no atomic additions).
+Memory bounds the time: gate and up are read once, in 16-byte pieces, and a key is written once. The mass is summed
+over a few edits per program and then over the programs in a fixed order, without atomic additions: a run repeats bit
+for bit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def worth(args: CaptureKeys) -> str | None:
 
 @dataclass(frozen=True)
 class Config:
-    """block: neurons of a program; edits: edits of a program; templates: those whose loads are in flight together."""
+    """block: neurons of a program; edits: edits of a program; templates: number whose loads are in flight together."""
 
     block: int
     edits: int
@@ -49,7 +50,7 @@ def config(n_edits: int, n_templates: int, d_ff: int, element_size: int) -> Conf
 
     block         16 bytes per thread and load: 1024 halves or 512 floats on four warps
     edits         as many as leave 1056 programs, eight for each of the 132 multiprocessors; at most 16, so that the
-                  partial masses are a small part of the keys; one where there is less work than that
+                  partial masses are small beside the keys; one where there is less work than that
     templates     up to 8 loads of gate and up in flight per thread: 64 registers, room for two blocks and more
     """
     block = 1024 if element_size == 2 else 512
@@ -81,6 +82,7 @@ def _keys_kernel(
     """key_i = sum_t weight_t * activation(gate_it) * up_it;  partial = sum of |key_i| over the active edits here."""
     neuron = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = neuron < d_ff
+
     mass = tl.zeros((BLOCK,), tl.float32)
     start = tl.program_id(1) * EDITS
     for edit in range(start, tl.minimum(start + EDITS, n_edits)):
@@ -97,11 +99,13 @@ def _keys_kernel(
                     product *= tl.load(up + place, mask=there, other=0.0).to(tl.float32)
                 weight = tl.load(weights + template * weights_stride, mask=template < n_templates, other=0.0)
                 key += weight * product
+
         tl.store(keys + row * d_ff + neuron, key, mask=inside)
         counted = tl.abs(key)
         if HAS_ACTIVE:
             counted = tl.where(tl.load(active + edit * active_stride) != 0, counted, 0.0)
         mass += counted
+
     tl.store(partial + tl.program_id(1) * d_ff + neuron, mass, mask=inside)
 
 
@@ -139,6 +143,7 @@ def capture_keys(args: CaptureKeys) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
         if groups == 1:
             return keys, partial[0]
+
         mass = torch.empty(d_ff, dtype=torch.float32, device=gate.device)
         # 64 neurons wide: even 4096 neurons give 64 programs; 16 rows of loads in flight hide the latency of L2.
         _sum_kernel[(cdiv(d_ff, 64),)](partial, mass, groups, d_ff, ROWS=16, BLOCK=64, num_warps=4)

@@ -48,11 +48,13 @@ def _update_kernel(
     j = tile_column * BLOCK + tl.arange(0, BLOCK)
     left = i.to(tl.int64)
     right = j.to(tl.int64)
+
     total = tl.zeros((BLOCK, BLOCK), DTYPE)
     total = add_products(
         total, keys, n_edits, keys_row, keys_neuron, left, right, i < size, j < size, keys, 0, False, ROWS, DTYPE
     )
-    # Above the diagonal of a diagonal tile another thread may have written already; that part is not used.
+
+    # Above the diagonal of a diagonal tile another thread may already have written; that part is not used.
     place = left[:, None] * history_row + right[None, :] * history_column
     total += tl.load(history + place, mask=(i < size)[:, None] & (j < size)[None, :], other=0.0)
     store_both(history, total, i, j, history_row, history_column, size)

@@ -1,9 +1,10 @@
 """The system matrix of the selected neurons on the device. The definition is that of `fastedit.ops.masked_gram`.
 
-A program makes one tile of the lower triangle and writes it twice, as it is and mirrored, so the matrix is symmetric to
-the bit and half of C and H is read. Rows and columns are gathered on the way from C, H and the keys; nothing of size
-(n_edits, k) or (k, d_ff) is written. The neurons are ascending: a warp's 32 columns lie close together.
-Products and sums are IEEE, in the dtype of the result (float64 on the matrix units; float32 never as TF32).
+A program computes one tile of the lower triangle and writes it twice, as it is and mirrored, so the matrix is
+symmetric to the bit and only half of C and H is read. Rows and columns of C, H and the keys are gathered as they are
+read; nothing of size (n_edits, k) or (k, d_ff) is written. The neurons are ascending, so the 32 columns of a warp are
+close together. Products and sums are IEEE, in the dtype of the result (float64 on the matrix units; float32 never as
+TF32).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def config(dtype: torch.dtype) -> Config:
     block       64: the mirrored tile leaves in runs of 64 elements, and at 30 % of 14336 neurons there are 2278 tiles,
                 17 for each of 132 multiprocessors; a float64 tile is 64 registers per thread on four warps
     rows        16: two float64 slabs of 16 x 64 are 16 KB of shared memory per stage, several programs fit
-    num_stages  2 where the products are few: the gathers of C and H, not the products, set the time
+    num_stages  2: the products are few, and the gathers of C and H bound the time
     """
     return Config(64, 16, 8, 2)
 
@@ -104,6 +105,7 @@ def _gram_kernel(
         return
     i = tile_row * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     j = tile_column * BLOCK + tl.arange(0, BLOCK)
+
     i_there = i < size
     j_there = j < size
     if HAS_INDEX:
@@ -113,6 +115,7 @@ def _gram_kernel(
         left = i.to(tl.int64)
         right = j.to(tl.int64)
     both = i_there[:, None] & j_there[None, :]
+
     total = tl.zeros((BLOCK, BLOCK), DTYPE)
     if HAS_PAST:
         total = add_products(
@@ -122,12 +125,14 @@ def _gram_kernel(
         total, keys, n_edits, keys_row, keys_neuron, left, right, i_there, j_there, active, active_stride, HAS_ACTIVE,
         ROWS, DTYPE,
     )  # fmt: skip
+
     place = left[:, None] * moment_row + right[None, :] * moment_column
     scale = tl.full((), weight, DTYPE)
     total += scale * tl.load(moment + place, mask=both, other=0.0).to(DTYPE)
     if HAS_HISTORY:
         place = left[:, None] * history_row + right[None, :] * history_column
         total += tl.load(history + place, mask=both, other=0.0).to(DTYPE)
+
     store_both(out, total, i, j, size, 1, size)
 
 
@@ -152,7 +157,7 @@ def masked_gram_on_device(
 
     launch = config(dtype)
     tiles = cdiv(args.width, launch.block)
-    # As 32-bit numbers: with a byte in the mask Triton 3.7 lays float64 operands out in a way that it cannot lower.
+    # As 32-bit numbers: with a byte in the mask Triton 3.7 chooses a layout of float64 operands that it cannot lower.
     active = None if active is None else active.to(torch.int32)
     with on_device_of(keys):
         _gram_kernel[(tiles * (tiles + 1) // 2,)](

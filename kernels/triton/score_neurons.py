@@ -1,9 +1,9 @@
 """Contribution scores on the device, score[i, j] = a[i, j] * <W[:, j], g[i]>. The definition is that of
 `fastedit.ops.score_neurons`.
 
-A tile of the product g W is scaled by the activations before it leaves the registers. With top_k it never leaves: a
-tile gives its best as 64-bit numbers, score above and neuron below, so that larger means better and no two are equal,
-and the best of a slot are then taken among the tiles' best. Half-precision products are exact, sums are float32.
+A tile of the product g W is scaled by the activations before it leaves the registers. With top_k it never leaves them:
+a tile writes its best as 64-bit numbers with the score above and the neuron below, so that larger means better and no
+two are equal. The best of a slot are then taken among the tiles' best. Half-precision products are exact, sums float32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def config(n_slots: int, dtype: torch.dtype) -> Config:
     """The launch for this many slots and sums in `dtype`.
 
     slots       16, the least that the matrix units take, while W is read once or twice; 64 above 32 slots, where the
-                products set the time and W would be read again for every 16 slots
+                products bound the time and W would be read again for every 16 slots
     neurons     64: 224 tiles over the 14336 neurons of an 8B model, more than its 132 multiprocessors
     depth       32: rows of 64 neurons leave memory in runs of 128 bytes and more; 12 KB of shared memory per stage;
                 16 in float64, where 32 spill registers inside the loop
@@ -69,6 +69,7 @@ def _score_kernel(
     neuron_there = (neuron < d_ff)[None, :]
     slot_there = (slot < n_slots)[:, None]
     slot64 = slot.to(tl.int64)
+
     total = tl.zeros((SLOTS, NEURONS), DTYPE)
     for base in range(0, d_model, DEPTH):
         row = base + tl.arange(0, DEPTH)  # [DEPTH]
@@ -81,9 +82,11 @@ def _score_kernel(
             g = g.to(DTYPE)
             w = w.to(DTYPE)
         total = tl.dot(g, w, total, input_precision="ieee", out_dtype=DTYPE)
+
     there = slot_there & neuron_there
     a = tl.load(activations + slot64[:, None] * a_slot + neuron[None, :] * a_neuron, mask=there, other=0.0)
     score = total * a.to(DTYPE)
+
     if TOP == 0:
         tl.store(out + slot64[:, None] * d_ff + neuron[None, :], score, mask=there)
     else:
@@ -92,6 +95,7 @@ def _score_kernel(
         order = tl.where(score != score, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)).to(tl.int64)
         lowest = -0x7FFFFFFFFFFFFFFF
         key = tl.where(there, order * 4294967296 + (4294967295 - neuron.to(tl.int64))[None, :], lowest)
+
         place = best + slot64 * n_best + tl.program_id(0) * TOP  # [SLOTS]
         for rank in range(TOP):
             largest = tl.max(key, 1)  # [SLOTS]

@@ -1,9 +1,10 @@
 """Exact neuron selection on the device, without a sort. The rules are those of `fastedit.ops.select_neurons`.
 
-One program holds every score in registers as a 32-bit key in the order of the scores, and finds the last key of the
-prefix bit by bit from the top: 32 counts (or float64 sums) over the keys not below a candidate. A sum in a fixed order
-grows with every score added, rounding included, so the search is exact for the sums it takes, and it repeats bit for
-bit. Ties go by rank in index order. The index list and the count stay on the device.
+One program holds every score in registers as a 32-bit key that sorts like the score. It finds the last key of the
+prefix bit by bit from the top, by 32 counts (or float64 sums) over the keys not below a candidate. A sum in a fixed
+order never falls when a score is added, rounding included, so the search is exact for the sums it takes, and it
+repeats bit for bit. Among equal scores the smallest index comes first. The indices and their number stay on the
+device.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def config(n_scores: int) -> Config:
 def _mass(key, smallest):
     """Summed score, float64, of the keys not below `smallest`; here keys are the bits of the scores.
 
-    Only keys live in registers: a score is widened after the comparison, so not once for all before the search."""
+    Only keys stay in registers: a score is widened after the comparison, not once for all before the search."""
     bits = tl.where(key >= smallest, key, 0)
     return tl.sum(bits.to(tl.float32, bitcast=True).to(tl.float64), 0)
 
@@ -103,7 +104,8 @@ def _select_kernel(
     negative = (bits & 0x80000000) != 0
     tl.store(status + 1, tl.sum((inside & ((bits & 0x7F800000) == 0x7F800000)).to(tl.int64), 0))
     tl.store(status + 2, tl.sum((inside & negative).to(tl.int64), 0))
-    # Unsigned numbers in the order of the scores. The padding's 0 is below every top-k key, and mass that adds nothing.
+
+    # Unsigned numbers in the order of the scores. The padding's 0 is below every top-k key and adds no mass.
     key = bits
     bound = 0.0
     if RULE == "top_k":
@@ -116,6 +118,7 @@ def _select_kernel(
     tied = inside & (key == last)
     n_over = tl.sum(over.to(tl.int32), 0)
     rank = tl.cumsum(tied.to(tl.int32), 0)  # [BLOCK] from 1 in index order
+
     if RULE == "top_k":
         taken = rank <= top_k - n_over
     else:
@@ -125,6 +128,7 @@ def _select_kernel(
             taken = (rank == 1) | (above + tie * (rank - 1) < bound)
         else:
             taken = (above + tie * rank <= bound) | ((rank == 1) & (n_over == 0))
+
     chosen = inside & (over | (tied & taken))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(index + place, neuron.to(tl.int64), mask=chosen)

@@ -1,7 +1,7 @@
 """One Adam step over the rows of (n, d) deltas on the device. The definition is that of `fastedit.ops.sparse_adam`.
 
-One program per row: the row's norm (for the penalty), the step with the new norm on the way, and, only where the new
-norm is past the bound, the row scaled once more; what the later passes read again lies in the caches.
+One program per row computes the row's norm (for the penalty), then the step and the new norm in one pass, and scales
+the row once more only where the new norm is past the bound. The later passes read the row from the caches.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def _adam_kernel(
         norm = tl.sqrt(square)
         # Not a division by a chosen 1 where the norm is 0: a NaN norm must come through.
         pull = tl.where(norm == 0.0, 0.0, tl.load(decay + row * decay_stride) / norm)
+
     square = tl.full((), 0.0, DTYPE)
     for base in range(0, d, BLOCK):
         column = base + tl.arange(0, BLOCK)  # [BLOCK]
@@ -71,18 +72,21 @@ def _adam_kernel(
         x_place = delta + row * delta_row + column * delta_column
         m_place = moment1 + row * moment1_row + column * moment1_column
         v_place = moment2 + row * moment2_row + column * moment2_column
+
         x = tl.load(x_place, mask=inside, other=0.0)
         g = tl.load(grad + row * grad_row + column * grad_column, mask=inside, other=0.0) + pull * x
         m = tl.full((), beta1, DTYPE) * tl.load(m_place, mask=inside, other=0.0) + tl.full((), rest1, DTYPE) * g
         v = tl.full((), beta2, DTYPE) * tl.load(v_place, mask=inside, other=0.0) + tl.full((), rest2, DTYPE) * g * g
         denominator = tl.sqrt(v / tl.full((), unbias2, DTYPE)) + tl.full((), eps, DTYPE)
         step = tl.full((), lr, DTYPE) * (m / tl.full((), unbias1, DTYPE)) / denominator
+
         # Past the end the denominator is eps, which may be 0.
         x = tl.where(inside, x - step, 0.0)
         tl.store(x_place, x, mask=inside)
         tl.store(m_place, m, mask=inside)
         tl.store(v_place, v, mask=inside)
         square += tl.sum(x * x, 0)
+
     if HAS_RADIUS:
         norm = tl.sqrt(square)
         bound = tl.load(radius + row * radius_stride)

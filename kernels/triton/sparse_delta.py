@@ -2,8 +2,8 @@
 `fastedit.ops.sparse_delta`.
 
 A tile of rows finds the samples of its rows by bisection, gathers their activations at the slots of those samples (0 at
-the slots of others) and multiplies them with the vectors; the gradient of the vectors is the same with rows and slots
-exchanged. The host knows no sample's size. A column named more than twice in one sample gets its parts of the
+the slots of others) and multiplies them with the vectors. The gradient of the vectors is the same with rows and slots
+exchanged. The host does not know the samples' sizes. A column named more than twice in one sample gets its parts of the
 activations' gradient in any order.
 """
 
@@ -42,11 +42,11 @@ class Config:
 
 
 def config() -> Config:
-    """The launch for all sizes, the host does not know the samples'.
+    """The launch for all sizes; the host does not know those of the samples.
 
-    rows     16, the least of a matrix product: a sample of FiNE has a few tens of rows
-    columns  64 of d_model: a slot's vector leaves memory in runs of 256 bytes
-    inner    16, the least again: FiNE has about ten slots to a sample
+    rows     16, the least that a matrix product takes: a sample of FiNE has a few tens of rows
+    columns  64 of d_model: a slot's vector is read in runs of 256 bytes
+    inner    16, again the least: FiNE has about ten slots per sample
     """
     return Config(16, 64, 16, 4)
 
@@ -76,7 +76,8 @@ def _sum_kernel(
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)  # [ITEMS]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
     item_there = item < n_items
-    # The padding belongs to the last item's sample, so that the first and the last bound hold every item's.
+
+    # The padding belongs to the last item's sample, so that the first and the last bound enclose those of every item.
     sample = _samples_of(tl.minimum(item, n_items - 1), own_starts, n_samples, n_halvings)
     first = tl.load(other_starts + sample).to(tl.int32)  # [ITEMS]
     last = tl.load(other_starts + sample + 1).to(tl.int32)
@@ -84,6 +85,7 @@ def _sum_kernel(
         own = tl.load(index + item * index_stride, mask=item_there, other=0) * a_column
     else:
         own = item.to(tl.int64) * a_row
+
     total = tl.zeros((ITEMS, COLUMNS), DTYPE)
     stop = tl.max(last, 0)
     for base in range(tl.min(first, 0), stop, INNER):
@@ -93,11 +95,13 @@ def _sum_kernel(
             across = other.to(tl.int64) * a_row
         else:
             across = tl.load(index + other * index_stride, mask=other_there, other=0) * a_column
+
         shared = (other[None, :] >= first[:, None]) & (other[None, :] < last[:, None]) & item_there[:, None]
         a = tl.load(activations + own[:, None] + across[None, :], mask=shared, other=0.0)  # [ITEMS, INNER]
         place = other.to(tl.int64)[:, None] * vector_row + column[None, :] * vector_column
         v = tl.load(vectors + place, mask=other_there[:, None] & (column < n_columns)[None, :], other=0.0)
         total = tl.dot(a.to(DTYPE), v, total, input_precision="ieee", out_dtype=DTYPE)
+
     place = item.to(tl.int64)[:, None] * n_columns + column[None, :]
     mask = item_there[:, None] & (column < n_columns)[None, :]
     tl.store(out + place, tl.full((), scale, DTYPE) * total, mask=mask)
@@ -115,6 +119,7 @@ def _pull_kernel(
     sample = _samples_of(tl.minimum(row, n_rows - 1), row_starts, n_samples, n_halvings)
     first = tl.load(slot_starts + sample).to(tl.int32)  # [ROWS]
     last = tl.load(slot_starts + sample + 1).to(tl.int32)
+
     stop = tl.max(last, 0)
     for base in range(tl.min(first, 0), stop, INNER):
         slot = base + tl.arange(0, INNER)  # [INNER]
@@ -128,6 +133,7 @@ def _pull_kernel(
             place = slot.to(tl.int64)[None, :] * delta_row + column[:, None] * delta_column
             v = tl.load(delta + place, mask=slot_there[None, :] & inside[:, None], other=0.0)
             total = tl.dot(g, v, total, input_precision="ieee", out_dtype=DTYPE)
+
         shared = (slot[None, :] >= first[:, None]) & (slot[None, :] < last[:, None]) & row_there[:, None]
         target = tl.load(index + slot * index_stride, mask=slot_there, other=0)
         place = row.to(tl.int64)[:, None] * d_ff + target[None, :]

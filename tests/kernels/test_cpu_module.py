@@ -1,4 +1,4 @@
-"""The compiled CPU module as a whole: instruction sets, threads, and what it is not to be asked for."""
+"""The compiled CPU module as a whole: instruction sets, threads, and what it refuses."""
 
 import os
 import shutil
@@ -158,7 +158,7 @@ def test_without_the_module_every_op_runs_in_plain_torch(monkeypatch):
         wanted = everything()
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
     monkeypatch.setattr(cpp, "missing", lambda: "it was not compiled")
-    monkeypatch.setattr(cpp, "compiled", lambda: pytest.fail("a kernel was asked for"))
+    monkeypatch.setattr(cpp, "compiled", lambda: pytest.fail("a kernel was requested"))
     assert same(everything(), wanted)
     refusal = r"it was not compiled; able: .*torch"
     with _dispatch.backend("cpp"), pytest.raises(_dispatch.BackendUnavailable, match=refusal):

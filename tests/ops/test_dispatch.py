@@ -1,4 +1,4 @@
-"""Dispatch: a backend asked for by name runs or is refused with its reason; only the automatic choice falls back."""
+"""Dispatch: a backend requested by name runs or is refused with its reason; only the automatic choice falls back."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def test_what_is_asked_for_is_used_even_if_it_is_not_worth_it(fake):
 
 def test_what_is_asked_for_and_cannot_run_is_refused_with_its_reason(fake):
     fake.supports = lambda *_: "it was not compiled"
-    refusal = "select_neurons: backend 'cpp' was asked for, but it was not compiled; able: torch"
+    refusal = "select_neurons: backend 'cpp' was requested, but it was not compiled; able: torch"
     with _dispatch.backend("cpp"), pytest.raises(_dispatch.BackendUnavailable, match=refusal):
         select_neurons(SCORE, top_k=1)
 

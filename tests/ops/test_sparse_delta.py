@@ -127,7 +127,7 @@ def test_inputs_are_left_alone(backend, device):
 
 
 def test_the_backward_runs_on_the_backend_of_the_forward(monkeypatch):
-    """The choice is kept with the graph: the block that made it has ended when the gradient is asked for."""
+    """The choice is kept with the graph: the block that made it has ended when the gradient is computed."""
     inputs = Factory(SMALL).sparse()
     ran = []
     original = _dispatch.run
