@@ -1,4 +1,4 @@
-"""Undo of one edit: the batches from its own on are solved again without it, from the recorded values."""
+"""Undo of one edit: the batches from its own on are written again without it, from recorded values if any."""
 
 from __future__ import annotations
 

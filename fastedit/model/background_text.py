@@ -1,4 +1,4 @@
-"""Background text for second moments: from a text file, or sampled from the model."""
+"""Background text, for second moments and common neurons: from a text file, or sampled from the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text sampled from the model, for context templates, the background text of second moments, and fluency."""
+"""Text sampled from the model, for context templates, background text, and fluency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while batches are written: it stops the stream between two batches, never inside one."""
+"""Ctrl-C while batches are written: the first stops the stream after the current batch, the second abandons it."""
 
 from __future__ import annotations
 

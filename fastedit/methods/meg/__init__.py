@@ -1,8 +1,9 @@
 """MeG, massive editing by generated neurons: one extra neuron per prompt, from a diffusion model, behind a gate.
 
-Unlike the methods of `METHODS` it writes no weight and runs beside the model, so it is an object of its own, `MeG`
-(editor.py). One file per part: neuron, fit (with passes), encoder, familiarity, generator (with diffusion), serve,
-store, metrics; stages runs them in order and keeps finished stages.
+Unlike the methods of `METHODS` it writes no weight: the neurons run beside the model. So it is an object of its own,
+`MeG` (editor.py). One file per part: neuron, fit (with passes), encoder, familiarity (the gate), generator (with
+diffusion), store, serve, metrics. stages makes a store from edits, stage by stage, and keeps what is finished. config
+has the settings.
 """
 
 from __future__ import annotations
