@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from fastedit.config import EditConfig
-from fastedit.editing.export import Exported, Format, export, save_checkpoint
 from fastedit.editing.guard import Guard
 from fastedit.editing.stream import OnError, Stream
-from fastedit.editing.undo_edit import Forgotten, forget
-from fastedit.evaluation.metrics import Evaluation, evaluate
 from fastedit.methods.base import AnyMethod, AnyState
 from fastedit.methods.presets import settings_for
 from fastedit.methods.registry import METHODS, method_named
@@ -33,6 +30,10 @@ from fastedit.weights.editable import EditableWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fastedit.editing.export import Exported, Format
+    from fastedit.editing.undo_edit import Forgotten
+    from fastedit.evaluation.metrics import Evaluation
 
 
 class Editor:
@@ -264,6 +265,8 @@ class Editor:
         """Take one recorded edit back: the batches from its own on are solved again without it.
 
         Raises RunError when nothing is recorded, ValueError for an unknown case_id."""
+        from fastedit.editing.undo_edit import forget
+
         return forget(self.stream, case_id)
 
     @contextlib.contextmanager
@@ -308,6 +311,8 @@ class Editor:
         """Measure the model as it is and as it was before any edit; see :func:`fastedit.evaluate`.
 
         edits: the records to ask about; default: all edits in force"""
+        from fastedit.evaluation.metrics import evaluate
+
         return evaluate(self, self.edits if edits is None else edits, text, text_tokens, fluency_prompts, show)
 
     def export(
@@ -318,10 +323,14 @@ class Editor:
         dtype: Dtype | None = None,
     ) -> Exported:
         """Write the edits for other programs; see :func:`fastedit.editing.export.export`."""
+        from fastedit.editing.export import export
+
         return export(self.adapter, self.weights, self.edits, folder, form, rank, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the edited model and its tokenizer as an ordinary checkpoint."""
+        from fastedit.editing.export import save_checkpoint
+
         save_checkpoint(self.adapter, Path(folder))
 
     def __repr__(self) -> str:
