@@ -80,3 +80,14 @@ def is_module(name: str) -> bool:
     parts = name.split(".")
     places = [ROOT.joinpath("fastedit", *parts[:n]) for n in range(2, len(parts) + 1)]
     return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)
+
+
+def test_the_tree_in_architecture_lists_every_module():
+    tree = re.findall(r"```\n(.*?)```", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), flags=re.DOTALL)[0]
+    listed = re.findall(r"\w+", " ".join(line for line in tree.splitlines() if line.startswith(" " * 18)))
+    listed += re.findall(r"^  (\w+)\.py", tree, flags=re.MULTILINE)
+    modules = [path.stem for path in (ROOT / "fastedit").rglob("*.py") if path.parent.name != "presets"]
+    wanted = [name for name in modules if name != "__init__"]
+    assert sorted(name for name in listed if name not in ("presets", "__init__")) == sorted(
+        name for name in wanted if name != "presets"
+    )

@@ -36,14 +36,13 @@ WEIGHT_WRITERS = {"weights", "editing", "editor"}
 MODEL_LOADERS = {"fastedit.model.adapter", "fastedit.model.load"}
 NO_OP_NEEDED = {
     "csrc": {
-        *("README.md", "checks.h", "cpu.h", "simd.h", "gemm.h", "bindings_cpu.cpp"),
+        *("README.md", "cpu.h", "simd.h", "gemm.h", "bindings_cpu.cpp"),
         *("cuda.h", "cuda.cuh", "cuda.cu", "bindings_cuda.cpp"),
     },
     "kernels/triton": {"__init__.py", "_launch.py"},
     "fastedit/ops/cpp": {"__init__.py"},
     "fastedit/ops/cuda": {"__init__.py"},
     "bench": {
-        "README.md",
         "run.py",
         "timing.py",
         "measure.py",

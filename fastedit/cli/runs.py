@@ -78,7 +78,7 @@ def _short(items: list[Any]) -> str:
 
 
 def diff(run_dir: RunDir, onto: Onto = None, as_json: AsJson = False) -> None:
-    """Say what the edits in force changed: per layer the norm of the change, its rank, and the neurons it touches."""
+    """Say what the edits in force changed: per layer the norm of the change, and the neurons it touches."""
     with errors(open_console()):
         from fastedit.editing.export import delta
 

@@ -36,14 +36,14 @@ class Forgotten:
     others: tuple[float, float]
 
     @property
-    def residual(self) -> float:
+    def difference(self) -> float:
         """The target's log-probability minus the unedited model's: the effect of the other edits and what is left of
         this one."""
         return self.log_prob[2] - self.log_prob[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "residual": self.residual}
+        return {**asdict(self), "difference": self.difference}
 
     def __str__(self) -> str:
         unedited, edited, now = self.log_prob
@@ -51,7 +51,7 @@ class Forgotten:
         return (
             f"case {self.case_id} taken back, {self.batches} batches solved again in {self.seconds:.1f} s\n"
             f"log-probability of its target: {unedited:.2f} unedited, {edited:.2f} with the edit, {now:.2f} without it"
-            f" (residual {self.residual:+.2f})\n"
+            f" (difference {self.difference:+.2f})\n"
             f"weights moved by {moved:.1%} of all that edits moved them; of the others"
             f" {self.others[0]:.1%} held before, {self.others[1]:.1%} now"
         )

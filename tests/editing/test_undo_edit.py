@@ -35,11 +35,11 @@ def test_edit_is_gone_and_the_others_stay(
     unedited, before, now = found.log_prob
     assert before > unedited + 2
     assert now < before - 2
-    assert found.residual == now - unedited
+    assert found.difference == now - unedited
     assert found.others[1] >= found.others[0] - 0.1
     assert 0 < max(found.moved.values()) < 1
-    assert "residual" in str(found)
-    assert found.to_dict()["residual"] == found.residual
+    assert "difference" in str(found)
+    assert found.to_dict()["difference"] == found.difference
     assert [edit.case_id for edit in edited.edits] == [e.case_id for e in tiny_facts[:12] if e is not taken]
     # NSE's values come from the original weights, so this is the run that never had the edit, but for the last bits.
     never = tiny_editor()
