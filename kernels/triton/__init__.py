@@ -5,8 +5,6 @@ import os
 from functools import cache
 from importlib.util import find_spec
 
-import torch
-
 
 def interpreted() -> bool:
     """Whether Triton's interpreter is requested; what counts is the answer when a kernel's module is imported."""
@@ -20,6 +18,10 @@ def missing() -> str | None:
         return "Triton is not installed"
     if interpreted():
         return None
+
+    # Not above: importing this package alone must stay light.
+    import torch
+
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     reason: str | None = importlib.import_module("fastedit.kernels._launch").driver_problem()
