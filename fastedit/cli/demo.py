@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fastedit.editor import Editor
-from fastedit.evaluation.metrics import evaluate
 from fastedit.model.sampling import sample_background
 from fastedit.records.edit import Edit, EditSet
 from fastedit.records.load import load_edits
@@ -31,37 +30,43 @@ def run_demo(source: str, n_edits: int, seed: int, console: Console) -> tuple[di
     """Edit `source` with the shipped facts; returns the data and the closing text. Steps go to `console`."""
     started = time.perf_counter()
     edits = demo_edits(n_edits)
+
     console.print(f"loading {source} ...")
     editor = Editor.from_pretrained(source, config={"moments": {"tokens": MOMENT_TOKENS}}, seed=seed)
+
     console.print(
         f"preparing: {MOMENT_TOKENS:,} tokens of the model's own text give the second moments (once, then stored) ..."
     )
     _ = editor.state
+
     prompts = _shown_prompts(edits)
     before = editor.ask(prompts)
     console.print(f"editing {len(edits)} facts with NSE ...")
     run = editor.edit(edits, batch_size=min(50, len(edits)))
     after = editor.ask(prompts)
+
     console.print("measuring ...")
     text = str(editor.tokenizer.decode(_own_text(editor, seed)))
-    found = evaluate(editor, run.edits, text=text, fluency_prompts=10)
+    evaluation = editor.evaluate(run.edits, text, fluency_prompts=10)
+
+    seconds = time.perf_counter() - started
     data = {
         "run": run.to_dict(),
         "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)],
-        "evaluation": found.to_dict(),
-        "seconds": time.perf_counter() - started,
+        "evaluation": evaluation.to_dict(),
+        "seconds": seconds,
     }
     parts = (
         _answers_table(edits, prompts, before, after, console.width),
-        f"{found}\nperplexity is of text the unedited model wrote itself",
+        f"{evaluation}\nperplexity is of text the unedited model wrote itself",
         f"{len(run.edits)} facts edited in {run.seconds:.1f} s: {run.seconds_per_edit:.2f} s per edit"
-        f" (everything: {data['seconds']:.0f} s)",
+        f" (everything: {seconds:.0f} s)",
     )
     return data, "\n".join(parts)
 
 
 def _own_text(editor: Editor, seed: int) -> list[int]:
-    """2 000 tokens the unedited model wrote, other than those behind the second moments."""
+    """2 000 tokens that the unedited model writes with another seed than the text of the second moments."""
     with editor.unedited():
         return [token for window in sample_background(editor.adapter, 2000, 256, seed + 1) for token in window]
 
@@ -75,9 +80,11 @@ def _answers_table(edits: Sequence[Edit], prompts: list[str], before: list[str],
     table = Table(title="the model's own words")
     for column in ("prompt", "edited to", "before", "after"):
         table.add_column(column)
+
     targets = [edit.target_new for edit in edits[:SHOWN]] + ["(must not move)"] * len(prompts)
     for prompt, target, old, new in zip(prompts, targets, before, after, strict=False):
         table.add_row(prompt, target, _short(old), _short(new))
+
     page = Console(file=io.StringIO(), width=width)
     with page.capture() as captured:
         page.print(table)

@@ -109,7 +109,7 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    found = [f"cpu ({platform.machine()})"]
+    devices = [f"cpu ({platform.machine()})"]
     if torch.cuda.is_available():
-        found += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
+        devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return devices

@@ -88,8 +88,8 @@ def _tell_skipped(console: Console, problems: Sequence[Problem]) -> None:
 
 def _account(records: EditSet, skipped: Sequence[Problem]) -> dict[str, Any]:
     """What became of the records: those left out in reading, then those that the model cannot take."""
-    told = [dataclasses.asdict(problem) for problem in (*records.skipped, *skipped)]
-    return {"form": records.form, "target_field": records.target_field, "skipped": told}
+    problems = [dataclasses.asdict(problem) for problem in (*records.skipped, *skipped)]
+    return {"form": records.form, "target_field": records.target_field, "skipped": problems}
 
 
 def _editor(
@@ -307,8 +307,8 @@ def evaluate_command(
         batches, skipped = check_edits(records, 1, **limits, on_invalid=on_invalid)
         _tell_skipped(console, skipped)
         asked = [edit for batch in batches for edit in batch]
-        found = compare(before, after, asked, text=prose, fluency_prompts=fluency_prompts, seed=seed)
-        emit(as_json, {**found.to_dict(), **_account(records, skipped)}, str(found))
+        measured = compare(before, after, asked, text=prose, fluency_prompts=fluency_prompts, seed=seed)
+        emit(as_json, {**measured.to_dict(), **_account(records, skipped)}, str(measured))
 
 
 @app.command()
@@ -352,12 +352,12 @@ def stats(
 def _layers(text: str, n_layers: int) -> list[int]:
     try:
         first, dash, last = text.partition("-")
-        found = list(range(int(first), int(last) + 1)) if dash else [int(part) for part in text.split(",")]
+        layers = list(range(int(first), int(last) + 1)) if dash else [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--layers must look like 4-8 or 4,6,8, got {text!r}") from None
-    if not found or any(not 0 <= layer < n_layers for layer in found):
+    if not layers or any(not 0 <= layer < n_layers for layer in layers):
         raise ValueError(f"--layers must lie in 0-{n_layers - 1}, got {text!r}")
-    return found
+    return layers
 
 
 @app.command()
@@ -377,10 +377,10 @@ def locate(
         from fastedit.methods.columns.neuron_report import locate_neurons
         from fastedit.model.load import load_model
 
-        found = locate_neurons(load_model(model, dtype), prompt, target, neurons, frozen_layers)
+        report = locate_neurons(load_model(model, dtype), prompt, target, neurons, frozen_layers)
         if plot is not None:
-            found.plot(plot)
-        emit(as_json, found.to_dict(), str(found))
+            report.plot(plot)
+        emit(as_json, report.to_dict(), str(report))
 
 
 @app.command()
@@ -404,9 +404,9 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what this installation has, and fail when something is wrong with it."""
     from fastedit.cli.doctor import examine
 
-    found = examine()
-    emit(as_json, found.to_dict(), str(found))
-    if found.problems:
+    examination = examine()
+    emit(as_json, examination.to_dict(), str(examination))
+    if examination.problems:
         raise typer.Exit(1)
 
 

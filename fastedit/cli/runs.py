@@ -54,13 +54,13 @@ def log(
 def _about(record: Record) -> dict[str, Any]:
     body = record.body
     if record.kind == "batch":
-        told = body["report"]
-        notes = "".join(f"; {note}" for note in told["notes"])
-        ids = [each["case_id"] for each in body["edits"]]
+        report = body["report"]
+        notes = "".join(f"; {note}" for note in report["notes"])
+        ids = [edit["case_id"] for edit in body["edits"]]
         # A method that optimises nothing has no loss; NaN stands there as text.
-        loss = "" if told["loss"] is None else f", loss {float(told['loss']):.3g}"
-        what = f"{counted(len(ids), 'edit', 'edits')} ({_short(ids)}){loss}, {told['seconds']:.1f} s{notes}"
-        return {"what": what, "case_ids": ids, "report": told, "bytes": record.size}
+        loss = "" if report["loss"] is None else f", loss {float(report['loss']):.3g}"
+        what = f"{counted(len(ids), 'edit', 'edits')} ({_short(ids)}){loss}, {report['seconds']:.1f} s{notes}"
+        return {"what": what, "case_ids": ids, "report": report, "bytes": record.size}
     if record.kind == "rewind":
         then = f", then records {_short(body['then'])}" if body["then"] else ""
         return {"what": f"the first {body['keep']} stay{then}"}
@@ -80,25 +80,35 @@ def _short(items: list[Any]) -> str:
 def diff(run_dir: RunDir, onto: Onto = None, as_json: AsJson = False) -> None:
     """Say what the edits in force changed: per layer the norm of the change, and the neurons it touches."""
     with errors(open_console()):
-        from fastedit.editing.export import delta
-
         editor = _editor(run_dir, onto)
-        layers, text = {}, [f"{'layer':>5}  {'|change|':>9}  {'share':>7}  {'neurons':>8}  most changed"]
+        layers: dict[int, dict[str, Any]] = {}
+        lines = [f"{'layer':>5}  {'|change|':>9}  {'share':>7}  {'neurons':>8}  most changed"]
         for layer in editor.weights.layers:
-            change, size = delta(editor.weights, layer), float(editor.weights.original(layer).double().norm())
-            columns = change.norm(dim=0)
-            most = columns.argsort(descending=True)[:5].tolist()
-            found = {
-                "norm": float(change.norm()),
-                "share": float(change.norm()) / size,
-                "neurons": int((columns > 0).sum()),
-                "d_ff": len(columns),
-                "most_changed": most,
-            }
-            layers[layer] = found
-            of = f"{found['neurons']}/{found['d_ff']}"
-            text.append(f"{layer:>5}  {found['norm']:>9.4f}  {found['share']:>7.2%}  {of:>8}  {_short(most)}")
-        emit(as_json, {"layers": layers, "edits": len(editor.edits)}, "\n".join(text))
+            layers[layer] = _change(editor, layer)
+            lines.append(_change_line(layer, layers[layer]))
+
+        emit(as_json, {"layers": layers, "edits": len(editor.edits)}, "\n".join(lines))
+
+
+def _change(editor: Editor, layer: int) -> dict[str, Any]:
+    """How the edits in force changed one layer, as plain data."""
+    from fastedit.editing.export import delta
+
+    change = delta(editor.weights, layer)
+    columns = change.norm(dim=0)
+    return {
+        "norm": float(change.norm()),
+        "share": float(change.norm()) / float(editor.weights.original(layer).double().norm()),
+        "neurons": int((columns > 0).sum()),
+        "d_ff": len(columns),
+        "most_changed": columns.argsort(descending=True)[:5].tolist(),
+    }
+
+
+def _change_line(layer: int, change: dict[str, Any]) -> str:
+    touched = f"{change['neurons']}/{change['d_ff']}"
+    most = _short(change["most_changed"])
+    return f"{layer:>5}  {change['norm']:>9.4f}  {change['share']:>7.2%}  {touched:>8}  {most}"
 
 
 def undo(
@@ -115,8 +125,8 @@ def undo(
             raise ValueError("undo: say one of --last N, --to BATCH, --edit CASE_ID")
         if case is not None:
             editor = _editor(run_dir, onto)
-            found = editor.forget(_case_id(editor, case))
-            emit(as_json, found.to_dict(), str(found))
+            forgotten = editor.forget(_case_id(editor, case))
+            emit(as_json, forgotten.to_dict(), str(forgotten))
             return
         from fastedit.runs.recorder import Recorder
 
@@ -170,8 +180,8 @@ def export(
 ) -> None:
     """Write the edits in force in a form that others read."""
     with errors(open_console()):
-        found = _editor(run_dir, onto).export(folder, form, rank, dtype)
-        emit(as_json, found.to_dict(), str(found))
+        exported = _editor(run_dir, onto).export(folder, form, rank, dtype)
+        emit(as_json, exported.to_dict(), str(exported))
 
 
 def _editor(run_dir: Path, onto: str | None) -> Editor:

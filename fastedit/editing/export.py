@@ -116,7 +116,7 @@ def save_checkpoint(adapter: ModelAdapter, folder: Path, dtype: str | None = Non
 
 
 def delta(weights: EditableWeights, layer: int) -> Tensor:
-    """W - W_0, (d_model, d_ff) float64 on the CPU, from the float32 master where there is one."""
+    """W - W_0, (d_model, d_ff) float64 on the CPU; of a half-precision weight from its float32 master."""
     return (weights.stored(layer).double() - weights.original(layer).double()).cpu()
 
 
