@@ -26,6 +26,7 @@ from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import RunError
 from fastedit.runs.recorder import Recorder
 from fastedit.runs.reports import Run, Watcher
+from fastedit.runtime.words import counted
 from fastedit.weights.editable import EditableWeights
 
 if TYPE_CHECKING:
@@ -76,8 +77,9 @@ class Editor:
         cls,
         source: str,
         method: str | AnyMethod = "nse",
-        preset: str | None = None,
         config: EditConfig | Mapping[str, Any] | None = None,
+        *,
+        preset: str | None = None,
         dtype: Dtype = "float32",
         device: str | Mapping[str, int | str] = "cpu",
         families: Sequence[Family] = FAMILIES,
@@ -98,8 +100,9 @@ class Editor:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         method: str | AnyMethod = "nse",
-        preset: str | None = None,
         config: EditConfig | Mapping[str, Any] | None = None,
+        *,
+        preset: str | None = None,
         families: Sequence[Family] = FAMILIES,
         moments: Mapping[int, Tensor] | Source | None = None,
         seed: int = 0,
@@ -119,7 +122,7 @@ class Editor:
         cls,
         run_dir: str | Path,
         adapter: ModelAdapter | None = None,
-        method: AnyMethod | None = None,
+        method: str | AnyMethod | None = None,
         moments: Mapping[int, Tensor] | Source | None = None,
         undo_depth: int = 3,
         progress: bool | None = None,
@@ -134,6 +137,8 @@ class Editor:
         if method is None and recorder.method_name not in METHODS:
             raise RunError(f"{run_dir}: written by a method of your own, {recorder.method_name!r}; pass it as method=")
         chosen = method_named(recorder.method_name if method is None else method)
+        if chosen.name != recorder.method_name:
+            raise RunError(f"{run_dir}: written by method {recorder.method_name!r}, got {chosen.name!r}")
         config = recorder.config(chosen.config_class)
         source = Source(recorder.text, recorder.seed) if moments is None else moments
 
@@ -171,6 +176,9 @@ class Editor:
 
     @config.setter
     def config(self, config: EditConfig) -> None:
+        if not isinstance(config, EditConfig):
+            raise TypeError(f"config: wanted whole settings, got {type(config).__name__}; see fastedit.config.changed")
+
         settings = settings_for(self.method, self.adapter, config=config)
         if self.method.layers(self.adapter, settings) != self.weights.layers:
             raise ValueError(f"config: the edited layers are {self.weights.layers}; make another editor for others")
@@ -215,10 +223,11 @@ class Editor:
         batch_size: int | None = None,
         on_error: OnError = "stop",
         on_invalid: OnInvalid = "refuse",
-        watch: Watcher | Sequence[Watcher] = (),
+        watch: Watcher | Sequence[Watcher] | None = None,
         run_dir: str | Path | None = None,
         resume: bool = False,
         guard: Guard | None = None,
+        verify: bool = True,
     ) -> Run:
         """Write `edits` in batches.
 
@@ -231,7 +240,11 @@ class Editor:
         run_dir: folder in which everything this editor does from then on is recorded. Raises RunError
         resume: continue the run in that folder, or begin one
         guard: judges each batch before it is committed; default: Guard()
+        verify: look at all edits in one pass after the last batch: `Run.missed` names those that did not take
         Ctrl-C stops after the current batch, a second one abandons that batch."""
+        given: object = edits
+        if isinstance(given, Edit):
+            raise TypeError("edits: wanted a sequence of edits, got one Edit; put it in a list")
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
         size = self.method.batch_size if batch_size is None else batch_size
@@ -246,9 +259,11 @@ class Editor:
             template_tokens=self.method.template_tokens(self.config),
             on_invalid=on_invalid,
         )
-        watchers = watch if isinstance(watch, Sequence) else [watch]
-        reports, committed = self.stream.write(batches, size, on_error, watchers, guard or Guard(), run_dir, resume)
-        return Run(EditSet(tuple(committed)), tuple(reports), skipped)
+        watchers = watch if isinstance(watch, Sequence) else [] if watch is None else [watch]
+        reports, committed, missed = self.stream.write(
+            batches, size, on_error, watchers, guard or Guard(), run_dir, resume, verify
+        )
+        return Run(EditSet(tuple(committed)), tuple(reports), skipped, missed)
 
     def undo(self, last: int | None = None, to: int | None = None) -> None:
         """Take batches back, weights and state bit for bit: the last ones (default 1), or all but the first `to`.
@@ -257,8 +272,13 @@ class Editor:
         if last is not None and to is not None:
             raise ValueError(f"undo: wanted last or to, got last={last} and to={to}")
 
+        count = len(self.stream.committed)
+        if to is not None and not 0 <= to < count:
+            batches = counted(count, "batch is", "batches are")
+            raise ValueError(f"undo: {batches} in force, asked to keep {to}")
+
         if to is not None:
-            last = len(self.stream.committed) - to
+            last = count - to
         self.stream.undo(1 if last is None else last)
 
     def forget(self, case_id: CaseId) -> Forgotten:
@@ -276,14 +296,15 @@ class Editor:
         batch_size: int | None = None,
         on_error: OnError = "stop",
         on_invalid: OnInvalid = "refuse",
-        watch: Watcher | Sequence[Watcher] = (),
+        watch: Watcher | Sequence[Watcher] | None = None,
         guard: Guard | None = None,
+        verify: bool = True,
     ) -> Iterator[Run]:
         """Edits inside the block, the model and all else bit for bit as it was after it. Nothing is recorded.
 
         The arguments are those of `edit`."""
         with self.stream.temporarily():
-            yield self.edit(edits, batch_size, on_error, on_invalid, watch, guard=guard)
+            yield self.edit(edits, batch_size, on_error, on_invalid, watch, guard=guard, verify=verify)
 
     @contextlib.contextmanager
     def unedited(self) -> Iterator[None]:
@@ -293,6 +314,9 @@ class Editor:
 
     def ask(self, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:
         """Greedy continuations of the prompts, `n_tokens` tokens each, without the prompts."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts: wanted a sequence of texts, got one text; put it in a list")
+
         answers = []
         for prompt in prompts:
             ids = torch.tensor(encode(self.tokenizer, [prompt])[0], device=self.adapter.device)
@@ -336,5 +360,6 @@ class Editor:
     def __repr__(self) -> str:
         name = self.adapter.source or type(self.model).__name__
         recorded = "" if self.recorder is None else f", recorded in {self.recorder.log.folder}"
-        n_edits, n_batches = len(self.edits), len(self.stream.committed)
-        return f"Editor({name}, method {self.method.name}, {n_edits} edits in {n_batches} batches{recorded})"
+        edits = counted(len(self.edits), "edit")
+        batches = counted(len(self.stream.committed), "batch", "batches")
+        return f"Editor({name}, method {self.method.name}, {edits} in {batches}{recorded})"

@@ -254,3 +254,67 @@ def test_evaluate_and_export_through_the_editor(
     assert editor.evaluate(fluency_prompts=0) == evaluate(editor, tiny_facts[:3], fluency_prompts=0)
     exported = editor.export(tmp_path / "delta", "delta")
     assert exported.holds == (1.0, 1.0)
+
+
+def test_edits_that_did_not_take_are_named(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet, tmp_path: Path
+) -> None:
+    editor = tiny_editor(value={"steps": 2})
+    run = editor.edit(tiny_facts[:4], run_dir=tmp_path / "run")
+    assert run.missed is not None
+    assert run.taken == 4 - len(run.missed) < 4
+    assert run.written == 4
+
+    (missed, *_) = run.missed
+    (edit,) = [edit for edit in tiny_facts[:4] if edit.case_id == missed.case_id]
+    assert (missed.prompt, missed.wanted, missed.written) == (edit.prompt, edit.target_new, True)
+    assert missed.got != edit.target_new
+    assert str(missed).startswith(f"case {edit.case_id}: {edit.prompt!r} wanted {edit.target_new!r}, got ")
+
+    assert editor.recorder is not None
+    outcome = editor.recorder.log.records[-1]
+    assert outcome.kind == "outcome"
+    assert [each["case_id"] for each in outcome.body["missed"]] == [each.case_id for each in run.missed]
+    assert run.to_dict()["missed"][0]["wanted"] == edit.target_new
+
+
+def test_edits_that_took_and_edits_not_looked_at(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    editor = tiny_editor()
+    run = editor.edit(tiny_facts[:6], batch_size=3)
+    assert (run.written, run.taken, run.missed) == (6, 6, ())
+    unseen = editor.edit(tiny_facts[6:8], verify=False)
+    assert (unseen.written, unseen.taken, unseen.missed) == (2, None, None)
+
+
+def test_edits_for_which_nothing_was_written(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    editor = tiny_editor(residual_min=1e6)
+    before = parameters(editor)
+    run = editor.edit(tiny_facts[:4], batch_size=2)
+    assert same(editor, before)
+    assert (run.written, run.taken) == (0, 0)
+    assert run.missed is not None
+    assert all(not missed.written for missed in run.missed)
+    assert "(nothing was written for it)" in str(run.missed[0])
+
+
+def test_a_later_edit_of_one_prompt_is_the_one_that_counts(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet
+) -> None:
+    first = tiny_facts[0]
+    later = first.model_copy(update={"case_id": "later", "target_new": tiny_facts[1].target_new})
+    run = tiny_editor().edit([first, later], batch_size=1)
+    # The first edit was written and is overwritten on purpose: it is not among the missed.
+    assert run.missed is not None
+    assert first.case_id not in {missed.case_id for missed in run.missed}
+
+
+def test_misuse_is_one_sentence(tiny_editor: Callable[..., Editor], tiny_facts: EditSet) -> None:
+    editor = tiny_editor()
+    with pytest.raises(TypeError, match="wanted a sequence of edits, got one Edit"):
+        editor.edit(tiny_facts[0])
+    with pytest.raises(TypeError, match="wanted a sequence of texts, got one text"):
+        editor.ask("The capital of")
+    with pytest.raises(TypeError, match="config: wanted whole settings, got dict"):
+        editor.config = {"rounds": 2}
+    with pytest.raises(ValueError, match="undo: 0 batches are in force, asked to keep 5"):
+        editor.undo(to=5)

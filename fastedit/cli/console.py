@@ -15,6 +15,10 @@ from rich.logging import RichHandler
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
+class Unwritten(RuntimeError):
+    """Edits were asked for, and nothing was written for any of them."""
+
+
 @contextlib.contextmanager
 def errors(console: Console) -> Iterator[None]:
     """Errors a user can cause become one message and an exit code; anything else is ours and keeps its traceback."""
@@ -27,7 +31,7 @@ def errors(console: Console) -> Iterator[None]:
 
     try:
         yield
-    except (BatchRejected, RunWriteError) as error:
+    except (BatchRejected, RunWriteError, Unwritten) as error:
         _tell(console, error)
         raise typer.Exit(1) from error
     except (InvalidEdits, ModelNotFound, UnsupportedModel, BadMoments, OSError, ValueError) as error:
@@ -45,11 +49,6 @@ def open_console() -> Console:
 def say(console: Console, text: str) -> None:
     """A message, as it is."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def counted(number: int, one: str, many: str) -> str:
-    """1 batch, 2 batches."""
-    return f"{number} {one if number == 1 else many}"
 
 
 def emit(as_json: bool, data: dict[str, Any], text: str) -> None:

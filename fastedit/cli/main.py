@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 
 from fastedit.cli import runs
-from fastedit.cli.console import AsJson, counted, emit, errors, given, open_console, refuse, say
+from fastedit.cli.console import AsJson, Unwritten, emit, errors, given, open_console, refuse, say
+from fastedit.runtime.words import counted
 
 if TYPE_CHECKING:
     from fastedit.editing.guard import Guard
@@ -51,14 +52,23 @@ OnInvalid = Annotated[
     Literal["refuse", "skip"], typer.Option(help="a record that cannot be used: refuse the whole file, or skip it")
 ]
 OnError = Annotated[Literal["stop", "skip"], typer.Option(help="a batch that cannot be written: stop or skip it")]
-Method = Annotated[str, typer.Option(help="nse, memit, alphaedit, fine, kne, kn, meg or meg-lookup")]
+Method = Annotated[
+    Literal["nse", "memit", "alphaedit", "fine", "kne", "kn", "meg", "meg-lookup"],
+    typer.Option(help="the editing method"),
+]
 Others = Annotated[Path | None, typer.Option(help="meg: records that are not edited, to learn wordings and the gate")]
 WorkDir = Annotated[Path | None, typer.Option(help="meg: folder that keeps each stage, so that a run can go on")]
 MegStore = Annotated[Path | None, typer.Option("--meg", help="file saved by edit --method meg; prints its six numbers")]
 Fluency = Annotated[int, typer.Option(min=0, help="prompts continued to measure fluency")]
 
 MEG_METHODS = ("meg", "meg-lookup")
+MISSED_SHOWN = 10
 TEXT_FLAGS = ("moments", "moment_tokens")
+UNUSED_WITHOUT_EVAL = {"fluency_prompts": "--fluency-prompts: with --no-eval no fluency is measured"}
+UNUSED_WITHOUT_EVAL_AND_WATCH = {
+    **UNUSED_WITHOUT_EVAL,
+    "text": "--text: with --no-eval and without --watch no perplexity is measured",
+}
 
 
 def _records(
@@ -188,12 +198,30 @@ def _guard(records: EditSet, canaries: int, max_growth: float) -> Guard:
 def _told(records: EditSet, run: Run, watching: Watch | None) -> tuple[dict[str, Any], list[str]]:
     """What `edit` says of its run, as data and as lines."""
     data = {**run.to_dict(), **_account(records, run.skipped)}
-    lines = [f"{len(run.edits)} edits, {run.seconds_per_edit:.2f} s per edit"]
-    lines += [f"batch {r.batch} skipped: {r.error}" for r in run.batches if r.error]
+    numbers = f"{counted(len(run.edits), 'edit')}, {run.written} written, {run.taken} taken"
+    lines = [f"{numbers}; {run.seconds_per_edit:.2f} s per edit"]
+    lines += [f"batch {report.batch} skipped: {report.error}" for report in run.batches if report.error]
+
     if watching is not None:
         data["curve"] = watching.to_dict()
         lines.append(f"on the first {len(watching.sample)} records:\n{watching}")
     return data, lines
+
+
+def _warn_of_missed(console: Console, run: Run) -> None:
+    """Name the first edits that did not take. Raises Unwritten when nothing was written for any edit."""
+    missed = run.missed or ()
+    if missed:
+        shown = "\n".join(f"  {edit}" for edit in missed[:MISSED_SHOWN])
+        more = len(missed) - MISSED_SHOWN
+        rest = f"\n  and {more} more, in --json and in the run directory" if more > 0 else ""
+        say(console, f"warning: {counted(len(missed), 'edit')} did not take:\n{shown}{rest}")
+
+    if run.edits and run.written == 0:
+        raise Unwritten(
+            f"0 of {counted(len(run.edits), 'edit')} were written: every residual lies outside the method's bounds"
+            " (residual_min, residual_max), which are in units of the model"
+        )
 
 
 def _watching(editor: Editor, records: EditSet, every: int | None, text: str | None) -> Watch | None:
@@ -247,6 +275,8 @@ def edit(
             )  # fmt: skip
 
         refuse(typed, meg.ONLY_FOR_MEG)
+        if not evaluation:
+            refuse(typed, UNUSED_WITHOUT_EVAL if watch is not None else UNUSED_WITHOUT_EVAL_AND_WATCH)
         _tell_run(console, run_dir, resume)
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, typed)
@@ -266,6 +296,7 @@ def edit(
             editor.save_pretrained(save)
             lines.append(f"saved to {save}")
         emit(as_json, data, "\n".join(lines))
+        _warn_of_missed(console, run)
 
 
 @app.command("eval")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastedit.cli.console import AsJson, counted, emit, errors, open_console
+from fastedit.cli.console import AsJson, emit, errors, open_console
+from fastedit.runtime.words import counted
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor
@@ -68,6 +69,9 @@ def _about(record: Record) -> dict[str, Any]:
         "run": lambda: f"{body['settings']['method']} on {body['model']['source'] or 'a loaded model'}",
         "stream": lambda: f"{counted(body['n_batches'], 'batch', 'batches')}, on error {body['on_error']}",
         "rejected": lambda: f"batch {body['batch']}: {body['report']['error']}",
+        "outcome": lambda: (
+            f"{body['n_edits'] - len(body['missed'])} of {counted(body['n_edits'], 'edit', 'edits')} took"
+        ),
         "snapshot": lambda: f"after {counted(body['live'], 'batch', 'batches')}",
     }
     return {"what": whats[record.kind]()}

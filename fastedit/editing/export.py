@@ -80,6 +80,8 @@ def export(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
     if rank is not None and (rank < 1 or form not in ("delta", "lora")):
         raise ValueError(f"rank must be at least 1 and is for delta and lora, got {rank} for {form}")
+    if dtype is not None and form not in ("checkpoint", "gguf"):
+        raise ValueError(f"dtype is of a checkpoint's weights, got {dtype!r} for {form}")
     place = Path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{place}: must be absent or an empty folder")

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastedit.config import EditConfig
 from fastedit.editing.committed import CommittedBatches
 from fastedit.editing.guard import Guard, GuardTripped
+from fastedit.editing.outcome import missed_edits
 from fastedit.editing.retry import with_less_memory
 from fastedit.methods.base import AnyMethod, AnyStart, AnyState, Progress, Result, Start
 from fastedit.methods.closed_form.solver import NotPositiveDefinite
@@ -27,7 +28,7 @@ from fastedit.model.background_text import Source
 from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.log import Record, RunError, check_new, is_run
 from fastedit.runs.recorder import Recorder, Settings, describe_run
-from fastedit.runs.reports import BatchRejected, BatchReport, Watcher
+from fastedit.runs.reports import BatchRejected, BatchReport, Missed, Watcher
 from fastedit.runtime.free_memory import give_back_freed
 from fastedit.runtime.interrupts import Interrupts
 from fastedit.runtime.progress import track
@@ -115,9 +116,12 @@ class Stream:
         guard: Guard,
         run_dir: str | Path | None,
         resume: bool,
-    ) -> tuple[list[BatchReport], list[Edit]]:
-        """Write batches, or with `resume` those of them that the run directory lacks: reports, edits committed.
+        verify: bool,
+    ) -> tuple[list[BatchReport], list[Edit], tuple[Missed, ...] | None]:
+        """Write batches, or with `resume` those of them that the run directory lacks.
 
+        verify: look at every committed edit after the last batch
+        Returns the reports, the committed edits, and those of them that did not take (None without `verify`).
         Raises BatchRejected, RunError, and KeyboardInterrupt after a Ctrl-C."""
         with self._recording(run_dir, resume) as recorder:
             reports: list[BatchReport] = []
@@ -131,7 +135,13 @@ class Stream:
                 if report.error is None:
                     committed.extend(batches[report.batch])
 
-        return reports, committed
+            missed = None
+            if verify:
+                missed = missed_edits(self.adapter, committed, reports, self.progress)
+                if recorder is not None:
+                    recorder.record_outcome(len(committed), [asdict(edit) for edit in missed])
+
+        return reports, committed, missed
 
     def write_batch(
         self,
@@ -173,6 +183,9 @@ class Stream:
                 token_budget=budget,
                 notes=tuple(notes.lines),
                 measured=measured,
+                unwritten=tuple(
+                    edit.case_id for edit, written in zip(batch, result.is_written.tolist(), strict=True) if not written
+                ),
             )
             kept = state.kept(result)
             if self.recorder is not None:

@@ -72,6 +72,11 @@ class Result(Protocol):
         ...
 
     @property
+    def is_written(self) -> Tensor:
+        """(n_edits,) bool on the CPU: whether an update was written for the edit in some round."""
+        ...
+
+    @property
     def neurons(self) -> dict[int, int]:
         """layer -> number of neurons written last."""
         ...

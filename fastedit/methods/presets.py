@@ -6,16 +6,20 @@ the shape it was made for, `config` the fields of the method's config; an unknow
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from fastedit.config import EditConfig, changed
 from fastedit.methods.base import AnyMethod
 from fastedit.methods.registry import method_named
 from fastedit.model.adapter import ModelAdapter
+
+log = logging.getLogger(__name__)
 
 
 def presets(method: str | AnyMethod) -> list[str]:
@@ -60,8 +64,8 @@ def settings_for(
     """The settings of an editor.
 
     preset: name of the preset to start from; default: the one made for a model of this shape
-    config: whole settings, taken as they are, or a mapping of changes to the preset, such as {"rounds": 2}; of a method
-        without presets, a mapping of all settings that have no default
+    config: whole settings, taken as they are, or a mapping of changes to the preset, such as {"rounds": 2}; where no
+        preset fits, the mapping must hold all settings without a default
     Raises ValueError when no preset fits or a value does not; TypeError for the settings of another method."""
     if isinstance(config, EditConfig):
         if preset is not None:
@@ -70,14 +74,40 @@ def settings_for(
             raise TypeError(f"{method.name} needs a {method.config_class.__name__}, got {type(config).__name__}")
         return config
 
-    if config is not None and method.presets is None:
-        whole: EditConfig = method.config_class.model_validate(dict(config))
-        return whole
-
     changes = {} if config is None else config
     if preset is not None:
-        return load_preset(method, preset, **changes)
-    return changed(preset_for(method, model.n_layers, model.d_model, model.d_ff), changes)
+        settings = load_preset(method, preset, **changes)
+        _warn_of_another_shape(method, preset, model)
+        return settings
+
+    try:
+        base = preset_for(method, model.n_layers, model.d_model, model.d_ff)
+    except ValueError as error:
+        if config is None:
+            raise
+        return _whole(method, changes, str(error))
+    return changed(base, changes)
+
+
+def _whole(method: AnyMethod, fields: Mapping[str, Any], why: str) -> EditConfig:
+    """Settings from these fields and the defaults of the others. why: there is no preset to start from"""
+    try:
+        settings: EditConfig = method.config_class.model_validate(dict(fields))
+    except ValidationError as error:
+        problems = error.errors()
+        if any(problem["type"] != "missing" for problem in problems):
+            raise
+        missing = [".".join(map(str, problem["loc"])) for problem in problems]
+        raise ValueError(f"{why}; or whole settings: {', '.join(missing)} are missing") from None
+    return settings
+
+
+def _warn_of_another_shape(method: AnyMethod, preset: str, model: ModelAdapter) -> None:
+    """A preset's bounds are in units of its own model."""
+    made_for = _read(method, preset)["model"]
+    shape = {"n_layers": model.n_layers, "d_model": model.d_model, "d_ff": model.d_ff}
+    if made_for != shape:
+        log.warning("preset %s was made for a model of %s, this one has %s", preset, made_for, shape)
 
 
 def _read(method: AnyMethod, name: str) -> dict[str, Any]:

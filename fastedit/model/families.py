@@ -101,7 +101,7 @@ def _part(what: str, default: Any = MISSING) -> Any:
     return field(metadata={"what": what}, **({} if default is MISSING else {"default": default}))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Family:
     """The row of a family; `Family.needs()` describes each field.
 
@@ -134,6 +134,9 @@ class Family:
     config: tuple[tuple[str, object], ...] = _part("(name, value) of config entries that the model must have", ())
     rotate: Rotate = field(default=rotate_by_module, metadata={"what": "function that makes the rotary tables"})
     attend: Attend = field(default=attend_by_interface, metadata={"what": "function that runs an attention module"})
+
+    def __repr__(self) -> str:
+        return f"Family({self.name!r})"
 
     @property
     def post_norm(self) -> bool:

@@ -16,7 +16,7 @@ from fastedit.records.edit import Edit, InvalidEdits, Problem, show
 END_OF_TEXT = "<|endoftext|>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reader:
     """Turns records of one form into edits.
 
@@ -36,6 +36,9 @@ class Reader:
     target_fields: tuple[str, ...] = ("target_new",)
     fields: tuple[str, ...] = ()
     is_open: bool = False
+
+    def __repr__(self) -> str:
+        return f"Reader({self.name!r})"
 
 
 _CASE: dict[str, Path] = {"case_id": ("case_id",)}

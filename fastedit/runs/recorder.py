@@ -252,6 +252,14 @@ class Recorder:
         body = {"stream": self.streams[-1].number, "batch": number, "report": report, "stopped": not skipped}
         self.log.append("rejected", body)
 
+    def record_outcome(self, n_edits: int, missed: Sequence[Mapping[str, Any]]) -> None:
+        """Record what was seen after the last batch of a stream. Nothing is added when nothing was written since.
+
+        missed: the edits that did not take, as plain data"""
+        if self.log.records[-1].kind != "outcome":
+            body = {"stream": self.streams[-1].number, "n_edits": n_edits, "missed": missed}
+            self.log.append("outcome", body)
+
     def rewind(self, keep: int, then: Sequence[Record] = ()) -> None:
         """Take back all but the first `keep` live batches, and put the pending batches `then` in force."""
         self.log.append("rewind", {"keep": keep, "then": [record.number for record in then]})

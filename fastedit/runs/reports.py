@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 from fastedit.records.edit import CaseId, EditSet, Problem
+from fastedit.runtime.words import counted
 
 
 class BatchRejected(RuntimeError):
@@ -37,6 +38,7 @@ class BatchReport:
     token_budget: rows optimised together; None for a method without a bound
     notes: warnings given while it was written
     measured: what the guard measured
+    unwritten: edits that no round wrote, because their residual was out of bounds
     """
 
     batch: int
@@ -51,6 +53,7 @@ class BatchReport:
     token_budget: int | None = None
     notes: tuple[str, ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
+    unwritten: tuple[CaseId, ...] = ()
 
     @classmethod
     def from_record(cls, plain: Mapping[str, Any]) -> BatchReport:
@@ -59,7 +62,7 @@ class BatchReport:
         known = {attribute.name for attribute in fields(cls)}
         values = {name: value for name, value in plain.items() if name in known}
 
-        for name in values.keys() & {"case_ids", "written", "notes"}:
+        for name in values.keys() & {"case_ids", "written", "notes", "unwritten"}:
             values[name] = tuple(plain[name])
         for name in values.keys() & {"neurons", "norms"}:
             values[name] = {int(layer): value for layer, value in plain[name].items()}
@@ -71,6 +74,25 @@ class BatchReport:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class Missed:
+    """An edit that did not take: after the bare prompt, some token of its target does not rank first.
+
+    wanted: its target; got: the tokens that rank first in the target's places, as text
+    written: whether an update was written for it
+    """
+
+    case_id: CaseId
+    prompt: str
+    wanted: str
+    got: str
+    written: bool
+
+    def __str__(self) -> str:
+        why = "" if self.written else " (nothing was written for it)"
+        return f"case {self.case_id}: {self.prompt!r} wanted {self.wanted!r}, got {self.got!r}{why}"
+
+
 @dataclass(frozen=True, repr=False)
 class Run:
     """The result of one call of `Editor.edit`.
@@ -78,21 +100,36 @@ class Run:
     edits: those that were committed
     batches: a report per batch
     skipped: why records were left out
+    missed: the committed edits that did not take, after the last batch; None when they were not looked at
     """
 
     edits: EditSet
     batches: tuple[BatchReport, ...]
     skipped: tuple[Problem, ...] = ()
+    missed: tuple[Missed, ...] | None = None
 
     def __repr__(self) -> str:
         rejected = sum(report.error is not None for report in self.batches)
-        parts = [f"{len(self.edits)} edits", f"{len(self.batches)} batches"]
+        parts = [counted(len(self.edits), "edit"), counted(len(self.batches), "batch", "batches")]
 
         if rejected:
             parts.append(f"{rejected} rejected")
         if self.skipped:
-            parts.append(f"{len(self.skipped)} problems")
+            parts.append(counted(len(self.skipped), "problem"))
+        if self.missed is not None:
+            parts.insert(1, f"{self.taken} taken")
         return f"Run({', '.join(parts)}, {self.seconds:.1f} s)"
+
+    @property
+    def written(self) -> int:
+        """Number of committed edits for which an update was written."""
+        unwritten = {case_id for report in self.batches for case_id in report.unwritten}
+        return sum(edit.case_id not in unwritten for edit in self.edits)
+
+    @property
+    def taken(self) -> int | None:
+        """Number of committed edits that took; None when they were not looked at."""
+        return None if self.missed is None else len(self.edits) - len(self.missed)
 
     @property
     def seconds(self) -> float:
@@ -108,6 +145,9 @@ class Run:
         """Plain data for JSON."""
         return {
             "n_edits": len(self.edits),
+            "written": self.written,
+            "taken": self.taken,
+            "missed": None if self.missed is None else [asdict(each) for each in self.missed],
             "seconds": self.seconds,
             "seconds_per_edit": self.seconds_per_edit,
             "batches": [asdict(report) for report in self.batches],

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from fastedit.cli.main import app
+from fastedit.cli.main import MEG_METHODS, Method, app
 from fastedit.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +148,52 @@ def test_text_is_refused_where_the_settings_leave_it_unread(tmp_path: Path, monk
 
     read = run(*asked, "--set", "common_share=0.5", "--moment-tokens", "256")
     assert read.exit_code == 0, read.output
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_nothing_written_is_told_and_fails() -> None:
+    done = run(
+        "edit", MODEL, FACTS, "--limit", "12", "--moments", TEXT, "--no-eval", "--set", "residual_min=1e6", "--json"
+    )
+    assert done.exit_code == 1, done.output
+    data = json.loads(done.stdout)
+    assert (data["n_edits"], data["written"], data["taken"], len(data["missed"])) == (12, 0, 0, 12)
+    assert "0 of 12 edits were written" in done.stderr
+    assert "12 edits did not take" in done.stderr
+    assert "and 2 more, in --json and in the run directory" in done.stderr
+    assert done.stderr.count("(nothing was written for it)") == 10
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_edits_that_did_not_take_warn() -> None:
+    done = run("edit", MODEL, FACTS, "--limit", "2", "--moments", TEXT, "--no-eval", "--set", "value.steps=2")
+    assert done.exit_code == 0, done.output
+    assert "2 written" in done.stdout
+    assert "did not take" in done.stderr
+    assert "wanted" in done.stderr
+
+
+def test_a_preset_of_another_shape_warns(caplog: pytest.LogCaptureFixture) -> None:
+    run("edit", MODEL, FACTS, "--limit", "1", "--preset", "smollm2-135m", "--set", "layers=[2,3]", "--no-eval")
+    assert "preset smollm2-135m was made for a model of {'n_layers': 30" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--no-eval", "--text", TEXT), "--text: with --no-eval and without --watch no perplexity is measured"),
+        (("--no-eval", "--fluency-prompts", "3"), "--fluency-prompts: with --no-eval no fluency is measured"),
+    ],
+)
+def test_what_only_the_evaluation_uses_is_refused_without_it(arguments: tuple[str, ...], message: str) -> None:
+    done = run("edit", MODEL, FACTS, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_the_methods_of_the_option_are_those_that_exist() -> None:
+    choices, *_ = get_args(Method)
+    assert set(get_args(choices)) == {*METHODS, *MEG_METHODS}
 
 
 def test_bad_records_are_all_listed(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_log_and_diff(folder: str) -> None:
     told = asked("log", folder, "--verify")
     assert told["batches"] == 3
     assert told["edits"] == 6
-    assert [row["kind"] for row in told["records"]] == ["run", "stream", "batch", "batch", "batch"]
+    assert [row["kind"] for row in told["records"]] == ["run", "stream", "batch", "batch", "batch", "outcome"]
     assert told["records"][2]["report"]["measured"]["unchanged"] <= 1
     changed = asked("diff", folder)["layers"]
     assert set(changed) == {"2", "3", "4"}

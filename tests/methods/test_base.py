@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastedit import METHODS, Editor, NSEConfig, RunError
+from fastedit import METHODS, Editor, KNConfig, NSEConfig, RunError
 from fastedit.methods.closed_form.nse import NSE, nse
 from fastedit.methods.closed_form.recipe import ClosedFormMethod
 from fastedit.methods.closed_form.solver import PastKeys
@@ -108,8 +108,11 @@ def test_whole_settings_may_be_a_mapping(tiny_model: ModelAdapter) -> None:
     assert config == NSEConfig(layers=(1, 2), covariance_weight=5)
     with pytest.raises(ValueError, match="covariance_wieght"):
         Editor(tiny_model, OWN, {"layers": [1, 2], "covariance_wieght": 5})
-    with pytest.raises(ValueError, match="fine: no preset was made for a model"):
-        Editor(tiny_model, "fine", {"frozen_layers": 1})
+    with pytest.raises(ValueError, match="or whole settings: covariance_weight are missing"):
+        Editor(tiny_model, "nse", {"layers": [1, 2]})
+    assert Editor(tiny_model, "kn", {"threshold": 0.5}).config == KNConfig(threshold=0.5)
+    with pytest.raises(ValueError, match="dense-nse: no preset 'x'"):
+        Editor(tiny_model, OWN, {"layers": [1, 2], "covariance_weight": 5}, preset="x")
 
 
 def test_changes_apply_to_the_preset_of_the_model(tiny_model: ModelAdapter, tmp_path: Path) -> None:

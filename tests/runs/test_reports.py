@@ -49,7 +49,7 @@ def test_a_run_is_shown_in_one_line(tiny_facts: EditSet) -> None:
     rejected = replace(REPORT, error="too much")
     assert repr(Run(tiny_facts[:4], (REPORT, REPORT))) == "Run(4 edits, 2 batches, 0.5 s)"
     skipped = Run(tiny_facts[:2], (REPORT, rejected), (Problem("is empty"),))
-    assert repr(skipped) == "Run(2 edits, 2 batches, 1 rejected, 1 problems, 0.5 s)"
+    assert repr(skipped) == "Run(2 edits, 2 batches, 1 rejected, 1 problem, 0.5 s)"
 
 
 def test_a_rejected_batch_names_few_edits() -> None:

@@ -92,6 +92,7 @@ class BatchResult:
     written: number of edits written per round
     neurons: layer -> number of neurons written last
     norms: layer -> summed Frobenius norms of the updates
+    active: per round, the edits written, (n_edits,) bool
     """
 
     values: Values
@@ -99,6 +100,12 @@ class BatchResult:
     written: list[int] = field(default_factory=list)
     neurons: dict[int, int] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
+    active: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_written(self) -> Tensor:
+        """(n_edits,) bool on the CPU: whether an update was written for the edit in some round."""
+        return torch.stack(self.active).any(0).cpu()
 
     def tensors(self) -> dict[str, Tensor]:
         """The values, by name: a later write can start from them."""
@@ -244,6 +251,7 @@ def write_sweep(
             if result.written and not len(rows):
                 return False
             result.written.append(len(rows))
+            result.active.append(active)
 
         if batch.progress is not None:
             # A batch may be abandoned here.

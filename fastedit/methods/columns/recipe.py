@@ -71,7 +71,7 @@ class ColumnBatch(Generic[G, S]):
 
 @dataclass
 class ColumnResult:
-    """What was done to one batch: the slots and their vectors, and see `method.Result`."""
+    """What was done to one batch: the slots and their vectors, and see `methods.base.Result`."""
 
     slots: Slots
     trained: Trained
@@ -88,6 +88,11 @@ class ColumnResult:
     def steps(self) -> Tensor:
         """(n_edits,) int64, Adam steps."""
         return self.trained.steps
+
+    @property
+    def is_written(self) -> Tensor:
+        """(n_edits,) bool: every edit is written."""
+        return torch.ones(len(self.losses), dtype=torch.bool)
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing: training starts from the weights before the batch."""

@@ -117,6 +117,9 @@ class Stages:
         learned = self._timed("encoder", self._learn_encoder)
         vectors = self._timed("vectors", lambda: self._prompt_vectors(learned))
         initial, flat, solved = self._timed("neurons", self._fit)
+        if not bool(solved.any()):
+            raise ValueError("meg: no edit could be fitted; try more fit.steps, another fit.layer, or more edits")
+
         threshold, gate = self._timed("gate", lambda: self._learn_gate(vectors, solved))
         generator = self._timed("generator", lambda: self._learn_generator(vectors, flat, solved))
 
