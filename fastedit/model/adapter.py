@@ -34,6 +34,7 @@ from fastedit.model.families import (
 from fastedit.model.logits import Head, LogitBuffer
 from fastedit.model.packed_attention import Plan, Rotary, plan_sequences
 from fastedit.ops.capture_keys import activate
+from fastedit.runtime.free_memory import is_out_of_memory
 
 PACKED_ATTENTION = "fastedit_packed"
 
@@ -362,24 +363,24 @@ class ModelAdapter:
     def check_forward(self, tolerance: float = 1e-3) -> None:
         """Compare packed logits with the model's own on a short text; raise UnsupportedModel if they differ.
 
-        This detects differences that the structure does not show, such as a factor between two parts.
+        This detects differences that the structure does not show, such as a factor between two parts. An exception of
+        the forward is raised as UnsupportedModel too, lack of memory apart.
         tolerance: of the largest difference, relative to the largest logit; 50 times as much in half precision"""
         n_tokens = min(12, self.max_positions)
         positions = torch.arange(n_tokens, device=self.device)
         ids = positions * 7 % self.head.weight.shape[0]
 
         with torch.no_grad():
-            with self._evaluating():
+            with self._naming_failures("its own forward fails"), self._evaluating():
                 expected = self.model(input_ids=ids[None]).logits[0].float()
+            if not bool(expected.isfinite().all()):
+                raise UnsupportedModel(self._why_not_finite(ids))
 
-            with self.packed():
-                path = list(range(n_tokens))
-                plan = plan_sequences([path], [path], n_tokens)
-                rows = self.embed(ids, positions)
-                rows = self.final_norm(self.run(rows, range(self.n_layers), plan, self.rotary(positions)))
-                packed = LogitBuffer().logits(rows, self.head).to(expected.device)
+            with self._naming_failures(f"it looks like family {self.family.name!r}, but cannot be run as that"):
+                packed = self._packed_logits(ids, positions).to(expected.device)
 
-        error = float((packed - expected).abs().max() / expected.abs().max())
+        scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        error = float((packed - expected).abs().max() / scale)
         bound = tolerance if self.dtype in (torch.float32, torch.float64) else 50 * tolerance
         if not error <= bound:
             raise UnsupportedModel(
@@ -387,6 +388,66 @@ class ModelAdapter:
                 f" (relative error {error:.1e}, allowed {bound:.0e}): it needs a row of its own, or, if it caps its"
                 " attention scores, to be loaded with attn_implementation='eager'"
             )
+
+    def _packed_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits (n, n_vocabulary) of one text of token ids (n,) by packed passes."""
+        path = list(range(len(ids)))
+
+        with self.packed():
+            plan = plan_sequences([path], [path], len(ids))
+            rows = self.embed(ids, positions)
+            rows = self.final_norm(self.run(rows, range(self.n_layers), plan, self.rotary(positions)))
+
+            return LogitBuffer().logits(rows, self.head)
+
+    @contextlib.contextmanager
+    def _naming_failures(self, what: str) -> Iterator[None]:
+        """Raise any exception inside the block, lack of memory apart, as UnsupportedModel with it as the cause."""
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise UnsupportedModel(f"{type(self.model).__name__}: {what} ({cause})") from error
+
+    def _why_not_finite(self, ids: Tensor) -> str:
+        """Why the model's own logits of a text of token ids (n,) are not finite, and what to do."""
+        name = type(self.model).__name__
+        half = _is_half(self.down_parameter(self.n_layers - 1))
+        remedy = "load it in float32" if self.dtype == torch.bfloat16 else "load it in bfloat16 or float32"
+
+        for weight, parameter in self.model.named_parameters():
+            if n_wrong := int((~parameter.detach().isfinite()).sum()):
+                advice = f"get the checkpoint anew, or {remedy}" if half else "get the checkpoint anew"
+                return f"{name}: {weight} holds {n_wrong} numbers that are not finite (NaN or infinity); {advice}"
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        advice = remedy if half else "its weights are too large"
+        place = self._first_overflow(ids)
+
+        return f"{name}: its weights are finite, but in {dtype} its logits are not, first in {place}; {advice}"
+
+    def _first_overflow(self, ids: Tensor) -> str:
+        """The module whose output is the first that is not finite, for a text of token ids (n,)."""
+        names: list[str] = []
+
+        def watch(name: str) -> Any:
+            def look(module: nn.Module, inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                    names.append(name)
+
+            return look
+
+        hooks = [module.register_forward_hook(watch(name)) for name, module in self.model.named_modules()]
+        try:
+            with self._evaluating():
+                self.model(input_ids=ids[None])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+        return names[0] if names else "its head"
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -453,6 +514,10 @@ def _attend(
 def _rotates_by_kind(model: Any, family: Family) -> bool:
     """Whether the rotary embedding has a table per type of layer."""
     return hasattr(_optional(model, family.rotary), "layer_types")
+
+
+def _is_half(weight: Tensor) -> bool:
+    return weight.dtype in (torch.bfloat16, torch.float16)
 
 
 def _optional(module: Any, path: str | None) -> Any:
