@@ -29,6 +29,7 @@ from fastedit.model.families import (
     choose,
     find,
     max_positions,
+    refuse_wrapped,
     text_config,
 )
 from fastedit.model.logits import Head, LogitBuffer
@@ -55,11 +56,12 @@ class ModelAdapter:
     model: a transformers causal language model, whose weights are edited in place
     tokenizer: its fast tokenizer, since character offsets are needed
     families: the rows to choose from; the first that fits is taken. For another family put a row of your own in front
-    Raises UnsupportedModel if no row fits, if the model is quantised or has offloaded weights, or if the tokenizer is
-    not a fast one.
+    Raises UnsupportedModel if no row fits, if the model is quantised or has offloaded weights, if the tokenizer is not
+    a fast one, or if the model is wrapped, has adapter layers, or has no head.
     """
 
     def __init__(self, model: Any, tokenizer: Any, families: Sequence[Family] = FAMILIES) -> None:
+        refuse_wrapped(model)
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedModel(f"{type(tokenizer).__name__}: a fast tokenizer with character offsets is needed")
 

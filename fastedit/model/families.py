@@ -373,6 +373,27 @@ FAMILIES = (
 )
 
 
+def refuse_wrapped(model: Any) -> None:
+    """Raise UnsupportedModel, which says what to give instead, unless this is a bare causal language model."""
+    name = type(model).__name__
+
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UnsupportedModel(f"{name} only spreads a model over devices: give what it wraps, model.module")
+    if not isinstance(model, nn.Module) or getattr(model, "config", None) is None:
+        raise UnsupportedModel(f"{name} is no model of transformers: load one with AutoModelForCausalLM")
+
+    adapted = [path for path, part in model.named_modules() if type(part).__module__.startswith("peft.")]
+    if adapted:
+        where = f"{name} is a wrapper of peft" if adapted[0] == "" else f"{name} has adapter layers in {adapted[0]}"
+        raise UnsupportedModel(
+            f"{where}: merge the adapter and edit the model that `merge_and_unload()` of peft gives, or `unload()` it"
+        )
+
+    get_head = getattr(model, "get_output_embeddings", None)
+    if get_head is None or get_head() is None:
+        raise UnsupportedModel(f"{name} has no language-model head: load it with AutoModelForCausalLM")
+
+
 def choose(model: Any, families: Sequence[Family]) -> Family:
     """The first row that fits the model.
 
