@@ -103,6 +103,11 @@ class ModelAdapter:
         return self.down_parameter(self.n_layers - 1).dtype
 
     @property
+    def text_config(self) -> Any:
+        """transformers' config of the text decoder."""
+        return text_config(self.model)
+
+    @property
     def post_norm(self) -> bool:
         """Whether a norm follows the down-projection.
 

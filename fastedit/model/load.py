@@ -224,8 +224,18 @@ def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: A
         **options,
     )
     _check_complete(place, model, report)
+    _leave_files(model)
 
     return model, tokenizer
+
+
+def _leave_files(model: Any) -> None:
+    """Copy all weights on the CPU, which may be views of the checkpoint's files.
+
+    Whoever overwrites such a file changes the model while it is used, and one who truncates it ends the process."""
+    for part in (*model.parameters(), *model.buffers()):
+        if part.device.type == "cpu":
+            part.data = part.data.clone()
 
 
 def _own_code_refused(auto: Any, place: str, **options: Any) -> Any:

@@ -255,3 +255,16 @@ def test_an_error_of_any_type_is_one_line(folder, monkeypatch):
         assert "cannot load" in refused(folder)
     (folder / "config.json").write_text("[1, 2]")
     assert "cannot load" in refused(folder)
+
+
+def test_a_file_that_is_overwritten_does_not_change_the_model(folder):
+    file = folder / "model.safetensors"
+    adapter = load_model(str(folder))
+    before = {name: tensor.clone() for name, tensor in adapter.model.state_dict().items()}
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.write(bytes(size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.model.state_dict().items())
+    with file.open("r+b") as opened:
+        opened.truncate(0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.model.state_dict().items())
