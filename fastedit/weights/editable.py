@@ -16,6 +16,7 @@ from torch import Tensor
 from fastedit.model.adapter import ModelAdapter
 from fastedit.ops.apply_delta import apply_delta
 from fastedit.runtime.hashing import tensor_bytes
+from fastedit.weights.fingerprint import Fingerprint, WeightsChanged
 
 
 class EditableWeights:
@@ -29,10 +30,44 @@ class EditableWeights:
     def __init__(self, model: ModelAdapter, layers: Sequence[int]) -> None:
         self._model = model
         self.layers = tuple(layers)
+        self._note_all()
         self._original = {layer: model.down_parameter(layer).detach().clone() for layer in self.layers}
         self._master = {
             layer: model.oriented(layer, weight).float() for layer, weight in self._original.items() if _is_half(weight)
         }
+
+    def changed_elsewhere(self) -> list[int]:
+        """Layers whose weights are not what was last left in them here: something else wrote into the model.
+
+        Layers written inside a `writing` block that is still open are left out."""
+        noted = [layer for layer in self.layers if layer not in self._unsettled]
+        return [layer for layer in noted if self._left.differs(layer, self._model.down_parameter(layer))]
+
+    def check_untouched(self) -> None:
+        """Raise WeightsChanged if something else wrote into the model since the last write here."""
+        if layers := self.changed_elsewhere():
+            raise WeightsChanged(layers)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around all that writes: `check_untouched` before the block, and after it the weights are what was left."""
+        self.check_untouched()
+
+        try:
+            yield
+        finally:
+            for layer in self._unsettled:
+                self._left.note(layer, self._model.down_parameter(layer))
+            self._unsettled.clear()
+
+    def _note_all(self) -> None:
+        """Take the present weights for those that were left."""
+        self._left = Fingerprint()
+        # Written here since the last note.
+        self._unsettled: set[int] = set()
+
+        for layer in self.layers:
+            self._left.note(layer, self._model.down_parameter(layer))
 
     def current(self, layer: int) -> Tensor:
         """The present weight W, (d_model, d_ff). A view: do not write to it."""
@@ -95,6 +130,7 @@ class EditableWeights:
         residual = residual.to(weight.device)
         solution = solution.to(weight.device)
 
+        self._unsettled.add(layer)
         apply_delta(weight, residual, solution, columns, self._master.get(layer))
 
     def restore(self, layer: int, index: Tensor | None, saved: tuple[Tensor, Tensor | None]) -> None:
@@ -103,6 +139,7 @@ class EditableWeights:
         columns = slice(None) if index is None else index.to(weight.device)
         saved_weight, saved_master = saved
 
+        self._unsettled.add(layer)
         weight[:, columns] = saved_weight
         if saved_master is not None:
             self._master[layer][:, columns] = saved_master
@@ -142,6 +179,7 @@ class ColumnWeights(EditableWeights):
     def __init__(self, model: ModelAdapter, layers: Sequence[int]) -> None:
         self._model = model
         self.layers = tuple(layers)
+        self._note_all()
         self._touched: dict[int, _TouchedColumns] = {}
 
     def original(self, layer: int) -> Tensor:
@@ -209,6 +247,7 @@ class ColumnWeights(EditableWeights):
         touched = self._touched[layer]
         touched.include(weight, index)
 
+        self._unsettled.add(layer)
         weight[:, index] = saved_weight
         if saved_master is not None and touched.master is not None:
             touched.master[:, touched.place[index]] = saved_master
