@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +40,10 @@ from fastedit.weights.trial import Trial
 log = logging.getLogger(__name__)
 
 OnError = Literal["stop", "skip"]
+
+
+class EditorBusy(RuntimeError):
+    """Another thread is editing with this editor."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Stream:
         self._state: AnyState | None = None
         # Stays halved for the rest of the stream once memory ran out: other groups would round differently.
         self._token_budget: int | None = None
+        self._turn = threading.RLock()
 
     @property
     def start(self) -> AnyStart:
@@ -118,10 +124,8 @@ class Stream:
     ) -> tuple[list[BatchReport], list[Edit]]:
         """Write batches, or with `resume` those of them that the run directory lacks: reports, edits committed.
 
-        Raises BatchRejected, RunError, WeightsChanged, and KeyboardInterrupt after a Ctrl-C."""
-        self.weights.check_untouched()
-
-        with self._recording(run_dir, resume) as recorder:
+        Raises BatchRejected, RunError, WeightsChanged, EditorBusy, and KeyboardInterrupt after a Ctrl-C."""
+        with self._alone(), self._recording(run_dir, resume) as recorder:
             reports: list[BatchReport] = []
             committed: list[Edit] = []
             if recorder is not None:
@@ -195,7 +199,7 @@ class Stream:
         if not 1 <= n_batches <= count or n_batches > available:
             raise ValueError(f"undo: {available} batches are in memory or recorded, asked for {n_batches}")
 
-        with self.weights.writing():
+        with self._alone(), self.weights.writing():
             if self.recorder is not None:
                 with self.recorder.log.writing():
                     self.recorder.rewind(count - n_batches)
@@ -239,7 +243,11 @@ class Stream:
         """Inside the block nothing is recorded; after it weights, state and batches are bit for bit as before it.
 
         Raises WeightsChanged, and leaves the weights as they are, where something else wrote into the model."""
-        self.weights.check_untouched()
+        with self._alone():
+            yield from self._put_back()
+
+    def _put_back(self) -> Iterator[None]:
+        """`temporarily`, for the thread whose turn it is."""
         state = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
         changed = {layer: self.weights.changed(layer) for layer in self.weights.layers}
         columns = {layer: self.weights.stored(layer, index) for layer, index in changed.items()}
@@ -256,6 +264,23 @@ class Stream:
                 self.weights.reset()
                 for layer, index in changed.items():
                     self.weights.put(layer, index, columns[layer])
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Around what edits: no other thread edits, and nothing else wrote into the model.
+
+        Raises EditorBusy, since batches of two threads would build on each other's half-written state; WeightsChanged.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise EditorBusy(
+                "another thread is editing with this editor; wait for it, or give each thread its own model"
+            )
+
+        try:
+            self.weights.check_untouched()
+            yield
+        finally:
+            self._turn.release()
 
     def _committed_before(self, batches: Iterable[EditSet]) -> CommittedBatches:
         """Batches in force that were not written here, so that memory cannot undo them."""

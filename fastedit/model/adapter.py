@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -67,6 +68,8 @@ class ModelAdapter:
 
         self.model = model
         self.tokenizer = tokenizer
+        # Held while passes run or weights are written, so that threads take turns.
+        self.lock = threading.RLock()
         # Where the model was loaded from, for reports; None for a model that the caller loaded.
         self.source: str | None = None
 
@@ -157,7 +160,11 @@ class ModelAdapter:
             if part is not None:
                 part.to(dtype)
 
-        return ModelAdapter(copied, self.tokenizer, (self.family,))
+        upper = ModelAdapter(copied, self.tokenizer, (self.family,))
+        # The config is shared, and with it what packed passes change.
+        upper.lock = self.lock
+
+        return upper
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ValueError for several layers of a post-norm model, which cannot be edited towards one value."""
@@ -189,7 +196,15 @@ class ModelAdapter:
 
     @contextlib.contextmanager
     def packed(self) -> Iterator[None]:
-        """Prepare the model for packed rows: packed attention, evaluation mode, frozen weights. Restored on exit."""
+        """Prepare the model for packed rows: packed attention, evaluation mode, frozen weights. Restored on exit.
+
+        Other threads wait."""
+        with self.lock, self._prepared():
+            yield
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """As `packed`, for a thread that holds the lock."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, _attend)
@@ -336,34 +351,37 @@ class ModelAdapter:
         return _on_device_of(rows, self.model.get_output_embeddings())
 
     @torch.no_grad()
-    def generate(self, token_ids: Tensor, n_new: int, top_k: int) -> Tensor:
+    def generate(self, token_ids: Tensor, n_new: int, top_k: int, generator: torch.Generator | None = None) -> Tensor:
         """Continue token ids (n_sequences, length) by exactly n_new tokens, (n_sequences, length + n_new).
 
-        top_k: one of the top_k next tokens is drawn by its probability; 1 is greedy. End-of-text is never drawn.
+        top_k: one of the top_k next tokens is drawn by its probability; 1 is greedy. End-of-text is never drawn
+        generator: of the draws, on the head's device; None = torch's global one
         transformers' own loop draws from the whole vocabulary, which took five times as long when it was measured."""
         ids = token_ids
         new = token_ids
         cache = None
 
-        with self._evaluating():
+        with self.lock, self._evaluating():
             for _ in range(n_new):
                 output = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache = output.past_key_values
                 logits = output.logits[:, -1].float()
 
-                new = self._draw(logits, top_k).to(ids.device)
+                new = self._draw(logits, top_k, generator).to(ids.device)
                 ids = torch.cat([ids, new], dim=1)
 
         return ids
 
-    def _draw(self, logits: Tensor, top_k: int) -> Tensor:
+    def _draw(self, logits: Tensor, top_k: int, generator: torch.Generator | None) -> Tensor:
         """One of the top_k tokens per row of logits (n, n_vocabulary), (n, 1) int64. Writes into the logits."""
         if self.tokenizer.eos_token_id is not None:
             logits[:, self.tokenizer.eos_token_id] = -torch.inf
 
         scores, tokens = logits.topk(min(top_k, logits.shape[1]), dim=1)
         probabilities = torch.softmax(scores, dim=1)
-        drawn = torch.multinomial(probabilities, 1) if top_k > 1 else scores.argmax(1, keepdim=True)
+        drawn = (
+            torch.multinomial(probabilities, 1, generator=generator) if top_k > 1 else scores.argmax(1, keepdim=True)
+        )
 
         return tokens.gather(1, drawn)
 

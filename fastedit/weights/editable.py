@@ -50,15 +50,18 @@ class EditableWeights:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Around all that writes: `check_untouched` before the block, and after it the weights are what was left."""
-        self.check_untouched()
+        """Around all that writes: `check_untouched` before the block, and after it the weights are what was left.
 
-        try:
-            yield
-        finally:
-            for layer in self._unsettled:
-                self._left.note(layer, self._model.down_parameter(layer))
-            self._unsettled.clear()
+        Other threads wait."""
+        with self._model.lock:
+            self.check_untouched()
+
+            try:
+                yield
+            finally:
+                for layer in self._unsettled:
+                    self._left.note(layer, self._model.down_parameter(layer))
+                self._unsettled.clear()
 
     def _note_all(self) -> None:
         """Take the present weights for those that were left."""
@@ -147,16 +150,18 @@ class EditableWeights:
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
         """Give the model its original weights inside the block. Tensors are swapped, not copied."""
-        present = {layer: self._model.down_parameter(layer).data for layer in self.layers}
+        with self._model.lock:
+            present = {layer: self._model.down_parameter(layer).data for layer in self.layers}
 
-        for layer in self.layers:
-            self._model.down_parameter(layer).data = self._original[layer]
+            for layer in self.layers:
+                self._model.down_parameter(layer).data = self._original[layer]
 
         try:
             yield
         finally:
-            for layer in self.layers:
-                self._model.down_parameter(layer).data = present[layer]
+            with self._model.lock:
+                for layer in self.layers:
+                    self._model.down_parameter(layer).data = present[layer]
 
     def fingerprint(self) -> str:
         """SHA-256 over the present weights of all edited layers and their masters, hexadecimal."""
@@ -255,16 +260,19 @@ class ColumnWeights(EditableWeights):
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
         """Give the model its original weights inside the block, and the present ones after it, bit for bit."""
-        present = {layer: self.current(layer)[:, touched.index] for layer, touched in self._touched.items()}
+        with self._model.lock:
+            indices = {layer: touched.index for layer, touched in self._touched.items()}
+            present = {layer: self.current(layer)[:, index] for layer, index in indices.items()}
 
-        for layer, touched in self._touched.items():
-            self.current(layer)[:, touched.index] = touched.original
+            for layer, touched in self._touched.items():
+                self.current(layer)[:, touched.index] = touched.original
 
         try:
             yield
         finally:
-            for layer, columns in present.items():
-                self.current(layer)[:, self._touched[layer].index] = columns
+            with self._model.lock:
+                for layer, columns in present.items():
+                    self.current(layer)[:, indices[layer]] = columns
 
     def _explicit(self, layer: int, index: Tensor | None) -> Tensor:
         """The indices on the layer's device; those of all columns for None."""
