@@ -438,14 +438,6 @@ def check_weights(model: Any, family: Family, layers: nn.ModuleList) -> None:
             what = getattr(weight, "dtype", "no weight")
             raise UnsupportedModel(f"layer {i}: {family.down} is quantised ({what}): {QUANTISED}")
 
-    shapes = [tuple(find(layer, family.down).weight.shape) for layer in layers]
-    for i, shape in enumerate(shapes):
-        if shape != shapes[0]:
-            raise UnsupportedModel(
-                f"{type(model).__name__}: the down-projection of layer {i} is {shape}, that of layer 0 {shapes[0]};"
-                " layers of several widths cannot be edited"
-            )
-
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
         raise UnsupportedModel(

@@ -87,12 +87,6 @@ def test_dense_and_expert_layers_are_told_apart(random_llama, random_tokenizer):
     assert "quantised" not in str(caught.value)
 
 
-def test_layers_of_several_widths_are_refused(random_llama, random_tokenizer):
-    random_llama.model.layers[3].mlp.down_proj = torch.nn.Linear(40, 32, bias=False).double()
-    with pytest.raises(UnsupportedModel, match=r"layer 3 is \(32, 40\), that of layer 0 \(32, 48\)"):
-        ModelAdapter(random_llama, random_tokenizer)
-
-
 def test_a_config_without_a_number_of_positions_is_refused(random_llama, random_tokenizer):
     vars(random_llama.config)["max_position_embeddings"] = None
     with pytest.raises(UnsupportedModel, match="no max_position_embeddings"):
