@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
+from fastedit.runtime.free_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,3 @@ def with_less_memory(write: Callable[[int | None], T], budget: int | None) -> tu
         smaller = max(SMALLEST_BUDGET, budget // 2)
         log.warning("out of memory: trying again with a token budget of %d, was %d", smaller, budget)
         budget = smaller
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is a lack of memory: on a GPU, or on the CPU, for which torch has no error type of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

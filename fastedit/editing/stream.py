@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +41,10 @@ from fastedit.weights.trial import Trial
 log = logging.getLogger(__name__)
 
 OnError = Literal["stop", "skip"]
+
+
+class EditorBusy(RuntimeError):
+    """Another thread is editing with this editor."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Stream:
         self._state: AnyState | None = None
         # Stays halved for the rest of the stream once memory ran out: other groups would round differently.
         self._token_budget: int | None = None
+        self._turn = threading.RLock()
 
     @property
     def start(self) -> AnyStart:
@@ -122,8 +128,8 @@ class Stream:
 
         verify: look at every committed edit after the last batch
         Returns the reports, the committed edits, and those of them that did not take (None without `verify`).
-        Raises BatchRejected, RunError, and KeyboardInterrupt after a Ctrl-C."""
-        with self._recording(run_dir, resume) as recorder:
+        Raises BatchRejected, RunError, WeightsChanged, EditorBusy, and KeyboardInterrupt after a Ctrl-C."""
+        with self._alone(), self._recording(run_dir, resume) as recorder:
             reports: list[BatchReport] = []
             committed: list[Edit] = []
             if recorder is not None:
@@ -156,7 +162,8 @@ class Stream:
 
         token_budget: in place of the config's
         rewrite: the batch was recorded before; its new record stays pending until a rewind names it
-        Raises RejectedUpdate, NotPositiveDefinite or GuardTripped, with everything rolled back."""
+        Raises RejectedUpdate, NotPositiveDefinite or GuardTripped, with everything rolled back; WeightsChanged where
+        something else wrote into the model since the last write."""
         started = time.perf_counter()
         state, trial = self.state, Trial(self.weights)
 
@@ -167,7 +174,7 @@ class Stream:
             result = self.method.write_batch(start, state, batch, trial, progress, known)
             return result, guard.check(self.adapter, self.weights, trial.touched)
 
-        with Notes() as notes, trial, torch.no_grad():
+        with self.weights.writing(), Notes() as notes, trial, torch.no_grad():
             budget = self.method.token_budget(self.config) if token_budget is None else token_budget
             (result, measured), budget = with_less_memory(attempt, budget)
 
@@ -198,26 +205,29 @@ class Stream:
     def undo(self, n_batches: int) -> None:
         """Take the last batches back, weights and state, bit for bit.
 
-        Those in memory are rolled back, older ones rebuilt from the run directory. Raises ValueError for more."""
+        Those in memory are rolled back, older ones rebuilt from the run directory. Raises ValueError for more, and
+        WeightsChanged where something else wrote into the model since the last write."""
         count = len(self.committed)
         available = self.committed.undoable if self.recorder is None else count
         if not 1 <= n_batches <= count or n_batches > available:
             raise ValueError(f"undo: {available} batches are in memory or recorded, asked for {n_batches}")
 
-        if self.recorder is not None:
-            with self.recorder.log.writing():
-                self.recorder.rewind(count - n_batches)
+        with self._alone(), self.weights.writing():
+            if self.recorder is not None:
+                with self.recorder.log.writing():
+                    self.recorder.rewind(count - n_batches)
 
-        if n_batches > self.committed.undoable:
-            self.restore(count - n_batches)
-        else:
-            self.committed.undo(n_batches, self.state)
+            if n_batches > self.committed.undoable:
+                self.restore(count - n_batches)
+            else:
+                self.committed.undo(n_batches, self.state)
 
     def attach(self, recorder: Recorder, prepare: bool = False) -> None:
         """Take over a recorded run: its batches are written into the model, which must be unedited.
 
         prepare: make the state first, so that a run with another one is refused with nothing written
-        Raises RunError, WrongModel or DamagedRun."""
+        Raises RunError, WrongModel, DamagedRun or WeightsChanged."""
+        self.weights.check_untouched()
         if self.committed:
             raise RunError(f"resume: wanted an editor without edits, got one with {len(self.committed)} batches")
 
@@ -235,14 +245,22 @@ class Stream:
         if recorder is None:
             raise RunError("restore: wanted an editor with a run directory, got one without")
 
-        recorder.replay_weights(self.weights, keep)
+        with self.weights.writing():
+            recorder.replay_weights(self.weights, keep)
         if self._state is not None:
             recorder.replay_state(self._state, keep)
         self.committed = self._committed_before(recorder.edits(record) for record in recorder.live[:keep])
 
     @contextlib.contextmanager
     def temporarily(self) -> Iterator[None]:
-        """Inside the block nothing is recorded; after it weights, state and batches are bit for bit as before it."""
+        """Inside the block nothing is recorded; after it weights, state and batches are bit for bit as before it.
+
+        Raises WeightsChanged, and leaves the weights as they are, where something else wrote into the model."""
+        with self._alone():
+            yield from self._put_back()
+
+    def _put_back(self) -> Iterator[None]:
+        """`temporarily`, for the thread whose turn it is."""
         state = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
         changed = {layer: self.weights.changed(layer) for layer in self.weights.layers}
         columns = {layer: self.weights.stored(layer, index) for layer, index in changed.items()}
@@ -252,11 +270,30 @@ class Stream:
         try:
             yield
         finally:
-            self.weights.reset()
-            for layer, index in changed.items():
-                self.weights.put(layer, index, columns[layer])
             self.state.load(state)
             self.committed, self.recorder, self._token_budget = outside
+
+            with self.weights.writing():
+                self.weights.reset()
+                for layer, index in changed.items():
+                    self.weights.put(layer, index, columns[layer])
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Around what edits: no other thread edits, and nothing else wrote into the model.
+
+        Raises EditorBusy, since batches of two threads would build on each other's half-written state; WeightsChanged.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise EditorBusy(
+                "another thread is editing with this editor; wait for it, or give each thread its own model"
+            )
+
+        try:
+            self.weights.check_untouched()
+            yield
+        finally:
+            self._turn.release()
 
     def _committed_before(self, batches: Iterable[EditSet]) -> CommittedBatches:
         """Batches in force that were not written here, so that memory cannot undo them."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -29,11 +30,13 @@ from fastedit.model.families import (
     choose,
     find,
     max_positions,
+    refuse_wrapped,
     text_config,
 )
 from fastedit.model.logits import Head, LogitBuffer
 from fastedit.model.packed_attention import Plan, Rotary, plan_sequences
 from fastedit.ops.capture_keys import activate
+from fastedit.runtime.free_memory import is_out_of_memory
 
 PACKED_ATTENTION = "fastedit_packed"
 
@@ -54,16 +57,19 @@ class ModelAdapter:
     model: a transformers causal language model, whose weights are edited in place
     tokenizer: its fast tokenizer, since character offsets are needed
     families: the rows to choose from; the first that fits is taken. For another family put a row of your own in front
-    Raises UnsupportedModel if no row fits, if the model is quantised or has offloaded weights, or if the tokenizer is
-    not a fast one.
+    Raises UnsupportedModel if no row fits, if the model is quantised or has offloaded weights, if the tokenizer is not
+    a fast one, or if the model is wrapped, has adapter layers, or has no head.
     """
 
     def __init__(self, model: Any, tokenizer: Any, families: Sequence[Family] = FAMILIES) -> None:
+        refuse_wrapped(model)
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedModel(f"{type(tokenizer).__name__}: a fast tokenizer with character offsets is needed")
 
         self.model = model
         self.tokenizer = tokenizer
+        # Held while passes run or weights are written, so that threads take turns.
+        self.lock = threading.RLock()
         # Where the model was loaded from, for reports; None for a model that the caller loaded.
         self.source: str | None = None
 
@@ -98,6 +104,11 @@ class ModelAdapter:
     def dtype(self) -> torch.dtype:
         """dtype of the hidden states, which is that of the last layer's weights."""
         return self.down_parameter(self.n_layers - 1).dtype
+
+    @property
+    def text_config(self) -> Any:
+        """transformers' config of the text decoder."""
+        return text_config(self.model)
 
     @property
     def post_norm(self) -> bool:
@@ -149,7 +160,11 @@ class ModelAdapter:
             if part is not None:
                 part.to(dtype)
 
-        return ModelAdapter(copied, self.tokenizer, (self.family,))
+        upper = ModelAdapter(copied, self.tokenizer, (self.family,))
+        # The config is shared, and with it what packed passes change.
+        upper.lock = self.lock
+
+        return upper
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ValueError for several layers of a post-norm model, which cannot be edited towards one value."""
@@ -181,7 +196,15 @@ class ModelAdapter:
 
     @contextlib.contextmanager
     def packed(self) -> Iterator[None]:
-        """Prepare the model for packed rows: packed attention, evaluation mode, frozen weights. Restored on exit."""
+        """Prepare the model for packed rows: packed attention, evaluation mode, frozen weights. Restored on exit.
+
+        Other threads wait."""
+        with self.lock, self._prepared():
+            yield
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """As `packed`, for a thread that holds the lock."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, _attend)
@@ -328,58 +351,61 @@ class ModelAdapter:
         return _on_device_of(rows, self.model.get_output_embeddings())
 
     @torch.no_grad()
-    def generate(self, token_ids: Tensor, n_new: int, top_k: int) -> Tensor:
+    def generate(self, token_ids: Tensor, n_new: int, top_k: int, generator: torch.Generator | None = None) -> Tensor:
         """Continue token ids (n_sequences, length) by exactly n_new tokens, (n_sequences, length + n_new).
 
-        top_k: one of the top_k next tokens is drawn by its probability; 1 is greedy. End-of-text is never drawn.
+        top_k: one of the top_k next tokens is drawn by its probability; 1 is greedy. End-of-text is never drawn
+        generator: of the draws, on the head's device; None = torch's global one
         transformers' own loop draws from the whole vocabulary, which took five times as long when it was measured."""
         ids = token_ids
         new = token_ids
         cache = None
 
-        with self._evaluating():
+        with self.lock, self._evaluating():
             for _ in range(n_new):
                 output = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache = output.past_key_values
                 logits = output.logits[:, -1].float()
 
-                new = self._draw(logits, top_k).to(ids.device)
+                new = self._draw(logits, top_k, generator).to(ids.device)
                 ids = torch.cat([ids, new], dim=1)
 
         return ids
 
-    def _draw(self, logits: Tensor, top_k: int) -> Tensor:
+    def _draw(self, logits: Tensor, top_k: int, generator: torch.Generator | None) -> Tensor:
         """One of the top_k tokens per row of logits (n, n_vocabulary), (n, 1) int64. Writes into the logits."""
         if self.tokenizer.eos_token_id is not None:
             logits[:, self.tokenizer.eos_token_id] = -torch.inf
 
         scores, tokens = logits.topk(min(top_k, logits.shape[1]), dim=1)
         probabilities = torch.softmax(scores, dim=1)
-        drawn = torch.multinomial(probabilities, 1) if top_k > 1 else scores.argmax(1, keepdim=True)
+        drawn = (
+            torch.multinomial(probabilities, 1, generator=generator) if top_k > 1 else scores.argmax(1, keepdim=True)
+        )
 
         return tokens.gather(1, drawn)
 
     def check_forward(self, tolerance: float = 1e-3) -> None:
         """Compare packed logits with the model's own on a short text; raise UnsupportedModel if they differ.
 
-        This detects differences that the structure does not show, such as a factor between two parts.
+        This detects differences that the structure does not show, such as a factor between two parts. An exception of
+        the forward is raised as UnsupportedModel too, lack of memory apart.
         tolerance: of the largest difference, relative to the largest logit; 50 times as much in half precision"""
         n_tokens = min(12, self.max_positions)
         positions = torch.arange(n_tokens, device=self.device)
         ids = positions * 7 % self.head.weight.shape[0]
 
         with torch.no_grad():
-            with self._evaluating():
+            with self._naming_failures("its own forward fails"), self._evaluating():
                 expected = self.model(input_ids=ids[None]).logits[0].float()
+            if not bool(expected.isfinite().all()):
+                raise UnsupportedModel(self._why_not_finite(ids))
 
-            with self.packed():
-                path = list(range(n_tokens))
-                plan = plan_sequences([path], [path], n_tokens)
-                rows = self.embed(ids, positions)
-                rows = self.final_norm(self.run(rows, range(self.n_layers), plan, self.rotary(positions)))
-                packed = LogitBuffer().logits(rows, self.head).to(expected.device)
+            with self._naming_failures(f"it looks like family {self.family.name!r}, but cannot be run as that"):
+                packed = self._packed_logits(ids, positions).to(expected.device)
 
-        error = float((packed - expected).abs().max() / expected.abs().max())
+        scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        error = float((packed - expected).abs().max() / scale)
         bound = tolerance if self.dtype in (torch.float32, torch.float64) else 50 * tolerance
         if not error <= bound:
             raise UnsupportedModel(
@@ -387,6 +413,66 @@ class ModelAdapter:
                 f" (relative error {error:.1e}, allowed {bound:.0e}): it needs a row of its own, or, if it caps its"
                 " attention scores, to be loaded with attn_implementation='eager'"
             )
+
+    def _packed_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits (n, n_vocabulary) of one text of token ids (n,) by packed passes."""
+        path = list(range(len(ids)))
+
+        with self.packed():
+            plan = plan_sequences([path], [path], len(ids))
+            rows = self.embed(ids, positions)
+            rows = self.final_norm(self.run(rows, range(self.n_layers), plan, self.rotary(positions)))
+
+            return LogitBuffer().logits(rows, self.head)
+
+    @contextlib.contextmanager
+    def _naming_failures(self, what: str) -> Iterator[None]:
+        """Raise any exception inside the block, lack of memory apart, as UnsupportedModel with it as the cause."""
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise UnsupportedModel(f"{type(self.model).__name__}: {what} ({cause})") from error
+
+    def _why_not_finite(self, ids: Tensor) -> str:
+        """Why the model's own logits of a text of token ids (n,) are not finite, and what to do."""
+        name = type(self.model).__name__
+        half = _is_half(self.down_parameter(self.n_layers - 1))
+        remedy = "load it in float32" if self.dtype == torch.bfloat16 else "load it in bfloat16 or float32"
+
+        for weight, parameter in self.model.named_parameters():
+            if n_wrong := int((~parameter.detach().isfinite()).sum()):
+                advice = f"get the checkpoint anew, or {remedy}" if half else "get the checkpoint anew"
+                return f"{name}: {weight} holds {n_wrong} numbers that are not finite (NaN or infinity); {advice}"
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        advice = remedy if half else "its weights are too large"
+        place = self._first_overflow(ids)
+
+        return f"{name}: its weights are finite, but in {dtype} its logits are not, first in {place}; {advice}"
+
+    def _first_overflow(self, ids: Tensor) -> str:
+        """The module whose output is the first that is not finite, for a text of token ids (n,)."""
+        names: list[str] = []
+
+        def watch(name: str) -> Any:
+            def look(module: nn.Module, inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                    names.append(name)
+
+            return look
+
+        hooks = [module.register_forward_hook(watch(name)) for name, module in self.model.named_modules()]
+        try:
+            with self._evaluating():
+                self.model(input_ids=ids[None])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+        return names[0] if names else "its head"
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -453,6 +539,10 @@ def _attend(
 def _rotates_by_kind(model: Any, family: Family) -> bool:
     """Whether the rotary embedding has a table per type of layer."""
     return hasattr(_optional(model, family.rotary), "layer_types")
+
+
+def _is_half(weight: Tensor) -> bool:
+    return weight.dtype in (torch.bfloat16, torch.float16)
 
 
 def _optional(module: Any, path: str | None) -> Any:

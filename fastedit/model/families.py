@@ -152,7 +152,7 @@ class Family:
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             return [*reasons, f"{self.layers} is no list of layers"]
 
-        reasons += self._layer_misfits(layers[0])
+        reasons += self._layers_misfits(layers)
 
         for name, value in self.config:
             if (actual := getattr(text_config(model), name, None)) != value:
@@ -160,18 +160,35 @@ class Family:
 
         return reasons
 
+    def _layers_misfits(self, layers: nn.ModuleList) -> list[str]:
+        """As `misfits`, for all decoder layers; a reason that not all layers share names those that it holds for."""
+        numbers: dict[str, list[int]] = {}
+        for i, layer in enumerate(layers):
+            for reason in self._layer_misfits(layer):
+                numbers.setdefault(reason, []).append(i)
+
+        return [
+            f"a layer {reason}" if len(found) == len(layers) else f"{_layers_named(found)} {reason}"
+            for reason, found in numbers.items()
+        ]
+
     def _layer_misfits(self, layer: nn.Module) -> list[str]:
-        """As `misfits`, for one decoder layer."""
+        """As `misfits`, for one decoder layer, each reason without its subject."""
         children = {name for name, _ in layer.named_children()}
-        reasons = [f"a layer has no {name}" for name in sorted(self.layer_modules - children)]
-        reasons += [f"a layer has {name}" for name in sorted(children - self.layer_modules)]
+        reasons = [f"has no {name}" for name in sorted(self.layer_modules - children)]
+        reasons += [f"has {name}" for name in sorted(children - self.layer_modules)]
 
         parts = (self.attention, self.gate, self.up, self.down, self.attention_norm, self.attention_out_norm)
         norms = (self.sum_norm, self.ffn_norm, self.ffn_out_norm, self.output_norm)
         nested = sorted({path for path in (*parts, *norms) if path is not None and "." in path})
-        reasons += [f"a layer has no {path}" for path in nested if not _has(layer, path)]
+        missing = [path for path in nested if not _has(layer, path)]
 
-        return reasons
+        owner = self.down.rpartition(".")[0]
+        if owner and _has(layer, f"{owner}.experts"):
+            reasons.append(f"has a mixture of experts in {owner}, no dense feed-forward")
+            missing = [path for path in missing if not path.startswith(f"{owner}.")]
+
+        return [*reasons, *(f"has no {path}" for path in missing)]
 
     @classmethod
     def needs(cls) -> str:
@@ -180,6 +197,14 @@ class Family:
             f"  {part.name}{'' if part.default is MISSING else ' (optional)'}: {part.metadata['what']}"
             for part in fields(cls)
         )
+
+
+def _layers_named(numbers: Sequence[int]) -> str:
+    """ "layer 2", or "layers 2, 3", at most four of them by number; each reason behind it stays in the singular."""
+    shown = ", ".join(map(str, numbers[:4]))
+    more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
+
+    return f"layer {shown}{more}" if len(numbers) == 1 else f"each of layers {shown}{more}"
 
 
 def find(module: Any, path: str) -> Any:
@@ -204,15 +229,20 @@ def text_config(model: Any) -> Any:
 def max_positions(config: Any) -> int:
     """The number of positions up to which packed passes equal the model's own, at most as many as the model has.
 
-    Packed passes know no sliding window, and not the other rotary factors of a "longrope" in longer texts."""
-    limits = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+    Packed passes know no sliding window, and not the other rotary factors of a "longrope" in longer texts.
+    Raises UnsupportedModel for a config that names no such number."""
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
 
     rope = getattr(config, "rope_parameters", None) or {}
     for table in [rope] if "rope_type" in rope else rope.values():
         if isinstance(table, dict) and table.get("rope_type") == "longrope":
             limits.append(table.get("original_max_position_embeddings"))
 
-    return min(int(limit) for limit in limits if limit)
+    known = [int(limit) for limit in limits if limit]
+    if not known:
+        raise UnsupportedModel(f"{type(config).__name__}: no max_position_embeddings, so no text has a known room")
+
+    return min(known)
 
 
 def _has(module: Any, path: str | None) -> bool:
@@ -346,10 +376,32 @@ FAMILIES = (
 )
 
 
+def refuse_wrapped(model: Any) -> None:
+    """Raise UnsupportedModel, which says what to give instead, unless this is a bare causal language model."""
+    name = type(model).__name__
+
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UnsupportedModel(f"{name} only spreads a model over devices: give what it wraps, model.module")
+    if not isinstance(model, nn.Module) or getattr(model, "config", None) is None:
+        raise UnsupportedModel(f"{name} is no model of transformers: load one with AutoModelForCausalLM")
+
+    adapted = [path for path, part in model.named_modules() if type(part).__module__.startswith("peft.")]
+    if adapted:
+        where = f"{name} is a wrapper of peft" if adapted[0] == "" else f"{name} has adapter layers in {adapted[0]}"
+        raise UnsupportedModel(
+            f"{where}: merge the adapter and edit the model that `merge_and_unload()` of peft gives, or `unload()` it"
+        )
+
+    get_head = getattr(model, "get_output_embeddings", None)
+    if get_head is None or get_head() is None:
+        raise UnsupportedModel(f"{name} has no language-model head: load it with AutoModelForCausalLM")
+
+
 def choose(model: Any, families: Sequence[Family]) -> Family:
     """The first row that fits the model.
 
-    Raises UnsupportedModel, which says why the closest row does not fit and what a row needs."""
+    Raises UnsupportedModel, which says why the closest row does not fit; what a row needs is in its notes, which a
+    traceback shows."""
     misfits = [row.misfits(model) for row in families]
     for row, reasons in zip(families, misfits, strict=True):
         if not reasons:
@@ -357,10 +409,12 @@ def choose(model: Any, families: Sequence[Family]) -> Family:
 
     closest = min(range(len(families)), key=lambda i: len(misfits[i]), default=None)
     why = "" if closest is None else f"; {families[closest].name!r} comes closest, but {', '.join(misfits[closest])}"
-    raise UnsupportedModel(
-        f"{type(model).__name__}: no family row fits (known: {', '.join(row.name for row in families)}){why}.\n"
-        f"Pass families=(Family(...),) with fastedit.model.families.Family, a row of\n{Family.needs()}"
+    error = UnsupportedModel(
+        f"{type(model).__name__}: no known family fits (known: {', '.join(row.name for row in families)}){why}"
     )
+    # What BaseException.add_note sets, which Python 3.10 does not have.
+    error.__notes__ = [f"Pass families=(Family(...),) with fastedit.model.families.Family, a row of\n{Family.needs()}"]  # type: ignore[attr-defined]
+    raise error
 
 
 def refuse_quantised(name: str, config: Any) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
+import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
 from fastedit.runtime.cache import cache_folder
+from fastedit.runtime.free_memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
@@ -56,8 +61,11 @@ def resolve(source: str) -> str:
     alias = ALIASES.get(source)
 
     if alias is None:
-        if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.endswith(".gguf")):
-            raise ModelNotFound(f"no model at {source}; give a folder, a .gguf file, a hub id, or {', '.join(ALIASES)}")
+        if not Path(source).exists() and _must_be_path(source):
+            raise ModelNotFound(
+                f"no model at {source}{_did_you_mean(source)}; give a folder, a .gguf file, a hub id, or"
+                f" {', '.join(ALIASES)}"
+            )
         return source
 
     cached = cache_folder() / "models" / source
@@ -69,6 +77,24 @@ def resolve(source: str) -> str:
             return str(folder / alias.file)
 
     return alias.hub_id
+
+
+def _must_be_path(source: str) -> bool:
+    """Whether a name cannot be a hub id, which is NAME or OWNER/NAME."""
+    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1 or "\\" in source
+
+
+def _did_you_mean(source: str) -> str:
+    """The alias, or the name in the same folder, that is most like a mistyped one, as the middle of a sentence."""
+    place = Path(source).expanduser()
+    try:
+        neighbours = [str(Path(source).with_name(path.name)) for path in place.parent.iterdir()]
+    except (OSError, ValueError):
+        neighbours = []
+
+    close = difflib.get_close_matches(source, [*ALIASES, *neighbours], n=1, cutoff=0.75)
+
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _package_folders(package: str) -> list[Path]:
@@ -104,15 +130,31 @@ def load_model(
         model, tokenizer = load_transformers(place, dtype, device_map)
     except UnsupportedModel:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        hint = f"; the alias also works after `{ALIASES[source].install}`" if source in ALIASES else ""
-        raise ModelNotFound(f"cannot load {place!r}: {str(error).splitlines()[0]}{hint}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelNotFound(f"cannot load {place!r}: {_first_line(error)}{_hint(source)}") from error
 
     adapter = ModelAdapter(model if device_map else model.to(device), tokenizer, families)
     adapter.check_forward()
     adapter.source = str(Path(source).resolve()) if Path(source).exists() else source
 
     return adapter
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _hint(source: str) -> str:
+    """What else may be meant where a model cannot be loaded, as the end of a sentence."""
+    if source in ALIASES:
+        return f"; the alias also works after `{ALIASES[source].install}`"
+    if not Path(source).exists():
+        return f"; no folder {source!r} is here, so it was taken for a hub id{_did_you_mean(source)}"
+    return ""
 
 
 def load_transformers(
@@ -136,16 +178,20 @@ def load_transformers(
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[Any]:
-    """The module transformers, which shows no progress bars inside the block."""
+    """The module transformers, which inside the block shows no progress bars, and of a checkpoint that does not fit no
+    table: `_check_complete` says it."""
     import transformers
     from transformers.utils import logging as messages
 
     was_enabled = messages.is_progress_bar_enabled()
+    verbosity = messages.get_verbosity()
     messages.disable_progress_bar()  # type: ignore[no-untyped-call]
+    messages.set_verbosity_error()  # type: ignore[no-untyped-call]
 
     try:
         yield transformers
     finally:
+        messages.set_verbosity(verbosity)
         if was_enabled:
             messages.enable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -160,17 +206,155 @@ def _frozen(model: Any) -> Any:
 
 def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder or hub id."""
-    config = transformers.AutoConfig.from_pretrained(place)
+    _refuse_adapter(Path(place))
+    config = _own_code_refused(transformers.AutoConfig, place)
     refuse_quantised(place, config)
+    tokenizer = _read_tokenizer(transformers, place)
 
     # Older releases of transformers choose torch's attention for a model that caps its scores, and drop the cap.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        place, config=config, dtype=dtype, device_map=device_map, attn_implementation="eager" if capped else None
+    options = {"device_map": device_map, "attn_implementation": "eager" if capped else None}
+    model, report = _own_code_refused(
+        transformers.AutoModelForCausalLM,
+        place,
+        config=config,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    _check_complete(place, model, report)
+    _leave_files(model)
 
     return model, tokenizer
+
+
+def _leave_files(model: Any) -> None:
+    """Copy all weights on the CPU, which may be views of the checkpoint's files.
+
+    Whoever overwrites such a file changes the model while it is used, and one who truncates it ends the process."""
+    for part in (*model.parameters(), *model.buffers()):
+        if part.device.type == "cpu":
+            part.data = part.data.clone()
+
+
+def _own_code_refused(auto: Any, place: str, **options: Any) -> Any:
+    """`auto.from_pretrained`, which never runs code of the model's own and never asks whether it may.
+
+    Raises UnsupportedModel for a model that needs code of its own."""
+    try:
+        return auto.from_pretrained(place, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UnsupportedModel(
+            f"{place} needs Python code of its own (trust_remote_code), which is never run; take a model of a class"
+            " that transformers has"
+        ) from error
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise ModelNotFound for a folder that holds an adapter (LoRA and the like) instead of, or beside, a model."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    of = f" of {base}" if base else ""
+
+    raise ModelNotFound(
+        f"it holds an adapter{of}, whose layers cannot be edited: merge it into its base model (peft's"
+        " merge_and_unload), save that, and give the saved folder"
+    )
+
+
+# How names of a tokenizer's own files begin or end; one such file is enough.
+TOKENIZER_STARTS = ("tokenizer.", "vocab", "spiece", "tekken")
+TOKENIZER_ENDS = (".model", ".spm", ".tiktoken")
+
+
+def _read_tokenizer(transformers: Any, place: str) -> Any:
+    """The tokenizer of a folder or hub id. Raises ModelNotFound, which says what is missing."""
+    folder = Path(place)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else None
+    if names is not None and not any(n.startswith(TOKENIZER_STARTS) or n.endswith(TOKENIZER_ENDS) for n in names):
+        raise ModelNotFound(
+            "it holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from the folder that the"
+            " model came from"
+        )
+
+    return _own_code_refused(transformers.AutoTokenizer, place)
+
+
+def _check_complete(place: str, model: Any, report: Mapping[str, Any]) -> None:
+    """Raise ModelNotFound unless the checkpoint held all weights, in their sizes, and no more of the text decoder.
+
+    Weights that a model of this class does not use, as of a vision tower or a draft head, are told only.
+    report: what `from_pretrained` tells with output_loading_info"""
+    mismatched = [_mismatch(entry) for entry in report.get("mismatched_keys") or ()]
+    if mismatched:
+        raise ModelNotFound(f"weights have other sizes than config.json says: {_listed(sorted(mismatched))}")
+
+    parts = dict(model.named_parameters(remove_duplicate=False))
+    missing = sorted(set(report.get("missing_keys") or ()))
+    present = {id(part) for name, part in parts.items() if name not in missing}
+    missing = [name for name in missing if name not in parts or id(parts[name]) not in present]
+    if missing:
+        raise ModelNotFound(
+            f"the checkpoint lacks {_listed(missing)}, which config.json asks for; get the missing files, or"
+            " the config that belongs to them"
+        )
+
+    extra = sorted(set(report.get("unexpected_keys") or ()))
+    decoder = [name for name in extra if _is_of_decoder(name, model)]
+    if decoder:
+        raise ModelNotFound(
+            f"the checkpoint holds {_listed(decoder)}, which config.json does not know; get the config that"
+            " belongs to it"
+        )
+    if extra:
+        log.info("%s: not used by %s: %s", place, type(model).__name__, _listed(extra))
+
+
+def _mismatch(entry: Any) -> str:
+    """A weight of another size, as text: its name and, where transformers tells them, both sizes."""
+    if isinstance(entry, str):
+        return entry
+    name, stored, wanted = entry[0], tuple(entry[1]), tuple(entry[2])
+    return f"{name} ({stored} instead of {wanted})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{shown}{more}"
+
+
+# Buffers that older releases saved with a layer and that are computed today.
+COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
+
+def _is_of_decoder(name: str, model: Any) -> bool:
+    """Whether a weight of a checkpoint, which the model did not take, belongs to one of its decoder layers.
+
+    Layers behind the last one that only draft tokens (num_nextn_predict_layers) do not count."""
+    if name.endswith(COMPUTED):
+        return False
+
+    config = model.config.get_text_config()
+    n_layers = int(getattr(config, "num_hidden_layers", 0))
+    drafted = range(n_layers, n_layers + (getattr(config, "num_nextn_predict_layers", None) or 0))
+
+    for path, part in model.named_modules():
+        if isinstance(part, torch.nn.ModuleList) and len(part) == n_layers and name.startswith(f"{path}."):
+            number = name.removeprefix(f"{path}.").partition(".")[0]
+            return not (number.isdigit() and int(number) in drafted)
+
+    return False
 
 
 def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -178,8 +362,11 @@ def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, 
     folder, file = os.path.split(place)
 
     # In another dtype transformers keeps the weights packed until they are used, and warns about it.
-    source = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    source, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
+    _check_complete(place, source, report)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
 
     config = source.config
     if hasattr(config, "quantization_config"):
@@ -210,10 +397,14 @@ def load_encoder(source: str) -> tuple[Any, Any]:
 
     try:
         with _quiet_transformers() as transformers:
-            model = transformers.AutoModel.from_pretrained(place, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelNotFound(f"cannot load encoder {place!r}: {str(error).splitlines()[0]}") from error
+            model = _own_code_refused(transformers.AutoModel, place, dtype=torch.float32)
+            tokenizer = _read_tokenizer(transformers, place)
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelNotFound(f"cannot load encoder {place!r}: {_first_line(error)}") from error
 
     return _frozen(model), tokenizer
 

@@ -38,9 +38,10 @@ def sample_tokens(
         by_length.setdefault(len(ids), []).append(i)
 
     samples: list[list[int]] = [[] for _ in prompts]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    # One of its own, with the samples of `torch.manual_seed(seed)`: other threads draw from the global one.
+    generator = torch.Generator(model.head.weight.device).manual_seed(seed)
 
+    with torch.no_grad():
         for n_prompt, members in sorted(by_length.items()):
             if n_prompt >= length:
                 raise ValueError(f"prompt {prompts[members[0]]!r} has {n_prompt} tokens, no room in {length}")
@@ -48,7 +49,7 @@ def sample_tokens(
             for start in range(0, len(members), batch_size):
                 group = members[start : start + batch_size]
                 token_ids = torch.tensor([encoded[i] for i in group], device=model.device)
-                continued = model.generate(token_ids, length - n_prompt, top_k)
+                continued = model.generate(token_ids, length - n_prompt, top_k, generator)
 
                 for i, row in zip(group, continued.tolist(), strict=True):
                     samples[i] = row

@@ -31,7 +31,7 @@ class WrongModel(RunError):
 
 def identity(model: ModelAdapter, weights: EditableWeights) -> dict[str, Any]:
     """What tells one model from another: hashes of the weights that may be edited, as they were before any edit, of a
-    sample of all others, and of the tokenizer."""
+    sample of all others, and of the tokenizer; and the entries of its config."""
     return {
         "class": type(model.model).__name__,
         "source": model.source,
@@ -39,6 +39,7 @@ def identity(model: ModelAdapter, weights: EditableWeights) -> dict[str, Any]:
         "edited": {str(layer): tensors_hash({"weight": weights.original(layer)}) for layer in weights.layers},
         "other": _other_weights_hash(model, {model.weight_name(layer) for layer in weights.layers}),
         "tokenizer": _tokenizer_hash(model),
+        "config": _deciding_settings(model),
     }
 
 
@@ -59,6 +60,40 @@ def _tokenizer_hash(model: ModelAdapter) -> str:
     # The last call sets these two, they are not the tokenizer's own.
     parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
     return hashlib.sha256(canonical(parts).encode()).hexdigest()
+
+
+# Entries of a config that decide no logit of an evaluated model: names, and beginnings or ends of names.
+UNDECIDING = frozenset(
+    {"architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_decoder", "is_encoder_decoder", "label2id"}
+    | {"max_position_embeddings", "name_or_path", "output_attentions", "output_hidden_states", "pretraining_tp"}
+    | {"problem_type", "quantization_config", "return_dict", "tokenizer_class", "torch_dtype", "torchscript"}
+    | {"transformers_version", "use_cache", "vocab_size", "finetuning_task", "prefix", "task_specific_params"}
+    # Of generation, which older releases keep in every config.
+    | {"add_cross_attention", "bad_words_ids", "cross_attention_hidden_size", "diversity_penalty", "do_sample"}
+    | {"early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "length_penalty"}
+    | {"max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"}
+    | {"output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens"}
+    | {"begin_suppress_tokens", "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p", "use_bfloat16"}
+    | {"pruned_heads"}
+)
+UNDECIDING_STARTS = ("_", "initializer", "init_", "summary_", "attn_implementation")
+UNDECIDING_ENDS = ("_token_id", "dropout", "pdrop")
+
+
+def _deciding_settings(model: ModelAdapter) -> dict[str, Any]:
+    """Entries of the text decoder's config that may decide its logits, such as rms_norm_eps, as plain data."""
+    settings = json.loads(json.dumps(model.text_config.to_dict(), default=str))
+
+    return {
+        name: value
+        for name, value in sorted(settings.items())
+        if name not in UNDECIDING and not name.startswith(UNDECIDING_STARTS) and not name.endswith(UNDECIDING_ENDS)
+    }
+
+
+def _config_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Entries that both configs have and that differ. Releases of transformers name some entries otherwise."""
+    return [f"{name} is {now[name]!r}, was {was[name]!r}" for name in was if name in now and now[name] != was[name]]
 
 
 def machine() -> dict[str, Any]:
@@ -88,6 +123,8 @@ def check_model(header: Mapping[str, Any], model: ModelAdapter, weights: Editabl
         wrong.append("weights that are not edited differ")
     if was["tokenizer"] != now["tokenizer"]:
         wrong.append("the tokenizer differs")
+    # Runs of earlier versions did not record it.
+    wrong += [f"its config differs: {text}" for text in _config_differences(was.get("config", {}), now["config"])]
 
     if wrong:
         raise WrongModel(f"not the model that the run began with ({was['source'] or 'unnamed'}): {'; '.join(wrong)}")

@@ -1,9 +1,11 @@
-"""Returns freed memory to the operating system."""
+"""Lack of memory: how it is told from other errors, and how freed memory goes back to the operating system."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+
+import torch
 
 
 def give_back_freed() -> None:
@@ -18,3 +20,8 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is a lack of memory: on a GPU, or on the CPU, for which torch has no error type of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastedit.model.adapter import ModelAdapter
 from fastedit.ops.apply_delta import apply_delta
 from fastedit.runtime.hashing import tensor_bytes
+from fastedit.weights.fingerprint import Fingerprint, WeightsChanged
 
 
 class EditableWeights:
@@ -29,10 +30,47 @@ class EditableWeights:
     def __init__(self, model: ModelAdapter, layers: Sequence[int]) -> None:
         self._model = model
         self.layers = tuple(layers)
+        self._note_all()
         self._original = {layer: model.down_parameter(layer).detach().clone() for layer in self.layers}
         self._master = {
             layer: model.oriented(layer, weight).float() for layer, weight in self._original.items() if _is_half(weight)
         }
+
+    def changed_elsewhere(self) -> list[int]:
+        """Layers whose weights are not what was last left in them here: something else wrote into the model.
+
+        Layers written inside a `writing` block that is still open are left out."""
+        noted = [layer for layer in self.layers if layer not in self._unsettled]
+        return [layer for layer in noted if self._left.differs(layer, self._model.down_parameter(layer))]
+
+    def check_untouched(self) -> None:
+        """Raise WeightsChanged if something else wrote into the model since the last write here."""
+        if layers := self.changed_elsewhere():
+            raise WeightsChanged(layers)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around all that writes: `check_untouched` before the block, and after it the weights are what was left.
+
+        Other threads wait."""
+        with self._model.lock:
+            self.check_untouched()
+
+            try:
+                yield
+            finally:
+                for layer in self._unsettled:
+                    self._left.note(layer, self._model.down_parameter(layer))
+                self._unsettled.clear()
+
+    def _note_all(self) -> None:
+        """Take the present weights for those that were left."""
+        self._left = Fingerprint()
+        # Written here since the last note.
+        self._unsettled: set[int] = set()
+
+        for layer in self.layers:
+            self._left.note(layer, self._model.down_parameter(layer))
 
     def current(self, layer: int) -> Tensor:
         """The present weight W, (d_model, d_ff). A view: do not write to it."""
@@ -95,6 +133,7 @@ class EditableWeights:
         residual = residual.to(weight.device)
         solution = solution.to(weight.device)
 
+        self._unsettled.add(layer)
         apply_delta(weight, residual, solution, columns, self._master.get(layer))
 
     def restore(self, layer: int, index: Tensor | None, saved: tuple[Tensor, Tensor | None]) -> None:
@@ -103,6 +142,7 @@ class EditableWeights:
         columns = slice(None) if index is None else index.to(weight.device)
         saved_weight, saved_master = saved
 
+        self._unsettled.add(layer)
         weight[:, columns] = saved_weight
         if saved_master is not None:
             self._master[layer][:, columns] = saved_master
@@ -110,16 +150,18 @@ class EditableWeights:
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
         """Give the model its original weights inside the block. Tensors are swapped, not copied."""
-        present = {layer: self._model.down_parameter(layer).data for layer in self.layers}
+        with self._model.lock:
+            present = {layer: self._model.down_parameter(layer).data for layer in self.layers}
 
-        for layer in self.layers:
-            self._model.down_parameter(layer).data = self._original[layer]
+            for layer in self.layers:
+                self._model.down_parameter(layer).data = self._original[layer]
 
         try:
             yield
         finally:
-            for layer in self.layers:
-                self._model.down_parameter(layer).data = present[layer]
+            with self._model.lock:
+                for layer in self.layers:
+                    self._model.down_parameter(layer).data = present[layer]
 
     def fingerprint(self) -> str:
         """SHA-256 over the present weights of all edited layers and their masters, hexadecimal."""
@@ -142,6 +184,7 @@ class ColumnWeights(EditableWeights):
     def __init__(self, model: ModelAdapter, layers: Sequence[int]) -> None:
         self._model = model
         self.layers = tuple(layers)
+        self._note_all()
         self._touched: dict[int, _TouchedColumns] = {}
 
     def original(self, layer: int) -> Tensor:
@@ -209,6 +252,7 @@ class ColumnWeights(EditableWeights):
         touched = self._touched[layer]
         touched.include(weight, index)
 
+        self._unsettled.add(layer)
         weight[:, index] = saved_weight
         if saved_master is not None and touched.master is not None:
             touched.master[:, touched.place[index]] = saved_master
@@ -216,16 +260,19 @@ class ColumnWeights(EditableWeights):
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
         """Give the model its original weights inside the block, and the present ones after it, bit for bit."""
-        present = {layer: self.current(layer)[:, touched.index] for layer, touched in self._touched.items()}
+        with self._model.lock:
+            indices = {layer: touched.index for layer, touched in self._touched.items()}
+            present = {layer: self.current(layer)[:, index] for layer, index in indices.items()}
 
-        for layer, touched in self._touched.items():
-            self.current(layer)[:, touched.index] = touched.original
+            for layer, touched in self._touched.items():
+                self.current(layer)[:, touched.index] = touched.original
 
         try:
             yield
         finally:
-            for layer, columns in present.items():
-                self.current(layer)[:, self._touched[layer].index] = columns
+            with self._model.lock:
+                for layer, columns in present.items():
+                    self.current(layer)[:, indices[layer]] = columns
 
     def _explicit(self, layer: int, index: Tensor | None) -> Tensor:
         """The indices on the layer's device; those of all columns for None."""

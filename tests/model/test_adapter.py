@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from accelerate import dispatch_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import FalconConfig, FalconForCausalLM
@@ -40,27 +41,145 @@ def falcon():
 
 
 def test_an_unknown_family_is_refused_with_all_that_a_row_needs(falcon, random_tokenizer):
-    with pytest.raises(UnsupportedModel, match="FalconForCausalLM: no family row fits") as caught:
+    with pytest.raises(UnsupportedModel, match="FalconForCausalLM: no known family fits") as caught:
         ModelAdapter(falcon, random_tokenizer)
     message = str(caught.value)
     for row in FAMILIES:
         assert row.name in message
-    for field in Family.__dataclass_fields__.values():
-        assert f"  {field.name}" in message
-        assert field.metadata["what"] in message
     assert "comes closest, but has no " in message
-    assert "families=(Family(...),)" in message
+    assert "\n" not in message
+    (notes,) = caught.value.__notes__
+    for field in Family.__dataclass_fields__.values():
+        assert f"  {field.name}" in notes
+        assert field.metadata["what"] in notes
+    assert "families=(Family(...),)" in notes
 
 
 def test_a_misfit_names_what_is_missing_and_what_is_too_much(random_llama, random_tokenizer):
     assert LLAMA.misfits(random_llama) == []
     random_llama.model.layers[0].extra = torch.nn.Identity()
-    assert LLAMA.misfits(random_llama) == ["a layer has extra"]
+    assert LLAMA.misfits(random_llama) == ["layer 0 has extra"]
     del random_llama.model.layers[0].mlp.up_proj, random_llama.model.norm
-    assert LLAMA.misfits(random_llama) == ["has no model.norm", "a layer has extra", "a layer has no mlp.up_proj"]
+    assert LLAMA.misfits(random_llama) == ["has no model.norm", "layer 0 has extra", "layer 0 has no mlp.up_proj"]
+    for layer in random_llama.model.layers[1:]:
+        layer.extra = torch.nn.Identity()
+    assert "a layer has extra" in LLAMA.misfits(random_llama)
     wanted = replace(LLAMA, config=(("hidden_act", "relu"),))
     assert wanted.misfits(random_llama)[-1] == "its config has hidden_act='silu', not 'relu'"
     assert "model.layers is no list of layers" in LLAMA.misfits(torch.nn.Linear(2, 2))
+
+
+def test_every_layer_is_matched(random_llama, random_tokenizer):
+    random_llama.model.layers[2].post_norm = torch.nn.Identity()
+    with pytest.raises(UnsupportedModel, match="'llama' comes closest, but layer 2 has post_norm"):
+        ModelAdapter(random_llama, random_tokenizer)
+
+
+def test_dense_and_expert_layers_are_told_apart(random_llama, random_tokenizer):
+    """DeepSeek's way: the first layers are dense, the others mixtures of experts."""
+    for layer in random_llama.model.layers[1:]:
+        dense = layer.mlp
+        layer.mlp = torch.nn.Module()
+        layer.mlp.experts = torch.nn.ModuleList([dense])
+    with pytest.raises(UnsupportedModel) as caught:
+        ModelAdapter(random_llama, random_tokenizer)
+    assert "each of layers 1, 2, 3 has a mixture of experts in mlp, no dense feed-forward" in str(caught.value)
+    assert "quantised" not in str(caught.value)
+
+
+def test_a_config_without_a_number_of_positions_is_refused(random_llama, random_tokenizer):
+    vars(random_llama.config)["max_position_embeddings"] = None
+    with pytest.raises(UnsupportedModel, match="no max_position_embeddings"):
+        ModelAdapter(random_llama, random_tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["GPTNeo", "CodeGen", "Falcon", "Ministral3"])
+def test_a_model_whose_parts_work_otherwise_is_unsupported(kind, random_tokenizer):
+    """No traceback of transformers gets out, whatever a class of the same structure wants."""
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip("this transformers does not have it")
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {
+        "GPTNeo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        "CodeGen": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 8},
+        "Falcon": {"alibi": True},
+        "Ministral3": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
+    }
+    config = getattr(transformers, f"{kind}Config")(**{**(sizes if kind != "CodeGen" else {}), **own[kind]})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModel, match=type(model).__name__):
+        ModelAdapter(model, random_tokenizer).check_forward()
+
+
+class NewAttention(torch.nn.Module):
+    """An attention that raises."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, *inputs, **options):
+        raise self.error
+
+
+def test_an_exception_of_the_packed_forward_is_unsupported_with_its_cause(random_adapter):
+    cause = TypeError("forward() missing 1 required positional argument: 'position_ids'\nand more")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelAdapter, "mix", NewAttention(cause).forward)
+        with pytest.raises(UnsupportedModel) as caught:
+            random_adapter.check_forward()
+    assert caught.value.__cause__ is cause
+    assert "looks like family 'llama', but cannot be run as that (TypeError: forward() missing" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    random_adapter.check_forward()
+
+
+def test_an_exception_of_the_models_own_forward_is_unsupported_too(random_adapter):
+    random_adapter.model.model.layers[1].self_attn = NewAttention(KeyError("cache"))
+    with pytest.raises(UnsupportedModel, match=r"its own forward fails \(KeyError: 'cache'\)"):
+        random_adapter.check_forward()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lack_of_memory_and_an_interrupt_stay_what_they_are(random_adapter, monkeypatch, error):
+    monkeypatch.setattr(ModelAdapter, "mix", NewAttention(error).forward)
+    with pytest.raises(type(error)) as caught:
+        random_adapter.check_forward()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(random_adapter, value):
+    random_adapter.model.model.layers[3].mlp.up_proj.weight.data[0, :5] = value
+    with pytest.raises(UnsupportedModel) as caught:
+        random_adapter.check_forward()
+    assert "model.layers.3.mlp.up_proj.weight holds 5 numbers that are not finite" in str(caught.value)
+    assert "family" not in str(caught.value)
+
+
+def test_an_overflow_of_a_dtype_suggests_another(random_llama, random_tokenizer):
+    model = random_llama.half()
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(6e4)
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(6e4)
+    with pytest.raises(UnsupportedModel) as caught:
+        ModelAdapter(model, random_tokenizer).check_forward()
+    message = str(caught.value)
+    assert "in float16 its logits are not, first in model.layers.1.mlp" in message
+    assert "load it in bfloat16 or float32" in message
+
+
+def test_a_model_whose_logits_are_all_zero_is_taken(random_adapter):
+    random_adapter.model.lm_head.weight.data.zero_()
+    random_adapter.check_forward()
 
 
 def test_a_row_of_ones_own_makes_an_unknown_family_known(random_llama, random_tokenizer):

@@ -1,9 +1,13 @@
 """From a name to a place: what an alias looks at, in which order, and what an error says."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaModel
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import UnsupportedModel
@@ -103,7 +107,9 @@ def test_a_broken_alias_says_how_to_install_it(cache, random_llama):
 def test_the_forward_is_checked_on_loading(folder, random_llama):
     random_llama.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     random_llama.save_pretrained(folder)
-    with pytest.raises(UnsupportedModel, match="its forward differs"):
+    with pytest.raises(
+        UnsupportedModel, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 numbers that are not"
+    ):
         load_model(str(folder))
 
 
@@ -111,3 +117,154 @@ def test_a_folder_that_holds_no_model_is_an_error_in_one_line(tmp_path):
     with pytest.raises(ModelNotFound, match="cannot load") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def rewrite_weights(folder, change):
+    """Save the folder's weights anew after `change` of a dict of them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rewrite_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refused(folder, kind=ModelNotFound):
+    """The message, of one line, with which a folder is refused."""
+    with pytest.raises(kind) as caught:
+        load_model(str(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert kind is UnsupportedModel or str(caught.value).startswith("cannot load")
+    return str(caught.value)
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def test_a_missing_weight_is_refused(folder, caplog):
+    rewrite_weights(folder, lambda tensors: tensors.pop(DOWN))
+    assert f"the checkpoint lacks {DOWN}," in refused(folder)
+    assert not caplog.records
+
+
+def test_a_missing_head_is_refused_unless_it_is_tied_to_the_embedding(folder):
+    rewrite_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "the checkpoint lacks lm_head.weight," in refused(folder)
+    rewrite_config(folder, tie_word_embeddings=True)
+    adapter = load_model(str(folder))
+    assert adapter.head.weight.data_ptr() == adapter.model.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_config_of_more_or_fewer_layers_is_refused(folder):
+    rewrite_config(folder, num_hidden_layers=5)
+    assert "the checkpoint lacks model.layers.4.input_layernorm.weight" in refused(folder)
+    rewrite_config(folder, num_hidden_layers=3)
+    assert "the checkpoint holds model.layers.3.input_layernorm.weight" in refused(folder)
+    assert "and 6 more, which config.json does not know" in refused(folder)
+
+
+def test_a_config_of_another_width_is_refused(folder):
+    rewrite_config(folder, intermediate_size=40)
+    assert "weights have other sizes than config.json says: model.layers.0.mlp.down_proj.weight" in refused(folder)
+
+
+def test_a_weight_too_much_in_a_decoder_layer_is_refused(folder):
+    rewrite_weights(folder, lambda tensors: tensors.update({"model.layers.2.self_attn.q_proj.bias": torch.ones(32)}))
+    assert "the checkpoint holds model.layers.2.self_attn.q_proj.bias" in refused(folder)
+
+
+def test_towers_draft_heads_and_computed_buffers_are_no_fault(folder):
+    extra = {
+        "vision_tower.layers.0.weight": torch.ones(2),
+        "medusa_head.0.weight": torch.ones(2),
+        "mtp.layers.0.weight": torch.ones(2),
+        "model.layers.4.eh_proj.weight": torch.ones(2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    rewrite_weights(folder, lambda tensors: tensors.update(extra))
+    rewrite_config(folder, num_nextn_predict_layers=1)
+    assert load_model(str(folder)).n_layers == 4
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_copy(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    assert "holds no tokenizer: copy tokenizer.json" in refused(folder)
+
+
+def test_an_adapter_folder_says_what_to_do(folder, tmp_path, random_llama):
+    adapted = get_peft_model(random_llama, LoraConfig(target_modules=["down_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert "holds an adapter" in refused(tmp_path / "adapter")
+    assert "merge" in refused(tmp_path / "adapter")
+    shutil.copy(tmp_path / "adapter" / "adapter_config.json", folder)
+    assert "holds an adapter" in refused(folder)
+
+
+def test_adapter_layers_inside_a_model_are_refused(random_llama, random_tokenizer):
+    adapted = get_peft_model(random_llama, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModel, match="is a wrapper of peft: merge the adapter"):
+        ModelAdapter(adapted, random_tokenizer)
+    with pytest.raises(UnsupportedModel, match=r"has adapter layers in model\.layers\.0\.self_attn\.q_proj"):
+        ModelAdapter(random_llama, random_tokenizer)
+    assert ModelAdapter(adapted.merge_and_unload(), random_tokenizer).n_layers == 4
+
+
+def test_a_wrapped_model_says_what_to_give(random_llama, random_tokenizer):
+    with pytest.raises(UnsupportedModel, match=r"DataParallel .*give what it wraps, model\.module"):
+        ModelAdapter(torch.nn.DataParallel(random_llama), random_tokenizer)
+
+
+def test_a_model_without_a_head_says_how_to_load_it(random_llama, random_tokenizer):
+    with pytest.raises(UnsupportedModel, match="LlamaModel has no language-model head: load it with AutoModelForC"):
+        ModelAdapter(LlamaModel(random_llama.config), random_tokenizer)
+    for other in (torch.nn.Linear(2, 2), "gpt2"):
+        with pytest.raises(UnsupportedModel, match="is no model of transformers"):
+            ModelAdapter(other, random_tokenizer)
+
+
+def test_a_mistyped_name_suggests_the_alias_or_the_neighbour(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelNotFound) as caught:
+        load_model("smolm2-135m")
+    assert "no folder 'smolm2-135m' is here, so it was taken for a hub id (did you mean smollm2-135m?)" in str(
+        caught.value
+    )
+    (tmp_path / "edited").mkdir()
+    with pytest.raises(ModelNotFound, match=r"did you mean .*/edited\?"):
+        resolve(str(tmp_path / "edietd"))
+    with pytest.raises(ModelNotFound, match="no model at runs/first/edited"):
+        resolve("runs/first/edited")
+
+
+def test_a_model_with_code_of_its_own_is_refused_and_nothing_is_asked(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked on the terminal"))
+    rewrite_config(
+        folder, model_type="theirs", auto_map={"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.M"}
+    )
+    (folder / "theirs.py").write_text("raise SystemExit('was run')")
+    assert "needs Python code of its own (trust_remote_code), which is never run" in refused(folder, UnsupportedModel)
+
+
+def test_an_error_of_any_type_is_one_line(folder, monkeypatch):
+    for content in (b"", b"{}", b"not a checkpoint", bytes(range(256)) * 9):
+        (folder / "model.safetensors").write_bytes(content)
+        assert "cannot load" in refused(folder)
+    (folder / "config.json").write_text("[1, 2]")
+    assert "cannot load" in refused(folder)
+
+
+def test_a_file_that_is_overwritten_does_not_change_the_model(folder):
+    file = folder / "model.safetensors"
+    adapter = load_model(str(folder))
+    before = {name: tensor.clone() for name, tensor in adapter.model.state_dict().items()}
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.write(bytes(size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.model.state_dict().items())
+    with file.open("r+b") as opened:
+        opened.truncate(0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.model.state_dict().items())

@@ -1,5 +1,7 @@
 """Text sampled from the model: lengths, repeatability, and the form of context templates."""
 
+import threading
+
 import pytest
 import torch
 
@@ -125,3 +127,30 @@ def test_background_is_whole_windows_that_hold_enough_tokens(random_adapter, n_t
         opener = random_adapter.tokenizer(OPENERS[i % len(OPENERS)])["input_ids"]
         assert ids[: len(opener)] == opener
     assert windows == sample_background(random_adapter, n_tokens, window, 0)
+
+
+def test_the_samples_are_those_of_the_global_generator(random_adapter):
+    """Texts that were sampled with `torch.manual_seed` stay what they were."""
+    ids = torch.tensor([random_adapter.tokenizer("The")["input_ids"]])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        wanted = random_adapter.generate(ids, 20, 10).tolist()
+    assert sample_tokens(random_adapter, ["The"], ids.shape[1] + 20, 10, 3) == wanted
+
+
+def test_another_thread_that_draws_does_not_change_what_is_sampled(random_adapter):
+    alone = sample_tokens(random_adapter, PROMPTS, 20, 10, 3)
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.manual_seed(5)
+            torch.rand(7)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        assert all(sample_tokens(random_adapter, PROMPTS, 20, 10, 3) == alone for _ in range(3))
+    finally:
+        stop.set()
+        thread.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fastedit.methods.closed_form.config import NSEConfig
 from fastedit.model.adapter import ModelAdapter
 from fastedit.runs.identity import compare_machine, machine
 from fastedit.runs.log import RunError, RunLog
-from fastedit.runs.recorder import Recorder
+from fastedit.runs.recorder import Recorder, Settings, describe_run
 
 OLDER = Path(__file__).resolve().parent / "written_by_0.1.0"
 
@@ -80,3 +81,19 @@ def test_a_log_without_a_header_is_no_run(tmp_path: Path) -> None:
         log.append("stream", {})
     with pytest.raises(RunError, match="its first record does not describe a run"):
         Recorder.open(tmp_path / "run")
+
+
+def test_another_config_is_named(fast_editor: Callable[..., Editor], tmp_path: Path) -> None:
+    """Weights alone do not decide what a model says."""
+    editor = fast_editor()
+    settings: Settings = {"method": "nse", "config": editor.config, "seed": 0}
+    header = describe_run(editor.adapter, editor.weights, settings, {}, None)
+    recorder = Recorder.create(tmp_path / "run", header)
+
+    same = editor.model.config
+    vars(same).update(use_cache=False, pad_token_id=7, attention_dropout=0.5)
+    recorder.check(editor.adapter, editor.weights, settings)
+
+    vars(same)["rms_norm_eps"] = 0.1
+    with pytest.raises(RunError, match=r"not the model .*: its config differs: rms_norm_eps is 0\.1, was 1e-0"):
+        recorder.check(editor.adapter, editor.weights, settings)

@@ -81,9 +81,7 @@ class NeuronForm:
 
         Uniform as torch initialises linear layers, and so as published: a and b within 1 / sqrt(d_model), o within
         1 / sqrt(d_ff + 1)"""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            drawn = torch.rand(self.size) * 2 - 1
+        drawn = torch.rand(self.size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         drawn[: -self.d_model] /= self.d_model**0.5
         drawn[-self.d_model :] /= (d_ff + 1) ** 0.5
         return drawn
