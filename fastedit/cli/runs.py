@@ -66,13 +66,18 @@ def _about(record: Record) -> dict[str, Any]:
         ids = [each["case_id"] for each in body["edits"]]
         # A method that optimises nothing has no loss; NaN stands there as text.
         loss = "" if told["loss"] is None else f", loss {float(told['loss']):.3g}"
+        made_with = ", ".join(f"{name} {value}" for name, value in body.get("made_with", {}).items())
+        notes += made_with and f"; made with {made_with}"
         what = f"{counted(len(ids), 'edit', 'edits')} ({_short(ids)}){loss}, {told['seconds']:.1f} s{notes}"
         return {"what": what, "case_ids": ids, "report": told, "bytes": record.size}
     if record.kind == "rewind":
         then = f", then records {_short(body['then'])}" if body["then"] else ""
         return {"what": f"the first {body['keep']} stay{then}"}
     whats = {
-        "run": lambda: f"{body['settings']['method']} on {body['model']['source'] or 'a loaded model'}",
+        "run": lambda: (
+            f"{body['settings']['method']} on {body['model']['source'] or 'a loaded model'}, made with"
+            f" {', '.join(f'{name} {value}' for name, value in body['machine'].items())}"
+        ),
         "stream": lambda: f"{counted(body['n_batches'], 'batch', 'batches')}, on error {body['on_error']}",
         "rejected": lambda: f"batch {body['batch']}: {body['report']['error']}",
         "snapshot": lambda: f"after {counted(body['live'], 'batch', 'batches')}",

@@ -3,7 +3,8 @@
 Kinds of record:
     run        settings, seed, identity of the model, what the method prepared (templates, second moments), versions
     stream     one call of `Editor.edit`: how many batches of which edits
-    batch      a committed batch: what was written, what the state keeps of it (keys), values, the edits, the report
+    batch      a committed batch: what was written, what the state keeps of it (keys), values, the edits, the report;
+               libraries and kernels, where they are not those of the first record
     rejected   a batch that was rolled back, and why
     rewind     from here on the first `keep` live batches are in force, then those of the records `then`
     snapshot   edited weights and state after the first `live` live batches, so that a replay need not read them all
@@ -31,7 +32,7 @@ from fastedit.model.background_text import Source
 from fastedit.model.load import load_model
 from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.fields import completed, recorded
-from fastedit.runs.identity import check_model, compare_machine, identity, machine
+from fastedit.runs.identity import check_model, compare_machine, identity, machine, machine_changes
 from fastedit.runs.log import DamagedRun, Record, RunError, RunLog
 from fastedit.runs.reports import BatchReport
 from fastedit.runtime.hashing import canonical
@@ -281,6 +282,9 @@ class Recorder:
             "report": report,
             "pending": replaced is not None,
         }
+        changes = machine_changes(self.header)
+        if changes:
+            body["made_with"] = {name: now for name, (now, _) in changes.items()}
         return self.log.append("batch", body, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
     def reject(self, number: int, report: Mapping[str, Any], skipped: bool) -> None:
