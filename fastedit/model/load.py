@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from safetensors import SafetensorError
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
+from fastedit.records.files import read_plain
 from fastedit.runtime.cache import cache_folder
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
+
+# Of a config.json that is believed; the deepest models have some hundred.
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def _frozen(model: Any) -> Any:
 
 def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder or hub id."""
+    _check_layer_count(place)
     config = transformers.AutoConfig.from_pretrained(place)
     refuse_quantised(place, config)
 
@@ -171,6 +177,23 @@ def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: A
     tokenizer = transformers.AutoTokenizer.from_pretrained(place)
 
     return model, tokenizer
+
+
+def _check_layer_count(place: str) -> None:
+    """Raises ValueError for a config.json with more layers than any model has: building them would not end.
+
+    Read from the file, because some configs of transformers make a list of all layers."""
+    path = Path(place) / "config.json"
+    if not path.exists():
+        return
+
+    config = json.loads(read_plain(path))
+    inner = config.get("text_config") if isinstance(config, dict) else None
+    for part in (config, inner):
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            count = part.get(name) if isinstance(part, dict) else None
+            if isinstance(count, (int, float)) and count > MOST_LAYERS:
+                raise ValueError(f"{path}: {name} is {count:.0f}, more than {MOST_LAYERS}; correct it")
 
 
 def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, Any]:
