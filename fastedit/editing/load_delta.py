@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import struct
 import warnings
 
@@ -58,6 +59,8 @@ def checksum(tensors: dict[str, torch.Tensor], about: dict[str, str] | None = No
 
 def _read(path: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
     """Parameter -> part -> tensor, and the file's metadata. Raises ValueError for a damaged file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
         data = file.read()
 

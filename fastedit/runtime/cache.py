@@ -18,7 +18,10 @@ def cache_folder() -> Path:
     """The cache folder, which may not exist yet: $FASTEDIT_CACHE if it is set, else ~/.cache/fastedit.
 
     The environment is read at every call."""
-    return Path(os.environ.get("FASTEDIT_CACHE") or Path(os.path.expanduser("~")) / ".cache" / "fastedit")
+    home = os.path.expanduser("~")
+    # A user without a home has no cache: below a device nothing can be read or written, which is told when it is tried.
+    home = os.devnull if home == "~" else home
+    return Path(os.environ.get("FASTEDIT_CACHE") or Path(home) / ".cache" / "fastedit")
 
 
 def store_in_cache(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], required: bool = False) -> None:
