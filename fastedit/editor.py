@@ -126,14 +126,17 @@ class Editor:
         moments: Mapping[int, Tensor] | Source | None = None,
         undo_depth: int = 3,
         progress: bool | None = None,
+        to: int | None = None,
     ) -> Editor:
         """The editor of a run directory with its batches written into the model, ready to go on.
 
         adapter: the unedited model; default: loaded from where the run says it was
         method: the run's method, where it is one of your own
         moments: default: computed from the text that the run names
+        to: write only the first so many batches, which also opens a run whose later ones are damaged; the editor
+            cannot record then
         Raises RunError for no run, DamagedRun for a damaged one, WrongModel for another model."""
-        recorder = Recorder.open(run_dir)
+        recorder = Recorder.open(run_dir, to)
         if method is None and recorder.method_name not in METHODS:
             raise RunError(f"{run_dir}: written by a method of your own, {recorder.method_name!r}; pass it as method=")
         chosen = method_named(recorder.method_name if method is None else method)

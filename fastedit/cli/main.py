@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fastedit.cli import runs
 from fastedit.cli.console import AsJson, Unwritten, emit, errors, given, open_console, refuse, say
+from fastedit.records.files import read_text
 from fastedit.runtime.words import counted
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def edit(
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
         editor = _editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, typed)
 
-        prose = None if text is None else text.read_text(encoding="utf-8")
+        prose = None if text is None else read_text(text)
         watching = _watching(editor, records, watch, prose)
         guard = _guard(records, canaries, max_growth)
         run = editor.edit(records, batch_size, on_error, on_invalid, watching or (), run_dir, resume, guard)
@@ -325,7 +326,7 @@ def evaluate_command(
         from fastedit.records.check import check_edits
 
         records = _records(console, edits, start, limit, form, target_field, on_invalid)
-        prose = None if text is None else text.read_text(encoding="utf-8")
+        prose = None if text is None else read_text(text)
         if meg is not None:
             from fastedit.cli import meg as command
 

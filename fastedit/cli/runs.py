@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastedit.runs.recorder import Recorder
 
 RunDir = Annotated[Path, typer.Argument(help="run directory, as given to edit --run-dir")]
+To = Annotated[int | None, typer.Option("--to", min=0, help="only the first so many batches, before a damaged one")]
 Onto = Annotated[str | None, typer.Option("--onto", help="the unedited model; default: where it was loaded from")]
 
 
@@ -31,16 +32,17 @@ def log(
     verify: Annotated[bool, typer.Option("--verify", help="check every byte of every file")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what was recorded, and what of it is in force."""
+    """List what was recorded, and what of it is in force. Of a damaged run, what can be read; then the damage."""
     with errors(open_console()):
+        from fastedit.runs.log import DamagedRun
         from fastedit.runs.recorder import Recorder
 
-        recorder = Recorder.open(run_dir)
-        if verify:
-            recorder.log.verify()
+        recorder = Recorder.open(run_dir, up_to_damage=True)
+        damaged = recorder.log.damaged() if verify else {}
         live = {record.number for record in recorder.live}
         rows = [
             {"record": r.number, "time": r.body["time"], "kind": r.kind, "in_force": r.number in live, **_about(r)}
+            | ({"damage": str(damaged[r.number])} if r.number in damaged else {})
             for r in recorder.log.records
         ]
         n_edits = sum(len(record.body["edits"]) for record in recorder.live)
@@ -49,7 +51,12 @@ def log(
         ]
         batches, edits = counted(len(live), "batch", "batches"), counted(n_edits, "edit", "edits")
         text.append(f"in force (*): {batches} with {edits}")
-        emit(as_json, {"records": rows, "batches": len(live), "edits": n_edits}, "\n".join(text))
+        data = {"records": rows, "batches": len(live), "edits": n_edits, "made_with": dict(recorder.header["machine"])}
+        wrong = [str(error) for error in (*damaged.values(), recorder.log.damage) if error is not None]
+        emit(as_json, data | ({"damage": wrong} if wrong else {}), "\n".join(text))
+
+        if wrong:
+            raise DamagedRun("\n".join(wrong))
 
 
 def _about(record: Record) -> dict[str, Any]:
@@ -60,13 +67,18 @@ def _about(record: Record) -> dict[str, Any]:
         ids = [edit["case_id"] for edit in body["edits"]]
         # A method that optimises nothing has no loss; NaN stands there as text.
         loss = "" if report["loss"] is None else f", loss {float(report['loss']):.3g}"
+        made_with = ", ".join(f"{name} {value}" for name, value in body.get("made_with", {}).items())
+        notes += made_with and f"; made with {made_with}"
         what = f"{counted(len(ids), 'edit', 'edits')} ({_short(ids)}){loss}, {report['seconds']:.1f} s{notes}"
         return {"what": what, "case_ids": ids, "report": report, "bytes": record.size}
     if record.kind == "rewind":
         then = f", then records {_short(body['then'])}" if body["then"] else ""
         return {"what": f"the first {body['keep']} stay{then}"}
     whats = {
-        "run": lambda: f"{body['settings']['method']} on {body['model']['source'] or 'a loaded model'}",
+        "run": lambda: (
+            f"{body['settings']['method']} on {body['model']['source'] or 'a loaded model'}, made with"
+            f" {', '.join(f'{name} {value}' for name, value in body['machine'].items())}"
+        ),
         "stream": lambda: f"{counted(body['n_batches'], 'batch', 'batches')}, on error {body['on_error']}",
         "rejected": lambda: f"batch {body['batch']}: {body['report']['error']}",
         "outcome": lambda: (
@@ -81,10 +93,10 @@ def _short(items: list[Any]) -> str:
     return ", ".join(map(str, items[:3])) + (f", ... {items[-1]}" if len(items) > 3 else "")
 
 
-def diff(run_dir: RunDir, onto: Onto = None, as_json: AsJson = False) -> None:
+def diff(run_dir: RunDir, to: To = None, onto: Onto = None, as_json: AsJson = False) -> None:
     """Say what the edits in force changed: per layer the norm of the change, and the neurons it touches."""
     with errors(open_console()):
-        editor = _editor(run_dir, onto)
+        editor = _editor(run_dir, onto, to)
         layers: dict[int, dict[str, Any]] = {}
         lines = [f"{'layer':>5}  {'|change|':>9}  {'share':>7}  {'neurons':>8}  most changed"]
         for layer in editor.weights.layers:
@@ -134,13 +146,15 @@ def undo(
             return
         from fastedit.runs.recorder import Recorder
 
-        recorder = Recorder.open(run_dir)
+        recorder = Recorder.open(run_dir, up_to_damage=to is not None)
         count = len(recorder.live)
         keep = count - last if last is not None else to or 0
-        if not 0 <= keep < count:
+        # What is damaged is set aside even if no batch before it is taken back.
+        most = count if recorder.log.damage is not None else count - 1
+        if not 0 <= keep <= most:
             asked = f"keep {to}" if last is None else f"take {last} back"
             raise ValueError(f"undo: {counted(count, 'batch is', 'batches are')} in force, asked to {asked}")
-        with recorder.log.writing():
+        with recorder.log.writing(rescue=to is not None):
             recorder.rewind(keep)
         text = f"{counted(count - keep, 'batch', 'batches')} taken back, {keep} left"
         emit(as_json, {"batches": keep, "taken_back": count - keep}, text)
@@ -154,12 +168,13 @@ def _case_id(editor: Editor, text: str) -> CaseId:
 def replay(
     run_dir: RunDir,
     save: Annotated[Path, typer.Option(help="folder for the edited model")],
+    to: To = None,
     onto: Onto = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the edits in force into the unedited model once more, and save it."""
     with errors(open_console()):
-        editor = _editor(run_dir, onto)
+        editor = _editor(run_dir, onto, to)
         editor.save_pretrained(save)
         n_edits = len(editor.edits)
         emit(
@@ -188,12 +203,12 @@ def export(
         emit(as_json, exported.to_dict(), str(exported))
 
 
-def _editor(run_dir: Path, onto: str | None) -> Editor:
+def _editor(run_dir: Path, onto: str | None, to: int | None = None) -> Editor:
     from fastedit.editor import Editor
     from fastedit.model.load import load_model
     from fastedit.runs.recorder import Recorder
 
     if onto is None:
-        return Editor.resume(run_dir)
-    recorder: Recorder = Recorder.open(run_dir)
-    return Editor.resume(run_dir, load_model(onto, recorder.header["model"]["dtype"]))
+        return Editor.resume(run_dir, to=to)
+    recorder: Recorder = Recorder.open(run_dir, to)
+    return Editor.resume(run_dir, load_model(onto, recorder.header["model"]["dtype"]), to=to)

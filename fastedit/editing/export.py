@@ -22,6 +22,7 @@ from fastedit.editing import load_delta
 from fastedit.evaluation.answers import answer
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.edit import Edit
+from fastedit.runtime.hashing import canonical
 from fastedit.weights.editable import EditableWeights
 
 Format = Literal["checkpoint", "delta", "lora", "gguf"]
@@ -96,7 +97,10 @@ def export(
         raise ValueError("nothing to export: no weight differs from the unedited model")
 
     place.mkdir(parents=True, exist_ok=True)
-    (_save_delta if form == "delta" else _save_lora)(adapter, place, factors)
+    if form == "delta":
+        _save_delta(adapter, weights, place, factors)
+    else:
+        _save_lora(adapter, place, factors)
 
     error = {layer: _error(weights, layer, *pair) for layer, pair in factors.items()}
     ranks = {layer: len(right) for layer, (_, right) in factors.items()}
@@ -144,8 +148,11 @@ def _factors(weights: EditableWeights, layer: int, rank: int | None) -> tuple[Te
     return (left[:, :kept] * roots).float().contiguous(), wide
 
 
-def _save_delta(adapter: ModelAdapter, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
+def _save_delta(
+    adapter: ModelAdapter, weights: EditableWeights, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]
+) -> None:
     tensors = {}
+    base_sha256 = {}
     for layer, (left, right) in factors.items():
         name, transposed = adapter.weight_name(layer), _is_transposed(adapter, layer)
         if left.numel() + right.numel() >= left.shape[0] * right.shape[1]:
@@ -154,7 +161,15 @@ def _save_delta(adapter: ModelAdapter, folder: Path, factors: dict[int, tuple[Te
         else:
             tensors[f"{name}/left"] = (right.T if transposed else left).contiguous()
             tensors[f"{name}/right"] = (left.T if transposed else right).contiguous()
-    save_file(tensors, folder / "delta.safetensors", {"format": "pt"})
+        base = adapter.oriented(layer, weights.original(layer))
+        base_sha256[name] = {
+            str(dtype): load_delta.checksum({name: base.to(dtype)})
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        }
+
+    about = {"format": "pt", "base_sha256": canonical(base_sha256)}
+    about["sha256"] = load_delta.checksum(tensors, about)
+    save_file(tensors, folder / "delta.safetensors", about)
     shutil.copy(load_delta.__file__, folder / "load_delta.py")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastedit.config import MomentConfig
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.sampling import sample_background
+from fastedit.records.files import read_plain, read_text
 from fastedit.runtime.progress import track
 
 
@@ -27,7 +28,7 @@ class Source:
         if self.path is None:
             return f"sampled from the model, seed {self.seed}"
 
-        return f"text file, sha256 {hashlib.sha256(self.path.read_bytes()).hexdigest()}"
+        return f"text file, sha256 {hashlib.sha256(read_plain(self.path)).hexdigest()}"
 
     def windows(self, model: ModelAdapter, config: MomentConfig, show: bool | None) -> list[list[int]]:
         """Windows of token ids, config.tokens tokens in all.
@@ -48,7 +49,7 @@ class Source:
 
 def _read_tokens(model: ModelAdapter, path: Path, n_tokens: int) -> list[int]:
     """The first n_tokens token ids of a text file. Raises ValueError if it holds no text."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     ids: list[int] = []
 
     # Tokenising paragraph by paragraph keeps memory flat; a tokenizer never merges across a blank line.

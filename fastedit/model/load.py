@@ -17,6 +17,7 @@ import torch
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
+from fastedit.records.files import read_plain
 from fastedit.runtime.cache import cache_folder
 from fastedit.runtime.free_memory import is_out_of_memory
 
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
+
+# Of a config.json that is believed; the deepest models have some hundred.
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,7 @@ def _frozen(model: Any) -> Any:
 
 def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder or hub id."""
+    _check_layer_count(place)
     _refuse_adapter(Path(place))
     config = _own_code_refused(transformers.AutoConfig, place)
     refuse_quantised(place, config)
@@ -355,6 +360,23 @@ def _is_of_decoder(name: str, model: Any) -> bool:
             return not (number.isdigit() and int(number) in drafted)
 
     return False
+
+
+def _check_layer_count(place: str) -> None:
+    """Raises ValueError for a config.json with more layers than any model has: building them would not end.
+
+    Read from the file, because some configs of transformers make a list of all layers."""
+    path = Path(place) / "config.json"
+    if not path.exists():
+        return
+
+    config = json.loads(read_plain(path))
+    inner = config.get("text_config") if isinstance(config, dict) else None
+    for part in (config, inner):
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            count = part.get(name) if isinstance(part, dict) else None
+            if isinstance(count, (int, float)) and count > MOST_LAYERS:
+                raise ValueError(f"{path}: {name} is {count:.0f}, more than {MOST_LAYERS}; correct it")
 
 
 def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -17,10 +17,14 @@ from typing import Any
 
 from fastedit.records.check import OnInvalid, check_on_invalid, claim_case_id, with_case_id
 from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem, case_id_of, show, unknown_field
+from fastedit.records.files import read_plain
 from fastedit.records.forms import READERS, Reader
 
 # The similarity from which a name counts as a known one misspelt: `rephrse` does, `subject_id` does not.
 MISSPELT = 0.85
+
+# Bytes of a line of a .jsonl file. The longest published records have some ten thousand.
+LONGEST_LINE = 10_000_000
 
 
 def _records(source: str) -> Iterator[tuple[int, Any]]:
@@ -40,8 +44,7 @@ def _read_file(source: str) -> bytes:
     message = ""
 
     try:
-        with open(source, "rb") as file:
-            data = file.read().removeprefix(codecs.BOM_UTF8)
+        data = read_plain(source).removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError:
         message = "no such file"
     except OSError as error:
@@ -79,6 +82,9 @@ def _json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
     # Only "\n" ends a line. str.splitlines would also cut at separators that JSON strings may contain.
     for line, raw in enumerate(data.split(b"\n"), 1):
         if not raw.strip():
+            continue
+        if len(raw) > LONGEST_LINE:
+            yield line, Problem(f"has {len(raw) / 1e6:.0f} MB, a record at most {LONGEST_LINE / 1e6:.0f} MB", line=line)
             continue
 
         try:

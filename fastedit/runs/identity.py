@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastedit.model.adapter import ModelAdapter
+from fastedit.ops import cpp
+from fastedit.ops._dispatch import PACKAGES, wanted
 from fastedit.runs.log import RunError
 from fastedit.runtime.hashing import canonical, tensor_bytes, tensors_hash
 
@@ -99,12 +102,45 @@ def _config_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def machine() -> dict[str, Any]:
     """What the bits of a result depend on besides the model."""
     return {
+        "fastedit": _own_version(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": version("transformers"),
         "safetensors": version("safetensors"),
         "processor": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "backend": wanted() or "automatic",
+        "kernels": _kernels(),
+    }
+
+
+def _own_version() -> str:
+    try:
+        return version("fastedit")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _kernels() -> str:
+    """The kinds of kernels that run in this process, and the instruction set of those in C++."""
+    kinds = [name for name, package in PACKAGES.items() if importlib.import_module(package).missing() is None]
+    if "cpp" not in kinds:
+        return ", ".join(kinds) or "none"
+
+    number, _ = cpp.setting()
+    return ", ".join([*kinds[:-1], f"cpp {cpp.compiled().ISAS[number]}"])
+
+
+def machine_changes(header: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What `machine` says now and what the run says, by name, where the two differ.
+
+    What a run of an earlier version does not say is no difference. Neither is the version of fastedit: its results stay
+    the same."""
+    was = header["machine"]
+    now = machine()
+    return {
+        name: (now[name], was[name]) for name in now if name != "fastedit" and name in was and now[name] != was[name]
     }
 
 
@@ -131,10 +167,7 @@ def check_model(header: Mapping[str, Any], model: ModelAdapter, weights: Editabl
 
 
 def compare_machine(header: Mapping[str, Any]) -> None:
-    """Warn when the run began on another kind of machine or with other libraries."""
-    was = header["machine"]
-    now = machine()
-
-    changes = [f"{name} {now[name]} instead of {was[name]}" for name in now if name in was and now[name] != was[name]]
+    """Warn when the run began on another kind of machine, with other libraries or with other kernels."""
+    changes = [f"{name} {now} instead of {was}" for name, (now, was) in machine_changes(header).items()]
     if changes:
         log.warning("results may differ in their last bits from an uninterrupted run: %s", ", ".join(changes))

@@ -5,9 +5,12 @@
     lock                 held by the one process that writes
 
 A record is written to a file of another name, synced and renamed, and the folder is synced: now it is committed. Then
-its line is appended and synced. A file without its line is taken up when the run is next opened, so a log that was cut
-short or lost is rebuilt from the files. Any other difference is damage, and the error names the file. No file is a
-pickle.
+its line is appended and synced. A file without its line counts as well, and the next writer adds the line, so a log
+that was cut short or lost is rebuilt from the files. Any other difference is damage, and the error names the file. No
+file is a pickle.
+
+Reading takes no lock and writes nothing. A damaged run can be read up to the damage (`up_to_damage`), and a writer can
+set aside what is damaged and go on from there (`writing(rescue=True)`).
 
 The body of record 0 holds the format number of the run. It goes up when an older version of fastedit would misread the
 directory; a new setting or a new field of an edit needs no new number, see :mod:`fastedit.runs.fields`. The line and
@@ -21,8 +24,11 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +45,11 @@ log = logging.getLogger(__name__)
 # Of new runs, and the newest that can be read. Runs of fastedit 0.1.0 hold no number in their body: they have format 1.
 FORMAT = 1
 LOG = "log.jsonl"
+LOCK = "lock"
+# Folder for what a rescue sets aside; a number follows where it exists already.
+ASIDE = "damaged"
+REPAIR = "restore the file, or take the run back to before it (fastedit undo --to N)"
+_RECORD_FILE = re.compile(r"\d{6,}\.safetensors")
 
 
 class RunError(ValueError):
@@ -84,15 +95,18 @@ class Record:
 class RunLog:
     """The records of one run directory. `RunLog(folder)` reads; `append` works only inside `writing()`.
 
+    up_to_damage: read the records before the first that cannot be read; `damage` says why
     Raises RunError for a folder without a run or with one of a newer format, DamagedRun for lines that are not what was
-    written."""
+    written, and for records that are missing before others."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, up_to_damage: bool = False) -> None:
         self._start(folder, opened=False)
         self.reload()
 
         if not is_run(self.folder):
             raise RunError(f"{self.folder}: holds no run")
+        if self.damage is not None and not up_to_damage:
+            raise self.damage
 
     @classmethod
     def create(cls, folder: str | Path) -> RunLog:
@@ -102,7 +116,7 @@ class RunLog:
         created._start(folder, opened=True)
 
         # A process that was killed before it committed its first record leaves no more than these behind.
-        leftovers = {"lock", created.path(0).with_suffix(".partial").name}
+        leftovers = {LOCK, created.path(0).with_suffix(".partial").name}
         if created.folder.is_dir() and any(entry.name not in leftovers for entry in created.folder.iterdir()):
             raise RunError(f"{folder}: must be empty or absent, and holds other files")
 
@@ -113,10 +127,14 @@ class RunLog:
         """opened: whether this object has held the lock, or begins the run."""
         self.folder = Path(folder)
         self.records: list[Record] = []
-        # Bytes of the log up to the end of its last whole line.
+        # Why the records after these cannot be read.
+        self.damage: DamagedRun | None = None
+        # Records that have a line, and bytes of the log up to the end of the last one.
+        self._n_lines = 0
         self._size = 0
         self._opened = opened
-        self._is_writing = False
+        self._refused: str | None = None
+        self._held: _Held | None = None
 
     @property
     def format(self) -> int:
@@ -132,13 +150,28 @@ class RunLog:
         """The file of a record."""
         return self.folder / f"{number:06d}.safetensors"
 
+    def rely(self) -> None:
+        """Weights are made from what was read: refuse to write when others have written since."""
+        self._opened = True
+
+    def refuse_writing(self, why: str) -> None:
+        """From now on `writing` raises RunError with this message."""
+        self._refused = why
+
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, rescue: bool = False) -> Iterator[None]:
         """Hold the run's lock. What a crash left behind is mended first, with a warning.
 
-        Raises LockedRun when another process or editor holds the lock; RunError when one of them has written since this
-        object last read."""
-        lock = FileLock(self.folder / "lock")
+        rescue: records after a damaged or missing one are moved into a folder, with a warning, and the run goes on from
+            the record before it
+        Raises LockedRun when another process or editor holds the lock; DamagedRun; RunError when others have written
+        since this object last read, or when a file of the run is no plain file."""
+        if self._refused is not None:
+            raise RunError(self._refused)
+        for name in (LOCK, LOG):
+            _check_plain(self.folder / name)
+
+        lock = FileLock(self.folder / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -147,26 +180,32 @@ class RunLog:
         try:
             known = self.chain
             self.reload()
+            was_damaged = self.damage is not None
+            if self.damage is not None:
+                self._set_aside(rescue)
             self._mend()
 
             # The weights of the editor that holds this object lack records that others wrote, and records that this
             # process failed to write and could not remove.
-            if self._opened and self.chain != known:
+            rebuilt = was_damaged and known in ("", *(record.chain for record in self.records))
+            if self._opened and self.chain != known and not rebuilt:
                 raise RunError(f"{self.folder}: holds records that were not written from here; open it again")
 
             self._opened = True
-            self._is_writing = True
+            self._held = _Held(_which_file(self.folder / LOCK), self._names())
             yield
         finally:
-            self._is_writing = False
+            self._held = None
             lock.release()
 
     def append(self, kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Record:
         """Commit a record; when this returns it is on the disk.
 
-        Raises RunWriteError when it could not be written; the run is then as it was."""
-        if not self._is_writing:
+        Raises RunWriteError when it could not be written; the run is then as it was. Raises RunError, with nothing
+        written, when the lock or a file of the run was deleted or changed by others in the meantime."""
+        if self._held is None:
             raise RunError(f"{self.folder}: a record can be appended inside `writing()` only")
+        self._check_held(self._held)
 
         record, payload = self._encode(kind, body, dict(tensors or {}))
         path = self.path(record.number)
@@ -183,7 +222,23 @@ class RunLog:
             raise RunWriteError(error.errno, f"{path}: not written ({why}); the run stands") from error
 
         self.records.append(record)
+        self._n_lines += 1
+        self._held.names.update((path.name, LOG))
         return record
+
+    def _check_held(self, held: _Held) -> None:
+        """Raise RunError when others have touched the folder since the lock was taken."""
+        lock = self.folder / LOCK
+        if _which_file(lock) != held.lock:
+            raise RunError(f"{lock}: was deleted or replaced while this process was writing; open the run again")
+
+        gone = sorted(held.names - self._names())
+        if gone:
+            raise DamagedRun(f"{self.folder}: {_some(gone)} vanished while this process was writing; restore the files")
+
+        path = self.folder / LOG
+        if (path.stat().st_size if path.is_file() else 0) != self._size:
+            raise DamagedRun(f"{path}: was changed while this process was writing; open the run again")
 
     def _encode(self, kind: str, body: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Record, bytes]:
         """The next record, and the bytes of its file."""
@@ -208,26 +263,85 @@ class RunLog:
         # Copied: a tensor inside a larger buffer need not be aligned as torch aligns its own, and BLAS may then differ.
         return {name: tensor.clone() for name, tensor in load(payload).items()}
 
+    def damaged(self) -> dict[int, DamagedRun]:
+        """Numbers of the records whose files are missing or hold other bytes, and what is wrong with each."""
+        wrong = {}
+        for record in self.records:
+            try:
+                self.tensors(record.number)
+            except DamagedRun as error:
+                wrong[record.number] = error
+        return wrong
+
     def verify(self) -> None:
         """Check every byte of every record. Raises DamagedRun naming the first file that differs."""
-        for record in self.records:
-            self.tensors(record.number)
+        for error in self.damaged().values():
+            raise error
 
     def reload(self) -> None:
-        """Read the log anew, without a torn last line. Raises DamagedRun, and RunError for a newer format."""
+        """Read the run anew: the lines of the log without a torn last one, then the files that have no line.
+
+        Where that comes to an end too early, `damage` says why. Raises RunError for a newer format."""
+        self.records = []
+        self.damage = None
+        self._size = self._n_lines = 0
+
+        try:
+            self._read_lines()
+            self._take_up()
+        except DamagedRun as error:
+            self.damage = error
+
+    def _read_lines(self) -> None:
         path = self.folder / LOG
         data = _read(path) if path.is_file() else b""
         whole = data[: data.rfind(b"\n") + 1]
 
-        self.records = []
-        self._size = 0
         for raw in (line + b"\n" for line in whole.split(b"\n")[:-1]):
             # A block that never reached the disk reads as zeros.
             if b"\0" in raw and self._size + len(raw) == len(whole):
                 break
 
             self.records.append(self._parse(raw))
+            self._n_lines += 1
             self._size += len(raw)
+
+    def _take_up(self) -> None:
+        """Read the records that have no line. Raises DamagedRun for one that is damaged, or missing before others."""
+        while later := self._files_after_lines():
+            number = len(self.records)
+            path = self.path(number)
+            # Of a missing first record, no file may be said to follow anything.
+            if not path.is_file():
+                raise DamagedRun(
+                    f"{path}: is missing, and {LOG} has no line for it; {_some(later)} cannot be read without it and"
+                    f" {'is' if len(later) == 1 else 'are'} kept; {REPAIR}"
+                )
+
+            try:
+                self.records.append(self._from_file(number))
+            except DamagedRun as error:
+                kept = [name for name in later if name != path.name]
+                follows = f"; {_some(kept)} cannot be read without it" if kept else ""
+                raise DamagedRun(f"{error}{follows}; {REPAIR}") from None
+
+        if self.records and self._n_lines == 0:
+            log.warning(
+                "%s: is lost or empty, read from the record files up to %s; later ones, if there were any, are lost",
+                self.folder / LOG,
+                self.path(len(self.records) - 1).name,
+            )
+
+    def _files_after_lines(self) -> list[str]:
+        """Names of the record files after the records read so far, in order."""
+        if not self.folder.is_dir():
+            return []
+        first = self.path(len(self.records)).name
+        return sorted(name for name in self._names() if name != LOG and name >= first)
+
+    def _names(self) -> set[str]:
+        """Names of the log and of all record files."""
+        return {name for name in os.listdir(self.folder) if name == LOG or _RECORD_FILE.fullmatch(name)}
 
     def _parse(self, raw: bytes) -> Record:
         """The record of a line."""
@@ -250,22 +364,47 @@ class RunLog:
         return replace(record, size=path.stat().st_size if path.is_file() else 0)
 
     def _mend(self) -> None:
-        """Cut a torn tail, take up records whose line is missing, remove what was never committed."""
+        """Cut a torn tail, add the missing lines of records, remove what was never committed."""
         path = self.folder / LOG
         size = path.stat().st_size if path.is_file() else 0
         if size != self._size:
             log.warning("%s: cut a torn tail of %d bytes", path, size - self._size)
-            with open(path, "r+b") as file:
-                file.truncate(self._size)
+            _truncate(path, self._size)
 
-        while self.path(len(self.records)).is_file():
-            record = self._from_file(len(self.records))
+        for record in self.records[self._n_lines :]:
             self._append_line(record)
-            self.records.append(record)
+            self._n_lines += 1
             log.warning("%s: record %d had no line, taken up from its file", path, record.number)
 
         for partial in self.folder.glob("*.partial"):
             partial.unlink()
+
+    def _set_aside(self, rescue: bool) -> None:
+        """Go on before the damage: rebuild a damaged log from the files, move files that cannot be read into a folder.
+
+        Raises the damage unless `rescue`."""
+        if self.damage is None or not rescue:
+            raise self.damage or RunError(f"{self.folder}: nothing to rescue")
+
+        aside = self._new_aside()
+        path = self.folder / LOG
+        if path.is_file():
+            shutil.copyfile(path, aside / LOG)
+            _truncate(path, self._size)
+
+        self.reload()
+        moved = self._files_after_lines() if self.damage is not None else []
+        for name in reversed(moved):
+            (self.folder / name).rename(aside / name)
+
+        self.damage = None
+        log.warning("%s: damaged; set aside in %s: %s", self.folder, aside, ", ".join(os.listdir(aside)) or "nothing")
+
+    def _new_aside(self) -> Path:
+        taken = sum(1 for entry in self.folder.iterdir() if entry.name.startswith(ASIDE))
+        aside = self.folder / (f"{ASIDE}-{taken + 1}" if taken else ASIDE)
+        aside.mkdir()
+        return aside
 
     def _from_file(self, number: int) -> Record:
         """A record that has no line."""
@@ -281,7 +420,7 @@ class RunLog:
             number_of_format = self.format if number else _format(body)
             is_sound = about["format"] == _format_text(number_of_format)
             is_sound = is_sound and body["tensors_sha256"] == tensors_hash(load(payload))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedRun(f"{path}: is damaged ({error!r})") from None
 
         if not is_sound or previous != self.chain:
@@ -294,7 +433,7 @@ class RunLog:
         path = self.folder / LOG
         is_new = not path.exists()
 
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             _write_all(handle, record.line)
             os.fsync(handle)
@@ -308,16 +447,30 @@ class RunLog:
     def _take_back(self, path: Path) -> None:
         """After a failed write, remove every part of the record. What cannot be removed now is mended later."""
         with contextlib.suppress(OSError):
-            os.truncate(self.folder / LOG, self._size)
+            _truncate(self.folder / LOG, self._size)
 
         for part in (path, path.with_suffix(".partial")):
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a writer found when it took the lock.
+
+    lock: which file the lock is; names: of the run's files, and of those written since
+    """
+
+    lock: tuple[int, int] | None
+    names: set[str]
+
+
 def is_run(folder: str | Path) -> bool:
     """Whether the folder holds a run, or what is left of one."""
-    return (Path(folder) / LOG).is_file() or (Path(folder) / "000000.safetensors").is_file()
+    place = Path(folder)
+    if not place.is_dir():
+        return False
+    return (place / LOG).is_file() or any(_RECORD_FILE.fullmatch(name) for name in os.listdir(place))
 
 
 def check_new(folder: str | Path) -> None:
@@ -362,8 +515,41 @@ def _read(path: Path) -> bytes:
         raise DamagedRun(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def _check_plain(path: Path) -> None:
+    """Raise RunError for a link, pipe or device in place of a file: writing would change or wait for another file."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else "no plain file"
+        raise RunError(f"{path}: is {kind}, and nothing is written through it; put the file itself there")
+
+
+def _which_file(path: Path) -> tuple[int, int] | None:
+    """Device and number of a file, None where there is none."""
+    try:
+        about = path.lstat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
+
+
+def _truncate(path: Path, size: int) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        os.ftruncate(handle, size)
+    finally:
+        os.close(handle)
+
+
 def _write_synced(path: Path, payload: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
     try:
         _write_all(handle, payload)
         os.fsync(handle)

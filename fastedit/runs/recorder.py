@@ -3,7 +3,8 @@
 Kinds of record:
     run        settings, seed, identity of the model, what the method prepared (templates, second moments), versions
     stream     one call of `Editor.edit`: how many batches of which edits
-    batch      a committed batch: what was written, what the state keeps of it (keys), values, the edits, the report
+    batch      a committed batch: what was written, what the state keeps of it (keys), values, the edits, the report;
+               libraries and kernels, where they are not those of the first record
     rejected   a batch that was rolled back, and why
     rewind     from here on the first `keep` live batches are in force, then those of the records `then`
     snapshot   edited weights and state after the first `live` live batches, so that a replay need not read them all
@@ -13,7 +14,6 @@ A live batch is one that is in force: committed, and not taken back since.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -32,8 +32,8 @@ from fastedit.model.background_text import Source
 from fastedit.model.load import load_model
 from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.fields import completed, recorded
-from fastedit.runs.identity import check_model, compare_machine, identity, machine
-from fastedit.runs.log import LockedRun, Record, RunError, RunLog
+from fastedit.runs.identity import check_model, compare_machine, identity, machine, machine_changes
+from fastedit.runs.log import DamagedRun, Record, RunError, RunLog
 from fastedit.runs.reports import BatchReport
 from fastedit.runtime.hashing import canonical
 from fastedit.weights.trial import Trial, replay
@@ -58,10 +58,14 @@ class Settings(TypedDict):
 
 
 class Recorder:
-    """One run directory, as an editor uses it. Records are appended inside `self.log.writing()` only."""
+    """One run directory, as an editor uses it. Records are appended inside `self.log.writing()` only.
 
-    def __init__(self, runlog: RunLog) -> None:
+    keep: take only the first batches in force for live; nothing can be written then
+    """
+
+    def __init__(self, runlog: RunLog, keep: int | None = None) -> None:
         self.log = runlog
+        self._keep = keep
         if not runlog.records or runlog.records[0].kind != "run":
             raise RunError(f"{runlog.folder}: its first record does not describe a run")
 
@@ -74,12 +78,31 @@ class Recorder:
         return cls(runlog)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Recorder:
-        """A run that exists. What a crash left behind is mended, unless the run is locked or cannot be written."""
-        runlog = RunLog(folder)
-        with contextlib.suppress(LockedRun, PermissionError), runlog.writing():
-            pass
-        return cls(runlog)
+    def open(cls, folder: str | Path, keep: int | None = None, up_to_damage: bool = False) -> Recorder:
+        """A run that exists, as it stands on the disk: nothing is locked and nothing is written.
+
+        keep: only the first so many batches in force are wanted; a damage after them is a warning
+        up_to_damage: read the records before the first that cannot be read, see `RunLog.damage`
+        Raises DamagedRun, RunError for no run or for fewer batches than `keep`."""
+        runlog = RunLog(folder, up_to_damage or keep is not None)
+        if runlog.damage is not None and not runlog.records:
+            raise runlog.damage
+
+        runlog.rely()
+        recorder = cls(runlog)
+        return recorder if keep is None else recorder._cut(keep)
+
+    def _cut(self, keep: int) -> Recorder:
+        """The run up to its first `keep` batches in force, for reading alone."""
+        count = len(self.live)
+        if not 0 <= keep <= count:
+            why = "" if self.log.damage is None else f"; {self.log.damage}"
+            raise RunError(f"{self.log.folder}: {count} batches are in force, asked for the first {keep}{why}")
+
+        if self.log.damage is not None:
+            log.warning("the first %d batches are read; %s", keep, self.log.damage)
+        self.log.refuse_writing(f"{self.log.folder}: only its first {keep} batches were opened, for reading")
+        return Recorder(self.log, keep)
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -129,7 +152,7 @@ class Recorder:
                 live.append(record)
             elif record.kind == "rewind":
                 live = live[: record.body["keep"]] + [self.log.records[number] for number in record.body["then"]]
-        return live
+        return live[: self._keep]
 
     @property
     def streams(self) -> list[Record]:
@@ -195,7 +218,21 @@ class Recorder:
         check_model(self.header, model, weights)
         self._check_settings(settings)
         compare_machine(self.header)
-        self.log.verify()
+        self.verify()
+
+    def verify(self) -> None:
+        """Check every byte of every record. Raises DamagedRun naming the first file that differs and is needed by what
+        is in force; one that nothing needs is a warning."""
+        live = self.live
+        needed = [self.log.records[0].number, *(record.number for record in live)]
+        damaged = self.log.damaged()
+
+        for number in needed:
+            if number in damaged:
+                n_sound = needed.index(number) - 1
+                raise DamagedRun(f"{damaged[number]}{_ways_out(n_sound)}")
+        for error in damaged.values():
+            log.warning("%s; nothing in force needs it", error)
 
     def _check_settings(self, settings: Settings) -> None:
         """Raise RunError naming every setting that differs from the run's, with both values."""
@@ -245,6 +282,9 @@ class Recorder:
             "report": report,
             "pending": replaced is not None,
         }
+        changes = machine_changes(self.header)
+        if changes:
+            body["made_with"] = {name: now for name, (now, _) in changes.items()}
         return self.log.append("batch", body, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
     def reject(self, number: int, report: Mapping[str, Any], skipped: bool) -> None:
@@ -348,9 +388,17 @@ class Recorder:
         """The last snapshot whose batches are the first of these."""
         for record in reversed(self.log.records):
             n_live = record.body.get("live", 0) if record.kind == "snapshot" else 0
-            if 0 < n_live <= len(live) and live[n_live - 1].number == record.body["last"]:
+            if 0 < n_live <= len(live) and live[n_live - 1].number == record.body["last"] and self._is_sound(record):
                 return record
         return None
+
+    def _is_sound(self, record: Record) -> bool:
+        """Whether the file of a record holds what was written."""
+        try:
+            self.log.tensors(record.number)
+        except DamagedRun:
+            return False
+        return True
 
 
 def describe_run(
@@ -392,6 +440,16 @@ def _snapshot_size(
         n_columns = d_ff if index is None else len(index)
         size += d_model * n_columns * weights.working_dtype(layer).itemsize
     return size
+
+
+def _ways_out(n_sound: int) -> str:
+    """What remains of a run whose first `n_sound` batches in force are whole."""
+    if n_sound < 0:
+        return "; restore the file"
+    return (
+        f"; the first {n_sound} batches in force are sound: restore the file, or take the rest back"
+        f" (fastedit undo --to {n_sound})"
+    )
 
 
 def _after(live: Sequence[Record], snapshot: Record | None) -> Sequence[Record]:

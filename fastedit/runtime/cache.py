@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
     """The cache folder, which may not exist yet: $FASTEDIT_CACHE if it is set, else ~/.cache/fastedit.
 
     The environment is read at every call."""
-    return Path(os.environ.get("FASTEDIT_CACHE") or Path.home() / ".cache" / "fastedit")
+    home = os.path.expanduser("~")
+    # A user without a home has no cache: below a device nothing can be read or written, which is told when it is tried.
+    home = os.devnull if home == "~" else home
+    return Path(os.environ.get("FASTEDIT_CACHE") or Path(home) / ".cache" / "fastedit")
+
+
+def store_in_cache(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], required: bool = False) -> None:
+    """Write a safetensors file in one atomic step. about: its metadata
+
+    required: raise where it cannot be written; otherwise that is a warning, and the work goes on without the file"""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), partial, dict(about))
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        if required:
+            raise OSError(f"{path}: not written ({error})") from error
+        log.warning(
+            "%s: not written (%s); going on without it, and what it would hold is computed again next time;"
+            " FASTEDIT_CACHE names another folder for the cache",
+            path,
+            error,
+        )

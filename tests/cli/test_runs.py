@@ -152,3 +152,36 @@ def test_damage_is_named(folder: str) -> None:
         done = run(*command)
         assert done.exit_code == 2
         assert "000002.safetensors" in done.output
+
+
+@pytest.mark.parametrize("fault", ["record", "record gone, log lost", "log line"])
+def test_a_damaged_run_is_read_up_to_the_damage_and_rescued(fault: str, folder: str, tmp_path: Path) -> None:
+    """Three batches in records 2 to 4; the third is damaged, or cannot be reached."""
+    done = run(*EDIT, "--limit", "4", "--save", str(tmp_path / "wanted"))
+    assert done.exit_code == 0, done.output
+    path, log = Path(folder) / "000004.safetensors", Path(folder) / "log.jsonl"
+    if fault == "record":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif fault == "log line":
+        log.write_bytes(log.read_bytes().replace(b'"record":4', b'"record":5'))
+    else:
+        Path(folder, "000005.safetensors").write_bytes(path.read_bytes())
+        path.unlink()
+        log.unlink()
+
+    for command in (["diff", folder], ["replay", folder, "--save", str(tmp_path / "all")]):
+        told = run(*command)
+        assert told.exit_code == 2, told.output
+        assert "000004.safetensors" in told.output or "log.jsonl line 5" in told.output
+    told = run("log", folder, *(["--verify"] if fault == "record" else []))
+    assert told.exit_code == 2
+    assert f"in force (*): {3 if fault == 'record' else 2} batches" in told.stdout
+
+    assert asked("diff", folder, "--to", "2")["edits"] == 4
+    assert asked("replay", folder, "--to", "2", "--save", str(tmp_path / "read"))["edits"] == 4
+    assert same(tmp_path / "read", tmp_path / "wanted")
+
+    assert asked("undo", folder, "--to", "2")["batches"] == 2
+    assert asked("log", folder)["batches"] == 2
+    assert asked("replay", folder, "--save", str(tmp_path / "rescued"))["edits"] == 4
+    assert same(tmp_path / "rescued", tmp_path / "wanted")

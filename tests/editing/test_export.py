@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastedit.editing.export import delta, save_checkpoint
+from fastedit.editing.load_delta import load_delta
 from fastedit.editor import Editor
 from fastedit.evaluation.metrics import compare
 from fastedit.model.load import load_model, load_transformers
@@ -67,11 +69,10 @@ def test_delta_in_plain_torch(edited: Editor, tiny_parts: tuple[Any, Any], tiny_
     assert max(found.rank.values()) <= 12
     assert max(found.error.values()) < 1e-5
     assert found.holds == (1.0, 1.0)
-    assert len((tmp_path / "delta" / "load_delta.py").read_text().splitlines()) <= 32
     model = copy.deepcopy(tiny_parts[0])
     name = edited.adapter.weight_name(3)
-    torch.save(dict(model.named_parameters())[name].detach(), tmp_path / "before.pt")
-    names = [edited.adapter.weight_name(layer) for layer in (2, 4)]
+    names = [edited.adapter.weight_name(layer) for layer in (2, 3, 4)]
+    torch.save({each: dict(model.named_parameters())[each].detach() for each in names}, tmp_path / "before.pt")
     script = f"""
         import sys
         sys.path[:0] = [{str(tmp_path / "delta")!r}]
@@ -82,23 +83,81 @@ def test_delta_in_plain_torch(edited: Editor, tiny_parts: tuple[Any, Any], tiny_
             def named_parameters(self, *rest, **more):
                 return held.items()
 
-        weight = torch.nn.Parameter(torch.load({str(tmp_path / "before.pt")!r}, weights_only=True))
-        held = {{name: torch.nn.Parameter(weight.detach().clone()) for name in {names!r}}}
-        held[{name!r}] = weight
+        before = torch.load({str(tmp_path / "before.pt")!r}, weights_only=True)
+        held = {{name: torch.nn.Parameter(weight) for name, weight in before.items()}}
         load_delta(Holder(), {str(tmp_path / "delta" / "delta.safetensors")!r})
-        torch.save(weight.detach(), {str(tmp_path / "after.pt")!r})
+        torch.save(held[{name!r}].detach(), {str(tmp_path / "after.pt")!r})
         assert not {{"transformers", "safetensors", "fastedit"}} & set(sys.modules)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     after = torch.load(tmp_path / "after.pt", weights_only=True)
     assert (after - edited.weights.current(3)).abs().max() < 1e-6
-    from fastedit.editing.load_delta import load_delta
-
     load_delta(model, str(tmp_path / "delta" / "delta.safetensors"))
     wanted = logits(edited.model, edited.tokenizer, tiny_facts)
     error = (logits(model, edited.tokenizer, tiny_facts) - wanted).abs().max()
     assert error < 1e-4 * wanted.abs().max()
+
+
+class TestDeltaIsChecked:
+    """Nothing is written unless the whole file is what was exported and the model is the unedited one."""
+
+    @pytest.fixture
+    def path(self, edited: Editor, tmp_path: Path) -> Path:
+        edited.export(tmp_path / "delta", "delta")
+        return tmp_path / "delta" / "delta.safetensors"
+
+    def refused(self, error: type[Exception], said: str, path: Path, model: Any) -> None:
+        before = [parameter.data.clone() for parameter in model.parameters()]
+        with pytest.raises(error, match=said):
+            load_delta(model, str(path))
+        assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+    def test_every_changed_or_missing_byte(self, path: Path, tiny_parts: tuple[Any, Any]) -> None:
+        good = path.read_bytes()
+        size = int.from_bytes(good[:8], "little")
+        places = [*range(0, 8 + size, 41), *range(8 + size, len(good), len(good) // 20)]
+        for place in places:
+            path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+            with pytest.raises((ValueError, KeyError, RuntimeError), match=r"delta\.safetensors"):
+                load_delta(copy.deepcopy(tiny_parts[0]), str(path))
+        for cut in (0, 7, 8 + size // 2, len(good) - 1):
+            path.write_bytes(good[:cut])
+            self.refused(ValueError, "damaged", path, copy.deepcopy(tiny_parts[0]))
+
+    def test_twice_another_model_another_dtype(self, edited: Editor, path: Path, tiny_parts: tuple[Any, Any]) -> None:
+        model = copy.deepcopy(tiny_parts[0])
+        load_delta(model, str(path))
+        self.refused(RuntimeError, "not the unedited weight.*added already", path, model)
+
+        other = copy.deepcopy(tiny_parts[0])
+        # The last of the layers: those before it must not be written either.
+        dict(other.named_parameters())[edited.adapter.weight_name(4)].data[0, 0] += 1
+        self.refused(RuntimeError, "layers.4.*not the unedited weight", path, other)
+        load_delta(other, str(path), any_base=True)
+
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            load_delta(copy.deepcopy(tiny_parts[0]).to(dtype), str(path))
+
+    def test_names_and_shapes(self, edited: Editor, path: Path, tiny_parts: tuple[Any, Any]) -> None:
+        self.refused(KeyError, "has no parameter", path, torch.nn.Linear(2, 2))
+        model = copy.deepcopy(tiny_parts[0])
+        weight = dict(model.named_parameters())[edited.adapter.weight_name(4)]
+        weight.data = weight.data[:1].clone()
+        self.refused(RuntimeError, "must be .* numbers, is", path, model)
+
+    def test_a_file_of_an_earlier_version(self, edited: Editor, path: Path, tiny_parts: tuple[Any, Any]) -> None:
+        save_file(load_file(path), path, {"format": "pt"})
+        model = copy.deepcopy(tiny_parts[0])
+        with pytest.warns(UserWarning, match="without checksums"):
+            load_delta(model, str(path))
+        assert (
+            dict(model.named_parameters())[edited.adapter.weight_name(3)] - edited.weights.current(3)
+        ).abs().max() < 1e-6
+        name = f"{edited.adapter.weight_name(2)}/delta"
+        save_file({name: torch.full((3, 3), float("nan"))}, path, {"format": "pt"})
+        with pytest.warns(UserWarning, match="without checksums"):
+            self.refused(ValueError, "not finite", path, copy.deepcopy(tiny_parts[0]))
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

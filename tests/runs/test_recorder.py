@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fastedit.cli.main import app
 from fastedit.editor import Editor
 from fastedit.methods.closed_form.config import NSEConfig
 from fastedit.model.adapter import ModelAdapter
+from fastedit.records.edit import EditSet
 from fastedit.runs.identity import compare_machine, machine
 from fastedit.runs.log import RunError, RunLog
 from fastedit.runs.recorder import Recorder, Settings, describe_run
@@ -68,6 +76,51 @@ def test_what_the_machine_of_an_older_run_did_not_say_is_no_difference(caplog: p
 
     compare_machine({"machine": {**machine(), "torch": "1.0"}})
     assert "instead of 1.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"FASTEDIT_BACKEND": "torch"}, "backend torch instead of automatic"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "capability DEFAULT instead of"),
+        ({"FASTEDIT_ISA": "baseline"}, "kernels .*cpp baseline instead of .*cpp"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_backend_or_instruction_set_is_told(environment: dict[str, str], told: str) -> None:
+    """As a run sees it that is resumed in a process with this environment."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FASTEDIT_", "ATEN_"))}
+    script = "import json; from fastedit.runs.identity import machine; print(json.dumps(machine()))"
+    was, now = (
+        json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env).stdout)
+        for env in (clean, clean | environment)
+    )
+    if was == now or (was["kernels"] == "none" and "FASTEDIT_ISA" in environment):
+        pytest.skip("this processor has nothing else")
+
+    differ = {name: (now[name], was[name]) for name in now if now[name] != was[name]}
+    assert re.search(told, "; ".join(f"{name} {new} instead of {old}" for name, (new, old) in differ.items()))
+
+
+def test_a_batch_says_what_it_was_made_with(
+    fast_editor: Callable[..., Editor],
+    stream: EditSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fast_editor().edit(stream[:3], 3, run_dir=tmp_path / "run")
+    monkeypatch.setenv("FASTEDIT_BACKEND", "torch")
+    with caplog.at_level(logging.WARNING):
+        fast_editor().edit(stream[3:6], 3, run_dir=tmp_path / "run", resume=True)
+    assert "backend torch instead of automatic" in caplog.text
+
+    bodies = [record.body for record in RunLog(tmp_path / "run").records]
+    assert bodies[0]["machine"] == {**machine(), "backend": "automatic"}
+    assert [body.get("made_with") for body in bodies if body["kind"] == "batch"] == [None, {"backend": "torch"}]
+    told = CliRunner().invoke(app, ["log", str(tmp_path / "run")]).stdout
+    assert "; made with backend torch" in told
+    assert f"capability {machine()['capability']}" in told
 
 
 def test_a_model_that_was_handed_over_cannot_be_loaded() -> None:

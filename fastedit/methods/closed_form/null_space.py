@@ -7,15 +7,16 @@ once for all thresholds.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastedit.methods.closed_form.second_moments import BadMoments
-from fastedit.runtime.cache import cache_folder
+from fastedit.runtime.cache import cache_folder, store_in_cache
+from fastedit.runtime.hashing import tensors_hash
 
 FORMAT = "fastedit eigenvectors 1"
 
@@ -40,25 +41,25 @@ def _eigenvectors(moment: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
     """Eigenvalues (d_ff,) float64 and eigenvectors (d_ff, d_ff) float32, one per column, both on the CPU."""
     digest = hashlib.sha256(moment.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
     path = folder / f"{digest[:32]}-eigenvectors.safetensors"
-    if not path.exists():
-        _store_eigenvectors(path, moment, digest)
-    # A new result is read back too, so that this run and the next use the same bits.
-    return _load_eigenvectors(path, moment, digest)
+    if not os.path.isfile(path):
+        return _store_eigenvectors(path, moment, digest)
+    return _load_eigenvectors(path, moment, digest) or _store_eigenvectors(path, moment, digest)
 
 
-def _store_eigenvectors(path: Path, moment: Tensor, digest: str) -> None:
-    """Compute the eigenvectors in float64 and write them in one atomic step."""
+def _store_eigenvectors(path: Path, moment: Tensor, digest: str) -> tuple[Tensor, Tensor]:
+    """Compute the eigenvectors in float64 and write them in one atomic step; as `_eigenvectors`."""
     eigenvalues, vectors = torch.linalg.eigh(moment.double())
     tensors = {"values": eigenvalues.cpu(), "vectors": vectors.float().cpu().contiguous()}
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"format": FORMAT, "moment": digest})
-    partial.replace(path)
+    about = {"format": FORMAT, "moment": digest, "sha256": tensors_hash(tensors)}
+    store_in_cache(path, tensors, about)
+    return tensors["values"], tensors["vectors"]
 
 
-def _load_eigenvectors(path: Path, moment: Tensor, digest: str) -> tuple[Tensor, Tensor]:
-    """As `_eigenvectors`. Raises BadMoments for a damaged file and for one of another matrix."""
+def _load_eigenvectors(path: Path, moment: Tensor, digest: str) -> tuple[Tensor, Tensor] | None:
+    """As `_eigenvectors`; None for a file of an earlier version, which has no checksum.
+
+    Raises BadMoments for a damaged file and for one of another matrix."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -69,4 +70,9 @@ def _load_eigenvectors(path: Path, moment: Tensor, digest: str) -> tuple[Tensor,
 
     if metadata.get("format") != FORMAT or metadata.get("moment") != digest or vectors.shape != moment.shape:
         raise BadMoments(f"{path}: does not hold the eigenvectors its name says; delete it to compute them again")
+
+    if "sha256" not in metadata:
+        return None
+    if metadata["sha256"] != tensors_hash({"values": eigenvalues, "vectors": vectors}):
+        raise BadMoments(f"{path}: its numbers do not match their checksum; delete it to compute them again")
     return eigenvalues, vectors

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastedit.config import MomentConfig
@@ -22,7 +22,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.packed_attention import CausalPlan
 from fastedit.ops.gram_update import gram_update
-from fastedit.runtime.cache import cache_folder
+from fastedit.runtime.cache import cache_folder, store_in_cache
 from fastedit.runtime.progress import track
 
 FORMAT = "fastedit second moment 1"
@@ -47,20 +47,28 @@ def second_moments(
     folder: where they are stored; None = in the cache
     show: True or False shows or hides the progress bar, None as the terminal can
     Raises BadMoments for a stored file that does not hold what its name says, ValueError for an empty text."""
+    in_cache = folder is None
     folder = folder or cache_folder() / "moments"
     origins = {layer: provenance(model, layer, source, config) for layer in layers}
     paths = {layer: folder / f"{content_key(origin)}.safetensors" for layer, origin in origins.items()}
 
-    missing = [layer for layer in layers if not paths[layer].exists()]
+    computed: dict[int, Tensor] = {}
+    # os.path, unlike Path.exists, takes a folder that may not be entered for one that holds nothing.
+    missing = [layer for layer in layers if not os.path.isfile(paths[layer])]
     if missing:
         windows = source.windows(model, config, show)
         n_tokens = sum(len(window) for window in windows)
         with track(n_tokens, "second moments", "tokens", show) as advance:
             moments = accumulate(model, missing, windows, config.token_budget, advance)
         for layer in missing:
-            save_moment(paths[layer], moments[layer], {**origins[layer], "tokens_used": str(n_tokens)})
+            origin = {**origins[layer], "tokens_used": str(n_tokens)}
+            computed[layer] = save_moment(paths[layer], moments.pop(layer), origin, required=not in_cache)
+            _check_numbers(paths[layer], computed[layer])
 
-    return {layer: load_moment(paths[layer], model.d_ff, origins[layer]).to(model.device) for layer in layers}
+    for layer in layers:
+        if layer not in computed:
+            computed[layer] = load_moment(paths[layer], model.d_ff, origins[layer])
+    return {layer: computed[layer].to(model.device) for layer in layers}
 
 
 @torch.no_grad()
@@ -135,15 +143,17 @@ def content_key(origin: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def save_moment(path: Path, moment: Tensor, origin: dict[str, str]) -> None:
-    """Write the lower triangle of C (d_ff, d_ff), packed row by row, with its provenance, in one atomic step."""
+def save_moment(path: Path, moment: Tensor, origin: dict[str, str], required: bool = True) -> Tensor:
+    """Write the lower triangle of C (d_ff, d_ff), packed row by row, with its provenance, in one atomic step.
+
+    required: raise where it cannot be written, instead of a warning
+    Returns what `load_moment` reads from the file, bit for bit, (d_ff, d_ff) float32 on the CPU."""
     lower = moment.cpu()[torch.tril_indices(*moment.shape).unbind()].contiguous()
     digest = hashlib.sha256(lower.numpy().tobytes()).hexdigest()
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"second_moment": lower}, partial, {**origin, "d_ff": str(moment.shape[0]), "sha256": digest})
-    partial.replace(path)
+    about = {**origin, "d_ff": str(moment.shape[0]), "sha256": digest}
+    store_in_cache(path, {"second_moment": lower}, about, required)
+    return _symmetric(lower, moment.shape[0])
 
 
 def load_moment(path: Path, d_ff: int, origin: dict[str, str] | None = None) -> Tensor:
@@ -160,9 +170,14 @@ def load_moment(path: Path, d_ff: int, origin: dict[str, str] | None = None) -> 
 
     _check_file(path, metadata, lower, d_ff, origin or {})
     moment = _symmetric(lower, d_ff)
+    _check_numbers(path, moment)
+    return moment
+
+
+def _check_numbers(path: Path, moment: Tensor) -> None:
+    """Raises BadMoments for what no second moment can be."""
     if not bool(torch.isfinite(moment).all()) or not bool((moment.diagonal() >= 0).all()):
         raise BadMoments(f"{path}: holds NaN, Inf or a negative diagonal")
-    return moment
 
 
 def _check_file(path: Path, metadata: dict[str, str], lower: Tensor, d_ff: int, origin: dict[str, str]) -> None:

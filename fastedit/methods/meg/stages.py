@@ -18,6 +18,7 @@ the same way are taken from it, and so are encoder and vectors if they would com
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ from fastedit.methods.meg.generator import (
 )
 from fastedit.methods.meg.neuron import NeuronForm
 from fastedit.methods.meg.serve import make_encoder
-from fastedit.methods.meg.store import STAGE, KnownNeurons, Store, read_tensors, write_tensors
+from fastedit.methods.meg.store import STAGE, BadStore, KnownNeurons, Store, read_tensors, write_tensors
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.tokens import TokenSequence
 from fastedit.records.edit import Edit
@@ -398,7 +399,7 @@ class Stages:
         config = self.config.generator
         path = None if self.folder is None else self.folder / f"generator-{config.kind}.part"
         if path is not None and path.is_file():
-            saved = torch.load(path, weights_only=True)
+            saved = _read_unfinished(path)
             if saved["key"] == key:
                 run.load(saved["state"])
 
@@ -413,10 +414,7 @@ class Stages:
                     break
                 # Saved after it was judged, so that a continued run stops where an uninterrupted one would have.
                 if run.epoch % config.judge_every == 0 and path is not None:
-                    # Renamed when it is complete: a run may be killed while it writes.
-                    fresh = path.with_suffix(".new")
-                    torch.save({"key": key, "state": run.state()}, fresh)
-                    fresh.replace(path)
+                    _write_unfinished(path, {"key": key, "state": run.state()})
 
         if path is not None:
             path.unlink(missing_ok=True)
@@ -472,6 +470,31 @@ def _new_subjects(records: Sequence[Edit], seen: set[str]) -> list[Edit]:
 def _prompts(edits: Sequence[Edit]) -> list[list[object]]:
     """Every prompt of records, for a digest."""
     return [[e.prompt, list(e.rephrase_prompts), [p.prompt for p in e.locality]] for e in edits]
+
+
+def _write_unfinished(path: Path, saved: dict[str, Any]) -> None:
+    """Write the state of an unfinished training behind its SHA-256."""
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    data = buffer.getvalue()
+
+    # Renamed when it is complete: a run may be killed while it writes.
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(hashlib.sha256(data).digest() + data)
+    fresh.replace(path)
+
+
+def _read_unfinished(path: Path) -> dict[str, Any]:
+    """What `_write_unfinished` wrote. Raises BadStore for other bytes."""
+    data = path.read_bytes()
+    digest, data = data[:32], data[32:]
+    if hashlib.sha256(data).digest() != digest:
+        raise BadStore(
+            f"{path}: its bytes are not those that were written (checksum differs); delete it, and train anew"
+        )
+
+    saved: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    return saved
 
 
 def _name(sequence: TokenSequence) -> str:

@@ -2,11 +2,13 @@
 
 The file holds the neurons and their shared start, the vectors of the prompts, what the encoder learned, the gate, the
 generator, and the edits' records, which are JSON bytes in a tensor because the size of a header is limited. The header,
-as JSON, holds the settings, prompt and target of every edit, and the fingerprint of the model. No pickle.
+as JSON, holds the settings, prompt and target of every edit, and the fingerprint of the model. No pickle. A checksum
+covers header and tensors; files of earlier versions have none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +24,11 @@ from torch import Tensor
 from fastedit.methods.meg.config import MegConfig
 from fastedit.methods.meg.neuron import NeuronForm
 from fastedit.records.edit import Edit, InvalidEdits
+from fastedit.runtime.hashing import canonical, tensors_hash
 
 FORMAT, STAGE, VERSION = "fastedit-meg", "fastedit-meg-stage", 1
+
+MAKE_ANEW = "restore it, or delete it and edit again"
 
 GROUPS = ("encoder", "gate", "generator")
 
@@ -143,13 +148,20 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], form: str, ab
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     header = {"format": form, "version": str(VERSION), "about": json.dumps(about)}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, header)
+    save_file(plain, part, {**header, "sha256": _checksum(header, plain)})
     part.replace(path)
 
 
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the header, which holds no checksum itself, and the tensors."""
+    return hashlib.sha256(f"{canonical(header)}\n{tensors_hash(tensors)}".encode()).hexdigest()
+
+
 def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote. Raises BadStore for another format or version, FileNotFoundError for no file."""
+    """What `write_tensors` wrote. Raises BadStore for another format or version and for other bytes than were written,
+    FileNotFoundError for no file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -163,6 +175,11 @@ def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[s
         raise BadStore(f"{path}: wanted format {form!r}, got {header.get('format')!r}")
     if header.get("version") != str(VERSION):
         raise BadStore(f"{path}: wanted version {VERSION}, got {header.get('version')}")
+
+    # Of any other name in the header: a checksum whose name was damaged must not pass for a file without one.
+    written = {name: text for name, text in header.items() if name != "sha256"}
+    if header.keys() != {"format", "version", "about"} and header.get("sha256") != _checksum(written, tensors):
+        raise BadStore(f"{path}: its bytes are not those that were written (checksum differs); {MAKE_ANEW}")
     return tensors, json.loads(header["about"])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastedit.methods.closed_form.null_space import null_space
@@ -54,3 +55,32 @@ def test_a_broken_or_foreign_file_is_refused(tmp_path: Path) -> None:
     save_file({"values": torch.ones(20), "vectors": torch.eye(20)}, path, {"format": "something else"})
     with pytest.raises(BadMoments, match="delete it"):
         null_space(moment(), 0.02, tmp_path)
+
+
+def test_a_flipped_bit_is_found_and_a_file_without_checksum_made_anew(tmp_path: Path) -> None:
+    basis = null_space(moment(), 0.02, tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    good = path.read_bytes()
+    for place in (len(good) - 3, len(good) - 700, len(good) - 1500):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(BadMoments, match=r"safetensors: its numbers do not match their checksum; delete it"):
+            null_space(moment(), 0.02, tmp_path)
+
+    # As earlier versions wrote it, and wrong.
+    with safe_open(path, "pt") as file:
+        about = {name: text for name, text in file.metadata().items() if name != "sha256"}
+    save_file({"values": torch.zeros(20, dtype=torch.float64), "vectors": torch.eye(20)}, path, about)
+    assert torch.equal(null_space(moment(), 0.02, tmp_path), basis)
+    with safe_open(path, "pt") as file:
+        assert "sha256" in file.metadata()
+
+
+def test_without_a_cache_the_bits_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    basis = null_space(moment(), 0.02, tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTEDIT_CACHE", str(tmp_path / "file"))
+    assert torch.equal(null_space(moment(), 0.02), basis)
+    assert "not written" in caplog.text
+    assert "FASTEDIT_CACHE names another folder" in caplog.text

@@ -304,3 +304,17 @@ def test_a_damaged_file_in_the_cache_is_neither_used_nor_replaced(random_adapter
     with pytest.raises(BadMoments, match="checksum"):
         second_moments(random_adapter, [1], source, CONFIG, folder)
     assert path.read_bytes() == damaged
+
+
+def test_without_a_cache_it_goes_on_with_the_same_bits(random_adapter, source, folder, tmp_path, monkeypatch, caplog):
+    """A file in place of the folder fails for every user, root too."""
+    stored = second_moments(random_adapter, [1, 2], source, CONFIG, folder)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTEDIT_CACHE", str(tmp_path / "file"))
+    computed = second_moments(random_adapter, [1, 2], source, CONFIG)
+    assert all(torch.equal(computed[layer], stored[layer]) for layer in (1, 2))
+    assert caplog.text.count("FASTEDIT_CACHE names another folder") == 2
+
+    # A folder that was named is one that is wanted.
+    with pytest.raises(OSError, match="not written"):
+        second_moments(random_adapter, [1], source, CONFIG, tmp_path / "file" / "moments")

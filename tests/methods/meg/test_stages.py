@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastedit.methods.meg import CONFIGS, MeG, Store, stages
+from fastedit.methods.meg import CONFIGS, BadStore, MeG, Store, stages
 from fastedit.methods.meg.stages import split_others
 from fastedit.records.edit import Edit, EditSet, InvalidEdits
 
@@ -127,22 +128,30 @@ def test_a_stop_while_writing_leaves_the_last_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (folder / "generator-dit.safetensors").unlink()
-    save, states = torch.save, []
+    write, states = Path.write_bytes, []
 
-    def stopping(state: Any, path: Path) -> None:
-        states.append(state["state"]["epoch"])
+    def stopping(path: Path, data: bytes) -> int:
+        states.append(torch.load(io.BytesIO(data[32:]), weights_only=True)["state"]["epoch"])
         if len(states) == 2:
-            path.write_bytes(b"half of it")
+            write(path, data[:1000])
             raise KeyboardInterrupt
-        save(state, path)
+        return write(path, data)
 
-    monkeypatch.setattr(stages.torch, "save", stopping)
+    monkeypatch.setattr(Path, "write_bytes", stopping)
     monkeypatch.setattr(stages, "judge_every", lambda *arguments: False)
     with pytest.raises(KeyboardInterrupt):
         make_meg().edit(few_edits, other_edits, folder)
     monkeypatch.undo()
     assert states == [10, 20]
-    assert torch.load(folder / "generator-dit.part", weights_only=True)["state"]["epoch"] == 10
+    assert stages._read_unfinished(folder / "generator-dit.part")["state"]["epoch"] == 10
+
+    # A changed byte of it is told, and trains no other generator.
+    path = folder / "generator-dit.part"
+    data = path.read_bytes()
+    for place in (5, len(data) // 2, len(data) - 5):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(BadStore, match=r"generator-dit\.part.*checksum differs"):
+            make_meg().edit(few_edits, other_edits, folder)
 
 
 def test_other_settings_make_a_stage_again(

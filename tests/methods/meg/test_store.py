@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastedit.methods.meg import BadStore, MeG, Store
-from fastedit.methods.meg.store import KnownNeurons
+from fastedit.methods.meg.store import FORMAT, STAGE, KnownNeurons, read_tensors
 from fastedit.records.edit import EditSet
 
 
@@ -76,3 +77,26 @@ def test_a_store_of_another_model_is_refused(make_meg: Callable[..., MeG], meg_f
     made.adapter.down_parameter(7).data[0, 0] += 1
     with pytest.raises(BadStore, match="other weights"):
         made.load(meg_folder / "meg.safetensors")
+
+
+@pytest.mark.parametrize("name", ["meg", "encoder", "neurons", "gate", "generator-dit"])
+def test_every_changed_byte_is_found(name: str, meg_folder: Path, tmp_path: Path) -> None:
+    """In the numbers no place looks wrong by itself: only the checksum tells."""
+    good = (meg_folder / f"{name}.safetensors").read_bytes()
+    path = tmp_path / f"{name}.safetensors"
+    size = 8 + int.from_bytes(good[:8], "little")
+    for place in [*range(9, size, size // 30), *range(size, len(good), len(good) // 30)]:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+        with pytest.raises(BadStore, match=rf"{name}\.safetensors"):
+            read_tensors(path, FORMAT if name == "meg" else STAGE)
+    path.write_bytes(good)
+    read_tensors(path, FORMAT if name == "meg" else STAGE)
+
+
+def test_a_file_of_an_earlier_version_has_no_checksum(meg_folder: Path, tmp_path: Path) -> None:
+    path = meg_folder / "meg.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    del header["sha256"]
+    save_file(load_file(path), tmp_path / "older.safetensors", header)
+    assert Store.load(tmp_path / "older.safetensors").facts == Store.load(path).facts

@@ -1,0 +1,284 @@
+"""A damaged run: what is whole stays readable, nothing is silently shorter, and what cannot be read is kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastedit.editor import Editor
+from fastedit.records.edit import EditSet
+from fastedit.runs.log import LOCK, LOG, DamagedRun, RunError, RunLog
+from fastedit.runs.recorder import Recorder
+
+BATCH = 3
+Make = Callable[..., Editor]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A log of six records."""
+    log = RunLog.create(tmp_path / "run")
+    with log.writing():
+        for number in range(6):
+            log.append("batch", {"n": number})
+    return tmp_path / "run"
+
+
+def record(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
+
+
+def flip(path: Path, place: int = -5) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestNeverShorter:
+    """A log that is lost or cut, and a record that is missing or damaged."""
+
+    @pytest.mark.parametrize("lines", [0, 2, None], ids=["no lines", "two lines", "no log"])
+    @pytest.mark.parametrize("fault", ["gone", "flipped"])
+    def test_later_files_are_named_and_kept(self, lines: int | None, fault: str, folder: Path) -> None:
+        cut_log(folder, lines)
+        record(folder, 3).unlink() if fault == "gone" else flip(record(folder, 3), 40)
+        before = contents(folder)
+
+        for read in (RunLog, mend):
+            with pytest.raises(DamagedRun, match=r"000003\.safetensors: .*000004\.safetensors, 000005") as refused:
+                read(folder)
+            assert "undo --to" in str(refused.value)
+        assert contents(folder) == before
+
+    def test_the_first_record_too(self, folder: Path) -> None:
+        (folder / LOG).unlink()
+        record(folder, 0).unlink()
+        with pytest.raises(DamagedRun, match=r"000000\.safetensors: is missing"):
+            RunLog(folder)
+        with pytest.raises(RunError, match="holds a run already"):
+            RunLog.create(folder)
+
+    def test_a_lost_log_is_told_because_the_last_records_may_be_lost_too(
+        self, folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (folder / LOG).unlink()
+        record(folder, 5).unlink()
+        with caplog.at_level(logging.WARNING):
+            assert len(RunLog(folder).records) == 5
+        assert "is lost or empty, read from the record files up to 000004.safetensors" in caplog.text
+        assert "later ones, if there were any, are lost" in caplog.text
+
+
+def mend(folder: Path) -> None:
+    with RunLog(folder).writing():
+        pass
+
+
+def cut_log(folder: Path, lines: int | None) -> None:
+    path = folder / LOG
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:lines]) if lines is not None else b"")
+    if lines is None:
+        path.unlink()
+
+
+class TestRescue:
+    def test_a_damaged_line_is_rebuilt_and_the_log_kept(self, folder: Path) -> None:
+        wanted = [each.chain for each in RunLog(folder).records]
+        lines = (folder / LOG).read_bytes().splitlines(keepends=True)
+        (folder / LOG).write_bytes(b"".join([*lines[:2], b'{"x": 1}\n', *lines[3:]]))
+        damaged = (folder / LOG).read_bytes()
+
+        log = RunLog(folder, up_to_damage=True)
+        assert len(log.records) == 2
+        assert f"{LOG} line 3" in str(log.damage)
+        with log.writing(rescue=True):
+            assert [each.chain for each in log.records] == wanted
+        assert (folder / "damaged" / LOG).read_bytes() == damaged
+        assert [each.chain for each in RunLog(folder).records] == wanted
+
+    def test_files_that_cannot_be_read_are_moved(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        cut_log(folder, None)
+        record(folder, 2).unlink()
+        later = {number: record(folder, number).read_bytes() for number in (3, 4, 5)}
+
+        log = RunLog(folder, up_to_damage=True)
+        with log.writing(rescue=True):
+            log.append("batch", {"n": "new"})
+        assert "set aside" in caplog.text
+        assert [each.body["n"] for each in RunLog(folder).records] == [0, 1, "new"]
+        assert {number: record(folder / "damaged", number).read_bytes() for number in later} == later
+
+        # A second rescue overwrites nothing of the first.
+        flip(folder / LOG, 40)
+        with RunLog(folder, up_to_damage=True).writing(rescue=True):
+            pass
+        assert (folder / "damaged-2" / LOG).is_file()
+        assert record(folder / "damaged", 3).read_bytes() == later[3]
+
+    def test_nothing_is_set_aside_without_being_asked(self, folder: Path) -> None:
+        flip(folder / LOG, 40)
+        with pytest.raises(DamagedRun), RunLog(folder, up_to_damage=True).writing():
+            pytest.fail("wrote")
+        assert not (folder / "damaged").exists()
+
+
+class TestReaders:
+    def test_a_reader_writes_nothing_and_takes_no_lock(self, folder: Path) -> None:
+        with open(folder / LOG, "ab") as file:
+            file.write(b'{"torn')
+        (folder / "000006.partial").write_bytes(b"half")
+        (folder / LOCK).unlink()
+        before = contents(folder)
+        log = RunLog(folder)
+        log.verify()
+        assert len(log.records) == 6
+        assert contents(folder) == before
+
+        with log.writing():
+            assert len(RunLog(folder).records) == 6
+
+    def test_what_others_wrote_since_it_was_read_is_no_base_to_write_on(
+        self, finished: Path, fast_editor: Make, stream: EditSet
+    ) -> None:
+        late = Recorder.open(finished)
+        editor = fast_editor()
+        editor.edit(stream, BATCH, run_dir=finished, resume=True)
+        editor.undo()
+        with pytest.raises(RunError, match="open it again"), late.log.writing():
+            pytest.fail("wrote")
+
+    @pytest.mark.parametrize("name", [LOG, LOCK])
+    def test_nothing_is_written_through_a_link(self, name: str, folder: Path, tmp_path: Path) -> None:
+        mine = tmp_path / "mine.txt"
+        shutil.move(folder / name, mine)
+        with open(mine, "ab") as file:
+            file.write(b"a torn line, or my own text")
+        (folder / name).symlink_to(mine)
+
+        before = mine.read_bytes()
+        log = RunLog(folder)
+        with pytest.raises(RunError, match=f"{name}: is a symbolic link"), log.writing():
+            pytest.fail("wrote")
+        assert mine.read_bytes() == before
+
+    def test_a_pipe_in_place_of_the_log_does_not_hang(self, folder: Path) -> None:
+        (folder / LOG).unlink()
+        os.mkfifo(folder / LOG)
+        assert len(RunLog(folder).records) == 6
+        with pytest.raises(RunError, match="no plain file"), RunLog(folder).writing():
+            pytest.fail("wrote")
+
+
+class TestUnderAWriter:
+    """What happens to the folder while a writer holds it is noticed before the next record."""
+
+    @pytest.mark.parametrize("again", [False, True], ids=["deleted", "replaced"])
+    def test_the_lock_file(self, again: bool, folder: Path) -> None:
+        log = RunLog(folder)
+        with log.writing():
+            (folder / LOCK).rename(folder / "gone")
+            if again:
+                (folder / LOCK).touch()
+            with pytest.raises(RunError, match="lock: was deleted or replaced"):
+                log.append("batch", {"n": 6})
+        assert len(RunLog(folder).records) == 6
+
+    @pytest.mark.parametrize("name", ["000002.safetensors", LOG])
+    def test_a_file(self, name: str, folder: Path) -> None:
+        log = RunLog(folder)
+        with log.writing():
+            log.append("batch", {"n": 6})
+            (folder / name).rename(folder.parent / name)
+            with pytest.raises(DamagedRun, match=f"{name} vanished"):
+                log.append("batch", {"n": 7})
+        assert not record(folder, 7).exists()
+
+    def test_the_log_changed(self, folder: Path) -> None:
+        log = RunLog(folder)
+        with log.writing():
+            with open(folder / LOG, "ab") as file:
+                file.write(b"x")
+            with pytest.raises(DamagedRun, match="was changed while"):
+                log.append("batch", {"n": 6})
+
+    def test_an_emptied_folder_stops_the_stream_with_nothing_written(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path
+    ) -> None:
+        editor, prints = fast_editor(), []
+
+        class Empties:
+            def begin(self) -> None: ...
+
+            def after_batch(self, report: object, last: bool) -> None:
+                prints.append(editor.weights.fingerprint())
+                for path in (tmp_path / "run").iterdir():
+                    path.unlink()
+
+        with pytest.raises(RunError, match="lock: was deleted"):
+            editor.edit(stream, BATCH, run_dir=tmp_path / "run", watch=Empties())
+        assert prints == [editor.weights.fingerprint()]
+        assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+class TestOfBatches:
+    """A record of a batch that is damaged costs this batch and those after it."""
+
+    @pytest.fixture
+    def damaged(self, finished: Path) -> Path:
+        """Five batches in records 2 to 6, of which the fourth is damaged."""
+        flip(record(finished, 5))
+        return finished
+
+    def resumed(self, folder: Path, make: Make, to: int | None = None) -> Editor:
+        made = make()
+        return Editor.resume(folder, made.adapter, moments=made.state.moments, progress=False, to=to)
+
+    def test_the_batches_before_it_are_read_and_told(
+        self, damaged: Path, fast_editor: Make, stream: EditSet, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(DamagedRun, match=r"000005\.safetensors.*first 3 batches.*undo --to 3"):
+            self.resumed(damaged, fast_editor)
+        editor, plain = self.resumed(damaged, fast_editor, to=3), fast_editor()
+        plain.edit(stream[:9], BATCH)
+        assert editor.weights.fingerprint() == plain.weights.fingerprint()
+        with pytest.raises(RunError, match="only its first 3 batches were opened"):
+            editor.edit(stream[9:12])
+        with pytest.raises(RunError, match="only its first 3 batches were opened"):
+            editor.undo()
+        with pytest.raises(RunError, match="5 batches are in force, asked for the first 6"):
+            self.resumed(damaged, fast_editor, to=6)
+
+    def test_undone_to_before_it_the_run_goes_on(
+        self, damaged: Path, fast_editor: Make, stream: EditSet, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        recorder = Recorder.open(damaged)
+        with recorder.log.writing():
+            recorder.rewind(3)
+        editor, plain = self.resumed(damaged, fast_editor), fast_editor()
+        assert "nothing in force needs it" in caplog.text
+        editor.edit(stream[9:], BATCH)
+        plain.edit(stream, BATCH)
+        assert editor.weights.fingerprint() == plain.weights.fingerprint()
+        assert self.resumed(damaged, fast_editor).weights.fingerprint() == plain.weights.fingerprint()
+
+    def test_a_damaged_snapshot_costs_nothing(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("fastedit.runs.recorder.SNAPSHOT_SHARE", 0.01)
+        editor = fast_editor()
+        editor.edit(stream, BATCH, run_dir=tmp_path / "run")
+        snapshots = [each.number for each in RunLog(tmp_path / "run").records if each.kind == "snapshot"]
+        assert len(snapshots) > 1
+        for number in reversed(snapshots):
+            flip(record(tmp_path / "run", number))
+            again = self.resumed(tmp_path / "run", fast_editor)
+            assert again.weights.fingerprint() == editor.weights.fingerprint()
