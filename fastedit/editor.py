@@ -23,7 +23,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.families import FAMILIES, Family
 from fastedit.model.load import Dtype, load_model
-from fastedit.model.tokens import encode
+from fastedit.model.tokens import prompt_ids
 from fastedit.records.check import OnInvalid, check_edits
 from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import RunError
@@ -244,6 +244,7 @@ class Editor:
             max_positions=self.adapter.max_positions,
             template_tokens=self.method.template_tokens(self.config),
             on_invalid=on_invalid,
+            needs_subject=self.method.needs_subject,
         )
         watchers = watch if isinstance(watch, Sequence) else [watch]
         reports, committed = self.stream.write(batches, size, on_error, watchers, guard or Guard(), run_dir, resume)
@@ -289,10 +290,12 @@ class Editor:
             yield
 
     def ask(self, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:
-        """Greedy continuations of the prompts, `n_tokens` tokens each, without the prompts."""
+        """Greedy continuations of the prompts, `n_tokens` tokens each, without the prompts.
+
+        A space at the end of a prompt is not read: it belongs to the answer, as in training and scoring."""
         answers = []
-        for prompt in prompts:
-            ids = torch.tensor(encode(self.tokenizer, [prompt])[0], device=self.adapter.device)
+        for row in prompt_ids(self.tokenizer, prompts):
+            ids = torch.tensor([row], device=self.adapter.device)
             continuation = self.adapter.generate(ids, n_tokens, top_k=1)[0, ids.shape[1] :]
             answers.append(str(self.tokenizer.decode(continuation, skip_special_tokens=True)))
         return answers

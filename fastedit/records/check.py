@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem, show
+from fastedit.records.edit import NO_SUBJECT, Edit, EditSet, InvalidEdits, Problem, show
+from fastedit.records.join import Joined, joined, opening
 
 OnInvalid = Literal["refuse", "skip"]
 ON_INVALID: tuple[OnInvalid, ...] = get_args(OnInvalid)
@@ -56,6 +57,7 @@ def check_edits(
     max_positions: int | None = None,
     template_tokens: int = 0,
     on_invalid: OnInvalid = "refuse",
+    needs_subject: bool = True,
 ) -> Checked:
     """Check edits and cut them into batches of `batch_size`.
 
@@ -68,6 +70,7 @@ def check_edits(
         own prompt `template_tokens`, those of the longest context template, are added
     on_invalid: "refuse" raises on any problem; "skip" leaves out the edits that have one. The other edits stay in
         their batches, so that leaving one out causes no problem in another
+    needs_subject: whether every edit must have a subject, see `Method.needs_subject`
 
     Raises `InvalidEdits` with all problems, also if no edit is left; `TypeError` for a tokenizer that is not fast;
     `ValueError` for `max_positions` without a tokenizer and for other values of on_invalid.
@@ -87,7 +90,7 @@ def check_edits(
 
     problems = _Problems(edit_set)
     for index, edit in enumerate(edit_set):
-        problems.add(index, _object_problems(edit))
+        problems.add(index, _object_problems(edit, needs_subject))
     if tokenizer is not None:
         valid = [index for index in range(len(edit_set)) if index not in problems.by_index]
         for index, problem in _token_problems(edit_set, valid, tokenizer, max_positions, template_tokens):
@@ -134,7 +137,7 @@ class _Problems:
         return replace(problem, case_id=case_id, source=f"edits[{index}]")
 
 
-def _object_problems(edit: object) -> Sequence[Problem]:
+def _object_problems(edit: object, needs_subject: bool) -> Sequence[Problem]:
     """The problems of a single edit that need no tokenizer."""
     if not isinstance(edit, Edit):
         return [Problem(f"must be an Edit, got {show(edit)}")]
@@ -145,7 +148,7 @@ def _object_problems(edit: object) -> Sequence[Problem]:
     except InvalidEdits as error:
         return error.problems
 
-    return []
+    return [Problem(NO_SUBJECT, "subject")] if needs_subject and edit.subject is None else []
 
 
 def _batches(edits: EditSet, size: int, problems: _Problems) -> tuple[EditSet, ...]:
@@ -155,7 +158,7 @@ def _batches(edits: EditSet, size: int, problems: _Problems) -> tuple[EditSet, .
 
     for start in range(0, len(edits), size):
         batch: list[int] = []
-        first_index: dict[tuple[str, str], int] = {}
+        first_index: dict[tuple[str, str | None], int] = {}
 
         for index in range(start, min(start + size, len(edits))):
             edit = edits[index]
@@ -163,8 +166,8 @@ def _batches(edits: EditSet, size: int, problems: _Problems) -> tuple[EditSet, .
             if index in problems.by_index:
                 continue
 
-            first = first_index.setdefault((edit.prompt, edit.subject), index)
-            if edits[first].target_new == edit.target_new:
+            first = first_index.setdefault((opening(edit.prompt), edit.subject), index)
+            if _trained(edits[first]) == _trained(edit):
                 batch.append(index)
                 continue
 
@@ -178,6 +181,11 @@ def _batches(edits: EditSet, size: int, problems: _Problems) -> tuple[EditSet, .
             batches.append(_subset(edits, batch))
 
     return tuple(batches)
+
+
+def _trained(edit: Edit) -> str:
+    """The text that an edit trains."""
+    return joined(edit.prompt, edit.target_new, edit.join).text
 
 
 def _subset(edits: EditSet, indices: Sequence[int]) -> EditSet:
@@ -222,12 +230,12 @@ def _token_problems(
 
     for start in range(0, len(texts), GROUP):
         group = texts[start : start + GROUP]
-        whole = [f"{text.prompt} {text.target}" for text in group]
-        offsets = tokenizer(whole, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        whole = [joined(text.prompt, text.target, edits[text.edit_index].join) for text in group]
+        offsets = tokenizer([text.text for text in whole], return_offsets_mapping=True, verbose=False)["offset_mapping"]
 
-        for text, tokens in zip(group, offsets, strict=True):
+        for text, both, tokens in zip(group, whole, offsets, strict=True):
             edit = edits[text.edit_index] if text.prompt_field == "prompt" else None
-            for problem in _text_problems(text, edit, tokens, max_positions, template_tokens if edit else 0):
+            for problem in _text_problems(text, both, edit, tokens, max_positions, template_tokens if edit else 0):
                 key = (text.edit_index, str(problem.field))
                 if key not in reported:
                     reported.add(key)
@@ -236,6 +244,7 @@ def _token_problems(
 
 def _text_problems(
     text: _Scored,
+    both: Joined,
     edit: Edit | None,
     tokens: Sequence[tuple[int, int]],
     max_positions: int | None,
@@ -243,11 +252,11 @@ def _text_problems(
 ) -> Iterator[Problem]:
     """The problems of one scored text.
 
-    edit: the edit, if the text comes after its own prompt, which contains the subject; else None
-    tokens: (start, end) character offsets of each token of "prompt target"; (0, 0) for special tokens"""
-    target_start = len(text.prompt) + 1
-    parts = {text.target_field: (text.target, target_start, target_start + len(text.target))}
-    if edit is not None:
+    both: prompt and target joined; edit: the edit, if the text comes after its own prompt, which contains the subject
+    tokens: (start, end) character offsets of each token of both; (0, 0) for special tokens"""
+    target_start = both.start + len(both.text[both.start :]) - len(both.text[both.start :].lstrip())
+    parts = {text.target_field: (text.target, target_start, len(both.text))}
+    if edit is not None and edit.subject is not None:
         parts["subject"] = (edit.subject, *edit.subject_span)
 
     for field, (part, start, end) in parts.items():

@@ -78,7 +78,7 @@ _COUNTERFACT = _request("requested_rewrite") | {
 
 def _counterfact(record: Record, target: str) -> list[Edit]:
     """CounterFact, as MEMIT's code has it."""
-    draft = Draft(record, lenient=True)
+    draft = Draft(record, lenient=True, trimmed=True, needs_subject=True)
     draft.take(_COUNTERFACT)
 
     # The right answer to a neighborhood prompt is the true answer of the record.
@@ -93,7 +93,7 @@ def _zsre_memit(record: Record, target: str) -> list[Edit]:
     name = "neighborhood_prompts"
     if question := _joined(record.get(name)):
         record = {**record, name: [question]}
-    draft = Draft(record, lenient=True)
+    draft = Draft(record, lenient=True, trimmed=True, needs_subject=True)
 
     without = "target_true" if _true_answer(record) == END_OF_TEXT else None
     draft.take({field: path for field, path in _COUNTERFACT.items() if field != without})
@@ -132,7 +132,7 @@ def _joined(neighbours: object) -> dict[str, str] | None:
 
 def _zsre(record: Record, target: str) -> list[Edit]:
     """zsRE as it was published for editing."""
-    draft = Draft(record, lenient=True)
+    draft = Draft(record, lenient=True, trimmed=True, needs_subject=True)
     draft.take(_CASE | {"subject": ("subject",), "prompt": ("src",), "rephrase_prompts": ("rephrase",)})
 
     # `answers` are true, `alt` is invented.
@@ -144,7 +144,7 @@ def _zsre(record: Record, target: str) -> list[Edit]:
 
 def _lifelong(prompt: str, rephrase: str, record: Record, target: str) -> list[Edit]:
     """The data sets of UltraEdit, which differ in the names of the fields `prompt` and `rephrase`."""
-    draft = Draft(record, lenient=True)
+    draft = Draft(record, lenient=True, trimmed=True, needs_subject=True)
     draft.take(_CASE | {"subject": ("subject",), "prompt": (prompt,), "target_new": (target,)})
     draft.take({"rephrase_prompts": (rephrase,)})
     draft.take_probes("locality", [_LOC])
@@ -193,7 +193,10 @@ def _groups(draft: Draft, kind: str) -> Iterator[Question]:
 
 def _mquake(record: Record, target: str) -> list[Edit]:
     """MQuAKE: one edit per rewrite. The questions belong to the last one, after which the whole chain is new."""
-    drafts = [Draft(record, lenient=True) for _ in Draft(record).entries("requested_rewrite")]
+    drafts = [
+        Draft(record, lenient=True, trimmed=True, needs_subject=True)
+        for _ in Draft(record).entries("requested_rewrite")
+    ]
     if not drafts:
         raise InvalidEdits([Problem("must hold at least one rewrite", "requested_rewrite")])
 

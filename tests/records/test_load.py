@@ -116,7 +116,8 @@ def test_braces_are_filled_with_the_subject(write):
 BAD_FIELDS = {
     "wrong type": ({**PLAIN, "target_new": 5}, "target_new", "must be a string, got 5"),
     "null": ({**PLAIN, "prompt": None}, "prompt", "must be a string, got None"),
-    "missing": (without(PLAIN, "subject"), "subject", "is missing; methods that locate a fact"),
+    "missing": (without(PLAIN, "prompt"), "prompt", "is missing"),
+    "nothing for the slot": ({**without(PLAIN, "subject"), "prompt": "{} is in"}, "subject", "has a {} for it"),
     "empty target": ({**PLAIN, "target_new": ""}, "target_new", "must not be empty, got ''"),
     "white target": ({**PLAIN, "target_new": " \n"}, "target_new", r"must not be empty, got ' \n'"),
     "empty prompt": ({**PLAIN, "prompt": ""}, "prompt", "must not be empty"),
