@@ -23,7 +23,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.families import FAMILIES, Family
 from fastedit.model.load import Dtype, load_model
-from fastedit.model.tokens import prompt_ids
+from fastedit.model.tokens import prompt_ids, warn_of_tokens_beyond
 from fastedit.records.check import OnInvalid, check_edits
 from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import RunError
@@ -111,6 +111,7 @@ class Editor:
         """
         adapter = ModelAdapter(model, tokenizer, families)
         adapter.check_forward()
+        warn_of_tokens_beyond(tokenizer, adapter.n_embeddings)
         return cls(adapter, method, config, moments, seed, undo_depth, progress, preset)
 
     @classmethod
@@ -245,6 +246,7 @@ class Editor:
             template_tokens=self.method.template_tokens(self.config),
             on_invalid=on_invalid,
             needs_subject=self.method.needs_subject,
+            n_embeddings=self.adapter.n_embeddings,
         )
         watchers = watch if isinstance(watch, Sequence) else [watch]
         reports, committed = self.stream.write(batches, size, on_error, watchers, guard or Guard(), run_dir, resume)
@@ -294,7 +296,7 @@ class Editor:
 
         A space at the end of a prompt is not read: it belongs to the answer, as in training and scoring."""
         answers = []
-        for row in prompt_ids(self.tokenizer, prompts):
+        for row in prompt_ids(self.tokenizer, prompts, self.adapter.n_embeddings):
             ids = torch.tensor([row], device=self.adapter.device)
             continuation = self.adapter.generate(ids, n_tokens, top_k=1)[0, ids.shape[1] :]
             answers.append(str(self.tokenizer.decode(continuation, skip_special_tokens=True)))

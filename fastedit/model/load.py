@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
+from fastedit.model.tokens import warn_of_tokens_beyond
 from fastedit.runtime.cache import cache_folder
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -110,6 +111,7 @@ def load_model(
 
     adapter = ModelAdapter(model if device_map else model.to(device), tokenizer, families)
     adapter.check_forward()
+    warn_of_tokens_beyond(tokenizer, adapter.n_embeddings)
     adapter.source = str(Path(source).resolve()) if Path(source).exists() else source
 
     return adapter

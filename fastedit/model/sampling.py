@@ -33,7 +33,7 @@ def sample_tokens(
     batch_size: prompts run together. They have the same number of tokens, so that nothing is padded
     progress: called with the number of tokens generated since the last call
     Raises ValueError for a prompt that has `length` tokens or more."""
-    encoded = prompt_ids(model.tokenizer, prompts)
+    encoded = prompt_ids(model.tokenizer, prompts, model.n_embeddings)
     by_length: dict[int, list[int]] = {}
     for i, ids in enumerate(encoded):
         by_length.setdefault(len(ids), []).append(i)

@@ -6,12 +6,16 @@ tokenizer may merge or split characters differently where two texts meet.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastedit.records.edit import Edit
+from fastedit.records.check import beyond
+from fastedit.records.edit import Edit, show
 from fastedit.records.join import Joined, joined, opening
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,27 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[
     return batch["input_ids"], batch["offset_mapping"]
 
 
-def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+def warn_of_tokens_beyond(tokenizer: Any, n_embeddings: int) -> None:
+    """Warn of a tokenizer with tokens for which the embedding has no row."""
+    n_beyond = len(tokenizer) - n_embeddings
+
+    if n_beyond > 0:
+        log.warning(
+            "the tokenizer has %d tokens, the model's embedding %d rows: texts with one of the last %d are refused",
+            len(tokenizer),
+            n_embeddings,
+            n_beyond,
+        )
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[str], n_embeddings: int | None = None) -> list[list[int]]:
     """Token ids of prompts that the model is to continue.
 
     Without the spaces at their end, which belong to what follows, and without the special tokens that the tokenizer
-    puts behind a text, behind which another text begins. Raises ValueError for a prompt without a token."""
+    puts behind a text, behind which another text begins.
+
+    n_embeddings: rows of the model's embedding; None = any token may occur
+    Raises ValueError for a prompt without a token, or with one that has no row."""
     if not prompts:
         return []
 
@@ -56,6 +76,8 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
         n = max((at for at, added in enumerate(special, 1) if not added), default=len(ids))
         if n == 0:
             raise ValueError(f"a prompt must give at least one token, got none from {prompt!r}")
+        if (unknown := beyond(tokenizer, ids[:n], n_embeddings)) is not None:
+            raise ValueError(f"the prompt {show(prompt)} {unknown}")
         rows.append(list(ids[:n]))
 
     return rows

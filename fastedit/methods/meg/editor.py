@@ -208,6 +208,7 @@ class MeG:
             template_tokens=len(self.tokenizer(self.config.fit.template)["input_ids"]) + 2,
             on_invalid=on_invalid,
             needs_subject=False,
+            n_embeddings=self.adapter.n_embeddings,
         )
         batch = checked.batches[0]
         in_force = joined(self.edits, batch)
