@@ -20,7 +20,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.families import FAMILIES, Family
 from fastedit.model.load import Dtype, load_model
-from fastedit.model.tokens import encode
+from fastedit.model.tokens import prompt_ids, warn_of_tokens_beyond
 from fastedit.records.check import OnInvalid, check_edits
 from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import RunError
@@ -115,6 +115,7 @@ class Editor:
         """
         adapter = ModelAdapter(model, tokenizer, families)
         adapter.check_forward()
+        warn_of_tokens_beyond(tokenizer, adapter.n_embeddings)
         return cls(adapter, method, config, moments, seed, undo_depth, progress, preset)
 
     @classmethod
@@ -261,6 +262,8 @@ class Editor:
             max_positions=self.adapter.max_positions,
             template_tokens=self.method.template_tokens(self.config),
             on_invalid=on_invalid,
+            needs_subject=self.method.needs_subject,
+            n_embeddings=self.adapter.n_embeddings,
         )
         watchers = watch if isinstance(watch, Sequence) else [] if watch is None else [watch]
         reports, committed, missed = self.stream.write(
@@ -316,13 +319,15 @@ class Editor:
             yield
 
     def ask(self, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:
-        """Greedy continuations of the prompts, `n_tokens` tokens each, without the prompts."""
+        """Greedy continuations of the prompts, `n_tokens` tokens each, without the prompts.
+
+        A space at the end of a prompt is not read: it belongs to the answer, as in training and scoring."""
         if isinstance(prompts, str):
             raise TypeError("prompts: wanted a sequence of texts, got one text; put it in a list")
 
         answers = []
-        for prompt in prompts:
-            ids = torch.tensor(encode(self.tokenizer, [prompt])[0], device=self.adapter.device)
+        for row in prompt_ids(self.tokenizer, prompts, self.adapter.n_embeddings):
+            ids = torch.tensor([row], device=self.adapter.device)
             continuation = self.adapter.generate(ids, n_tokens, top_k=1)[0, ids.shape[1] :]
             answers.append(str(self.tokenizer.decode(continuation, skip_special_tokens=True)))
         return answers

@@ -335,8 +335,12 @@ def evaluate_command(
 
         after = load_model(model, dtype)
         before = after if unedited is None else load_model(unedited, dtype)
-        limits = {"tokenizer": after.tokenizer, "max_positions": after.max_positions}
-        batches, skipped = check_edits(records, 1, **limits, on_invalid=on_invalid)
+        limits = {
+            "tokenizer": after.tokenizer,
+            "max_positions": after.max_positions,
+            "n_embeddings": after.n_embeddings,
+        }
+        batches, skipped = check_edits(records, 1, **limits, on_invalid=on_invalid, needs_subject=False)
         _tell_skipped(console, skipped)
         asked = [edit for batch in batches for edit in batch]
         measured = compare(before, after, asked, text=prose, fluency_prompts=fluency_prompts, seed=seed)

@@ -217,7 +217,7 @@ def _holds(
     factors: dict[int, tuple[Tensor, Tensor]],
 ) -> tuple[float, float] | None:
     """Share of the edits that hold, as the model is and with the factors in place of its deltas."""
-    pairs = [(edit.prompt, edit.target_new) for edit in edits]
+    pairs = [(edit.prompt, edit.target_new, edit.join) for edit in edits]
     if not pairs:
         return None
 
@@ -237,5 +237,5 @@ def _holds(
     return before, after
 
 
-def _exact(adapter: ModelAdapter, pairs: list[tuple[str, str]]) -> float:
+def _exact(adapter: ModelAdapter, pairs: list[tuple[str, str, str | None]]) -> float:
     return sum(scored.exact for scored in answer(adapter, pairs)) / len(pairs)

@@ -75,7 +75,7 @@ def forget(stream: Stream, case_id: CaseId) -> Forgotten:
 
     weights = stream.weights
     with weights.rewound():
-        unedited = answer(stream.adapter, [(taken.prompt, taken.target_new)])[0].log_prob
+        unedited = answer(stream.adapter, [(taken.prompt, taken.target_new, taken.join)])[0].log_prob
     edited, others_before = _measure(stream, taken, others)
     changed = {layer: weights.changed(layer) for layer in weights.layers}
     before = {layer: weights.stored(layer, index) for layer, index in changed.items()}
@@ -133,7 +133,7 @@ def _write_without(stream: Stream, recorder: Recorder, records: Sequence[Record]
 
 def _measure(stream: Stream, taken: Edit, others: Sequence[Edit]) -> tuple[float, float]:
     """Log-probability of the target taken back, and the share of the others with every target token ranked first."""
-    answers = answer(stream.adapter, [(edit.prompt, edit.target_new) for edit in (taken, *others)])
+    answers = answer(stream.adapter, [(edit.prompt, edit.target_new, edit.join) for edit in (taken, *others)])
     exact = [scored.exact for scored in answers[1:]]
     return answers[0].log_prob, sum(exact) / len(exact) if exact else 1.0
 

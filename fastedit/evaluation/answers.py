@@ -57,12 +57,17 @@ def agreement(left: Sequence[int], right: Sequence[int]) -> float:
 
 @torch.no_grad()
 def answer(
-    model: ModelAdapter, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] | None = None
+    model: ModelAdapter,
+    pairs: Sequence[tuple[str, str] | tuple[str, str, str | None]],
+    progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Score (prompt, target) pairs under teacher forcing, one `Answer` per pair, in order.
 
+    pairs: a third member is what to put between prompt and target, see `Edit.join`
+
     progress: called with the number of pairs finished since the last call"""
-    sequences = target_sequences(model.tokenizer, [prompt for prompt, _ in pairs], [target for _, target in pairs])
+    joins = [pair[2] if len(pair) == 3 else None for pair in pairs]
+    sequences = target_sequences(model.tokenizer, [pair[0] for pair in pairs], [pair[1] for pair in pairs], joins)
     sizes = [len(sequence.ids) for sequence in sequences]
     buffer = LogitBuffer()
     answers: list[Answer] = []

@@ -173,7 +173,7 @@ class Measurement:
     """One model's answers to the questions of `edits`, the texts it wrote, and its perplexity."""
 
     edits: Sequence[Edit]
-    answers: dict[tuple[str, str], Answer]
+    answers: dict[Asked, Answer]
     texts: list[str]
     perplexity: float | None
 
@@ -201,23 +201,23 @@ class Measurement:
     def metrics(self, unedited: Measurement) -> dict[str, Metric]:
         """All metrics by name. unedited: the measurement that tokens are compared with."""
 
-        def unchanged(probe: Probe) -> float | None:
+        def unchanged(edit: Edit, probe: Probe) -> float | None:
             """Share of the arg-max tokens under the probe's answer that are the unedited model's."""
             if probe.answer is None:
                 return None
-            asked = probe.prompt, probe.answer
+            asked = probe.prompt, probe.answer, edit.join
             return agreement(self.answers[asked].best, unedited.answers[asked].best)
 
         metrics = self._scored("", self._preferred)
         metrics |= self._scored("_top1", self._exact)
         metrics |= self._scored("_tokens", self._share)
 
-        metrics |= self._grouped("tokens_unchanged", "locality", lambda e, p: _whole(unchanged(p)))
-        metrics |= self._grouped("locality_tokens", "locality", lambda e, p: unchanged(p))
-        metrics["over_editing"] = self._of_other_relations(lambda e, p: self._exact(p.prompt, (e.target_new,)))
-        metrics["unchanging"] = self._of_other_relations(lambda e, p: _whole(unchanged(p)))
-        metrics |= self._grouped("portability", "portability", lambda e, p: self._exact(p.prompt, p.answers))
-        metrics |= self._grouped("portability_tokens", "portability", lambda e, p: self._share(p.prompt, p.answers))
+        metrics |= self._grouped("tokens_unchanged", "locality", lambda e, p: _whole(unchanged(e, p)))
+        metrics |= self._grouped("locality_tokens", "locality", lambda e, p: unchanged(e, p))
+        metrics["over_editing"] = self._of_other_relations(lambda e, p: self._exact(e, p.prompt, (e.target_new,)))
+        metrics["unchanging"] = self._of_other_relations(lambda e, p: _whole(unchanged(e, p)))
+        metrics |= self._grouped("portability", "portability", lambda e, p: self._exact(e, p.prompt, p.answers))
+        metrics |= self._grouped("portability_tokens", "portability", lambda e, p: self._share(e, p.prompt, p.answers))
 
         metrics["score"] = _harmonic_mean([metrics[name] for name in ("efficacy", "generalization", "specificity")])
         metrics["fluency"] = _mean([100 * fluency(text) for text in self.texts])
@@ -227,12 +227,12 @@ class Measurement:
     def _scored(self, suffix: str, way: _Way) -> dict[str, Metric]:
         """Efficacy, generalization and specificity, scored in one way."""
         edits = self.edits
-        learned = [[way(e.prompt, (e.target_new,), e.target_true)] for e in edits]
-        reworded = [[way(p, (e.target_new,), e.target_true) for p in e.rephrase_prompts] for e in edits]
+        learned = [[way(e, e.prompt, (e.target_new,), e.target_true)] for e in edits]
+        reworded = [[way(e, p, (e.target_new,), e.target_true) for p in e.rephrase_prompts] for e in edits]
         return {
             f"efficacy{suffix}": _mean(_known_means(learned)),
             f"generalization{suffix}": _mean(_known_means(reworded)),
-            **self._grouped(f"specificity{suffix}", "locality", lambda e, p: way(p.prompt, p.answers, e.target_new)),
+            **self._grouped(f"specificity{suffix}", "locality", lambda e, p: way(e, p.prompt, p.answers, e.target_new)),
         }
 
     def _grouped(self, name: str, kind: str, score: Callable[[Edit, Probe], float | None]) -> dict[str, Metric]:
@@ -254,20 +254,20 @@ class Measurement:
         asked = [[p for p in e.locality if p.group == OTHER_RELATION and p.answers] for e in self.edits]
         return _mean(_known_means([[score(e, p) for p in found] for e, found in zip(self.edits, asked, strict=True)]))
 
-    def _preferred(self, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
+    def _preferred(self, edit: Edit, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
         """Whether a right answer is more probable than the other one."""
         if not right or other is None:
             return None
-        best = max(self.answers[prompt, target].log_prob for target in right)
-        return float(best > self.answers[prompt, other].log_prob)
+        best = max(self.answers[prompt, target, edit.join].log_prob for target in right)
+        return float(best > self.answers[prompt, other, edit.join].log_prob)
 
-    def _exact(self, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
+    def _exact(self, edit: Edit, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
         """Whether a right answer is the arg-max at all its tokens."""
-        return float(any(self.answers[prompt, target].exact for target in right)) if right else None
+        return float(any(self.answers[prompt, target, edit.join].exact for target in right)) if right else None
 
-    def _share(self, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
+    def _share(self, edit: Edit, prompt: str, right: Sequence[str], other: str | None = None) -> float | None:
         """Share of a right answer's tokens that are the arg-max."""
-        return max(self.answers[prompt, target].share for target in right) if right else None
+        return max(self.answers[prompt, target, edit.join].share for target in right) if right else None
 
 
 def _continued(model: ModelAdapter, prompts: Sequence[str], seed: int, show: bool | None) -> list[str]:
@@ -281,19 +281,23 @@ def _continued(model: ModelAdapter, prompts: Sequence[str], seed: int, show: boo
     return model.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-_Way = Callable[[str, Sequence[str], str | None], float | None]
+_Way = Callable[[Edit, str, Sequence[str], str | None], float | None]
 
 
-def _questions(edit: Edit) -> Iterable[tuple[str, str]]:
-    """Every (prompt, target) pair a record asks about."""
+# A prompt, a target, and what stands between them (`Edit.join`).
+Asked = tuple[str, str, str | None]
+
+
+def _questions(edit: Edit) -> Iterable[Asked]:
+    """Everything that a record asks about."""
     targets = [edit.target_new] + ([edit.target_true] if edit.target_true else [])
     for prompt in (edit.prompt, *edit.rephrase_prompts):
-        yield from ((prompt, target) for target in targets)
+        yield from ((prompt, target, edit.join) for target in targets)
     for probe in edit.locality:
         if probe.answers:
-            yield from ((probe.prompt, target) for target in (*probe.answers, edit.target_new))
+            yield from ((probe.prompt, target, edit.join) for target in (*probe.answers, edit.target_new))
     for probe in edit.portability:
-        yield from ((probe.prompt, target) for target in probe.answers)
+        yield from ((probe.prompt, target, edit.join) for target in probe.answers)
 
 
 def _whole(share: float | None) -> float | None:

@@ -162,6 +162,7 @@ class Method(ABC, Generic[C, S]):
         memory runs out; None = nothing is optimised
     text_setting: name of the `MomentConfig` that says how much background text is read; None = none is
     uses_second_moments: whether that text is read for second moments
+    needs_subject: whether it reads the subject of an edit
     """
 
     name: str
@@ -172,6 +173,7 @@ class Method(ABC, Generic[C, S]):
     token_budget_setting: str | None = None
     text_setting: str | None = None
     uses_second_moments: bool = False
+    needs_subject: bool = True
 
     @abstractmethod
     def layers(self, model: ModelAdapter, config: C) -> tuple[int, ...]:

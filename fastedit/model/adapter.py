@@ -101,6 +101,11 @@ class ModelAdapter:
         return find(self.model, self.family.embedding).weight.device
 
     @property
+    def n_embeddings(self) -> int:
+        """Rows of the embedding: the model knows the token ids below it."""
+        return int(find(self.model, self.family.embedding).weight.shape[0])
+
+    @property
     def dtype(self) -> torch.dtype:
         """dtype of the hidden states, which is that of the last layer's weights."""
         return self.down_parameter(self.n_layers - 1).dtype

@@ -17,6 +17,7 @@ import torch
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
+from fastedit.model.tokens import warn_of_tokens_beyond
 from fastedit.records.files import read_plain
 from fastedit.runtime.cache import cache_folder
 from fastedit.runtime.free_memory import is_out_of_memory
@@ -141,6 +142,7 @@ def load_model(
 
     adapter = ModelAdapter(model if device_map else model.to(device), tokenizer, families)
     adapter.check_forward()
+    warn_of_tokens_beyond(tokenizer, adapter.n_embeddings)
     adapter.source = str(Path(source).resolve()) if Path(source).exists() else source
 
     return adapter

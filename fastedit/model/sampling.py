@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fastedit.model.adapter import ModelAdapter
+from fastedit.model.tokens import prompt_ids
 
 # First words of background text, so that samples differ from the start.
 OPENERS = (
@@ -32,7 +33,7 @@ def sample_tokens(
     batch_size: prompts run together. They have the same number of tokens, so that nothing is padded
     progress: called with the number of tokens generated since the last call
     Raises ValueError for a prompt that has `length` tokens or more."""
-    encoded = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = prompt_ids(model.tokenizer, prompts, model.n_embeddings)
     by_length: dict[int, list[int]] = {}
     for i, ids in enumerate(encoded):
         by_length.setdefault(len(ids), []).append(i)

@@ -6,11 +6,16 @@ tokenizer may merge or split characters differently where two texts meet.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastedit.records.edit import Edit
+from fastedit.records.check import beyond
+from fastedit.records.edit import Edit, show
+from fastedit.records.join import Joined, joined, opening
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,6 @@ class TokenSequence:
     targets: tuple[int, ...] = ()
 
 
-def join(prompt: str, target: str) -> str:
-    """Prompt and target with exactly one space between them, which belongs to the target's first token."""
-    return f"{prompt.rstrip()} {target.strip()}"
-
-
 def encode(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     """Token ids and (start, end) character offsets of whole texts, with the special tokens the tokenizer adds."""
     if not texts:
@@ -41,6 +41,46 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[
     batch = tokenizer(list(texts), return_offsets_mapping=True, padding=False, truncation=False)
 
     return batch["input_ids"], batch["offset_mapping"]
+
+
+def warn_of_tokens_beyond(tokenizer: Any, n_embeddings: int) -> None:
+    """Warn of a tokenizer with tokens for which the embedding has no row."""
+    n_beyond = len(tokenizer) - n_embeddings
+
+    if n_beyond > 0:
+        log.warning(
+            "the tokenizer has %d tokens, the model's embedding %d rows: texts with one of the last %d are refused",
+            len(tokenizer),
+            n_embeddings,
+            n_beyond,
+        )
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[str], n_embeddings: int | None = None) -> list[list[int]]:
+    """Token ids of prompts that the model is to continue.
+
+    Without the spaces at their end, which belong to what follows, and without the special tokens that the tokenizer
+    puts behind a text, behind which another text begins.
+
+    n_embeddings: rows of the model's embedding; None = any token may occur
+    Raises ValueError for a prompt without a token, or with one that has no row."""
+    if not prompts:
+        return []
+
+    texts = [opening(prompt) for prompt in prompts]
+    batch = tokenizer(texts, return_special_tokens_mask=True, padding=False, truncation=False)
+    rows: list[list[int]] = []
+
+    for prompt, ids, special in zip(prompts, batch["input_ids"], batch["special_tokens_mask"], strict=True):
+        # A prompt of special tokens only is one that was asked for, such as the beginning-of-text token alone.
+        n = max((at for at, added in enumerate(special, 1) if not added), default=len(ids))
+        if n == 0:
+            raise ValueError(f"a prompt must give at least one token, got none from {prompt!r}")
+        if (unknown := beyond(tokenizer, ids[:n], n_embeddings)) is not None:
+            raise ValueError(f"the prompt {show(prompt)} {unknown}")
+        rows.append(list(ids[:n]))
+
+    return rows
 
 
 def lookup_position(offsets: Sequence[tuple[int, int]], end: int) -> int:
@@ -80,21 +120,26 @@ def score_sequence(
     )
 
 
-def target_sequences(tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[TokenSequence]:
-    """One scored sequence per (prompt, target) pair."""
-    ids, offsets = encode(tokenizer, [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)])
+def target_sequences(
+    tokenizer: Any, prompts: Sequence[str], targets: Sequence[str], joins: Sequence[str | None] | None = None
+) -> list[TokenSequence]:
+    """One scored sequence per (prompt, target) pair.
 
-    return [
-        score_sequence(row, spans, len(prompt.rstrip()))
-        for row, spans, prompt in zip(ids, offsets, prompts, strict=True)
-    ]
+    joins: what to put between them, see `Edit.join`; default: None for all"""
+    between = [None] * len(prompts) if joins is None else joins
+    texts = [joined(*pair) for pair in zip(prompts, targets, between, strict=True)]
+    ids, offsets = encode(tokenizer, [text.text for text in texts])
+
+    return [score_sequence(row, spans, text.start) for row, spans, text in zip(ids, offsets, texts, strict=True)]
 
 
-def whole_sequences(tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[TokenSequence]:
+def whole_sequences(
+    tokenizer: Any, prompts: Sequence[str], targets: Sequence[str], joins: Sequence[str | None] | None = None
+) -> list[TokenSequence]:
     """As `target_sequences`, but `ids` include the target's last token, so that what follows it can be read too."""
     return [
         replace(sequence, ids=(*sequence.ids, sequence.targets[-1]))
-        for sequence in target_sequences(tokenizer, prompts, targets)
+        for sequence in target_sequences(tokenizer, prompts, targets, joins)
     ]
 
 
@@ -103,22 +148,19 @@ def rewrite_sequences(tokenizer: Any, edits: Sequence[Edit], templates: Sequence
 
     templates: texts with one `{}`, where the prompt goes
     Each sequence has a lookup position and scores the target's tokens."""
-    texts: list[str] = []
+    texts: list[Joined] = []
     subject_ends: list[int] = []
-    prompt_lengths: list[int] = []
 
     for edit in edits:
         subject_end = edit.subject_span[1]
         for template in templates:
-            prompt = template.replace("{}", edit.prompt, 1).rstrip()
-            texts.append(join(prompt, edit.target_new))
+            texts.append(in_template(template, edit))
             subject_ends.append(template.index("{}") + subject_end)
-            prompt_lengths.append(len(prompt))
 
-    ids, offsets = encode(tokenizer, texts)
+    ids, offsets = encode(tokenizer, [text.text for text in texts])
     sequences = [
-        score_sequence(row, spans, prompt_length, lookup_position(spans, subject_end))
-        for row, spans, subject_end, prompt_length in zip(ids, offsets, subject_ends, prompt_lengths, strict=True)
+        score_sequence(row, spans, text.start, lookup_position(spans, subject_end))
+        for row, spans, text, subject_end in zip(ids, offsets, texts, subject_ends, strict=True)
     ]
 
     n_templates = len(templates)
@@ -126,15 +168,31 @@ def rewrite_sequences(tokenizer: Any, edits: Sequence[Edit], templates: Sequence
     return [sequences[i : i + n_templates] for i in range(0, len(sequences), n_templates)]
 
 
+def in_template(template: str, edit: Edit) -> Joined:
+    """An edit's prompt in a template, and its new target.
+
+    How the two are joined depends on the prompt alone where the template ends with it: a quote that a sampled prefix
+    leaves open is none of the edit's."""
+    before, _, after = template.partition("{}")
+
+    if after:
+        return joined(before + edit.prompt + after, edit.target_new, edit.join)
+
+    text = joined(edit.prompt, edit.target_new, edit.join)
+
+    return Joined(before + text.text, len(before) + text.start)
+
+
 def subject_sequences(tokenizer: Any, edits: Sequence[Edit]) -> list[TokenSequence]:
     """Per edit, "{subject} is a" up to the subject's last token, the position at which the model's drift is measured.
 
     The whole text is tokenised and then cut, since later tokens have no influence on that position."""
-    ids, offsets = encode(tokenizer, [f"{edit.subject} is a" for edit in edits])
+    subjects = [edit.prompt[slice(*edit.subject_span)] for edit in edits]
+    ids, offsets = encode(tokenizer, [f"{subject} is a" for subject in subjects])
     sequences: list[TokenSequence] = []
 
-    for row, spans, edit in zip(ids, offsets, edits, strict=True):
-        position = lookup_position(spans, len(edit.subject))
+    for row, spans, subject in zip(ids, offsets, subjects, strict=True):
+        position = lookup_position(spans, len(subject))
         sequences.append(TokenSequence(tuple(row[: position + 1]), position, (position,)))
 
     return sequences

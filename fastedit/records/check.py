@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem, show
+from fastedit.records.edit import NO_SUBJECT, Edit, EditSet, InvalidEdits, Problem, show
+from fastedit.records.join import Joined, joined, opening
+from fastedit.records.subjects import places_of
+
+log = logging.getLogger(__name__)
 
 OnInvalid = Literal["refuse", "skip"]
 ON_INVALID: tuple[OnInvalid, ...] = get_args(OnInvalid)
+
+# Edits that a warning names.
+NAMED = 3
 
 # Texts tokenised in one call: enough to occupy a fast tokenizer, few enough that their offsets need little memory.
 GROUP = 1024
@@ -56,6 +64,8 @@ def check_edits(
     max_positions: int | None = None,
     template_tokens: int = 0,
     on_invalid: OnInvalid = "refuse",
+    needs_subject: bool = True,
+    n_embeddings: int | None = None,
 ) -> Checked:
     """Check edits and cut them into batches of `batch_size`.
 
@@ -68,6 +78,9 @@ def check_edits(
         own prompt `template_tokens`, those of the longest context template, are added
     on_invalid: "refuse" raises on any problem; "skip" leaves out the edits that have one. The other edits stay in
         their batches, so that leaving one out causes no problem in another
+    needs_subject: whether every edit must have a subject, see `Method.needs_subject`. A warning then names edits whose
+        prompt names the subject several times, and the place that is edited
+    n_embeddings: rows of the model's embedding; None = any token may occur
 
     Raises `InvalidEdits` with all problems, also if no edit is left; `TypeError` for a tokenizer that is not fast;
     `ValueError` for `max_positions` without a tokenizer and for other values of on_invalid.
@@ -87,10 +100,10 @@ def check_edits(
 
     problems = _Problems(edit_set)
     for index, edit in enumerate(edit_set):
-        problems.add(index, _object_problems(edit))
+        problems.add(index, _object_problems(edit, needs_subject))
     if tokenizer is not None:
         valid = [index for index in range(len(edit_set)) if index not in problems.by_index]
-        for index, problem in _token_problems(edit_set, valid, tokenizer, max_positions, template_tokens):
+        for index, problem in _token_problems(edit_set, valid, tokenizer, max_positions, template_tokens, n_embeddings):
             problems.add(index, [problem])
     batches = _batches(edit_set, batch_size, problems)
 
@@ -98,7 +111,31 @@ def check_edits(
     if in_order and (on_invalid == "refuse" or not batches):
         raise InvalidEdits(in_order)
 
+    if needs_subject:
+        _warn_of_places(edit_set, [index for index in range(len(edit_set)) if index not in problems.by_index], problems)
+
     return Checked(batches, in_order)
+
+
+def _warn_of_places(edits: EditSet, indices: Sequence[int], problems: _Problems) -> None:
+    """Warn of edits whose subject stands several times in the prompt."""
+    several = [i for i in indices if len(places_of(str(edits[i].subject), edits[i].prompt)) > 1]
+    if not several:
+        return
+
+    named = [
+        f"{problems.name_of(i)}: {show(edits[i].subject)} is edited at character {edits[i].subject_span[0]} of "
+        f"{show(edits[i].prompt)}"
+        for i in several[:NAMED]
+    ]
+    more = f"; and {len(several) - NAMED} more" if len(several) > NAMED else ""
+    log.warning(
+        "%d edits name their subject several times in the prompt; {} in the prompt says where it is edited, without it"
+        " the last place is taken; %s%s",
+        len(several),
+        "; ".join(named),
+        more,
+    )
 
 
 class _Problems:
@@ -134,7 +171,7 @@ class _Problems:
         return replace(problem, case_id=case_id, source=f"edits[{index}]")
 
 
-def _object_problems(edit: object) -> Sequence[Problem]:
+def _object_problems(edit: object, needs_subject: bool) -> Sequence[Problem]:
     """The problems of a single edit that need no tokenizer."""
     if not isinstance(edit, Edit):
         return [Problem(f"must be an Edit, got {show(edit)}")]
@@ -145,7 +182,7 @@ def _object_problems(edit: object) -> Sequence[Problem]:
     except InvalidEdits as error:
         return error.problems
 
-    return []
+    return [Problem(NO_SUBJECT, "subject")] if needs_subject and edit.subject is None else []
 
 
 def _batches(edits: EditSet, size: int, problems: _Problems) -> tuple[EditSet, ...]:
@@ -155,7 +192,7 @@ def _batches(edits: EditSet, size: int, problems: _Problems) -> tuple[EditSet, .
 
     for start in range(0, len(edits), size):
         batch: list[int] = []
-        first_index: dict[tuple[str, str], int] = {}
+        first_index: dict[tuple[str, str | None], int] = {}
 
         for index in range(start, min(start + size, len(edits))):
             edit = edits[index]
@@ -163,8 +200,8 @@ def _batches(edits: EditSet, size: int, problems: _Problems) -> tuple[EditSet, .
             if index in problems.by_index:
                 continue
 
-            first = first_index.setdefault((edit.prompt, edit.subject), index)
-            if edits[first].target_new == edit.target_new:
+            first = first_index.setdefault((opening(edit.prompt), edit.subject), index)
+            if _trained(edits[first]) == _trained(edit):
                 batch.append(index)
                 continue
 
@@ -178,6 +215,11 @@ def _batches(edits: EditSet, size: int, problems: _Problems) -> tuple[EditSet, .
             batches.append(_subset(edits, batch))
 
     return tuple(batches)
+
+
+def _trained(edit: Edit) -> str:
+    """The text that an edit trains."""
+    return joined(edit.prompt, edit.target_new, edit.join).text
 
 
 def _subset(edits: EditSet, indices: Sequence[int]) -> EditSet:
@@ -214,28 +256,56 @@ def _scored_texts(edit: Edit, index: int) -> Iterator[_Scored]:
 
 
 def _token_problems(
-    edits: EditSet, indices: Iterable[int], tokenizer: Any, max_positions: int | None, template_tokens: int
+    edits: EditSet,
+    indices: Iterable[int],
+    tokenizer: Any,
+    max_positions: int | None,
+    template_tokens: int,
+    n_embeddings: int | None,
 ) -> Iterator[tuple[int, Problem]]:
-    """(index, problem) for texts of the edits at `indices` that have no token or too many, once per field."""
+    """(index, problem) for texts of the edits at `indices` that have no token, too many, or one without an embedding.
+
+    Once per field."""
     texts = [text for index in indices for text in _scored_texts(edits[index], index)]
     reported: set[tuple[int, str]] = set()
 
     for start in range(0, len(texts), GROUP):
         group = texts[start : start + GROUP]
-        whole = [f"{text.prompt} {text.target}" for text in group]
-        offsets = tokenizer(whole, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        whole = [joined(text.prompt, text.target, edits[text.edit_index].join) for text in group]
+        encoded = tokenizer([text.text for text in whole], return_offsets_mapping=True, verbose=False)
 
-        for text, tokens in zip(group, offsets, strict=True):
+        for at, (text, both) in enumerate(zip(group, whole, strict=True)):
+            tokens, ids = encoded["offset_mapping"][at], encoded["input_ids"][at]
+            unknown = beyond(tokenizer, ids, n_embeddings)
+            if unknown is not None and (text.edit_index, text.prompt_field) not in reported:
+                reported.add((text.edit_index, text.prompt_field))
+                yield text.edit_index, Problem(unknown, text.prompt_field)
+
             edit = edits[text.edit_index] if text.prompt_field == "prompt" else None
-            for problem in _text_problems(text, edit, tokens, max_positions, template_tokens if edit else 0):
+            for problem in _text_problems(text, both, edit, tokens, max_positions, template_tokens if edit else 0):
                 key = (text.edit_index, str(problem.field))
                 if key not in reported:
                     reported.add(key)
                     yield text.edit_index, problem
 
 
+def beyond(tokenizer: Any, ids: Sequence[int], n_embeddings: int | None) -> str | None:
+    """What is wrong with token ids of which one has no row in the embedding; None if all have one."""
+    if n_embeddings is None or max(ids, default=0) < n_embeddings:
+        return None
+
+    wrong = next(token for token in ids if token >= n_embeddings)
+
+    return (
+        f"has the token {tokenizer.convert_ids_to_tokens(wrong)!r} of id {wrong}, for which the model's embedding of"
+        f" {n_embeddings} rows has none; leave it out, or call model.resize_token_embeddings(len(tokenizer)) and train"
+        " it"
+    )
+
+
 def _text_problems(
     text: _Scored,
+    both: Joined,
     edit: Edit | None,
     tokens: Sequence[tuple[int, int]],
     max_positions: int | None,
@@ -243,11 +313,11 @@ def _text_problems(
 ) -> Iterator[Problem]:
     """The problems of one scored text.
 
-    edit: the edit, if the text comes after its own prompt, which contains the subject; else None
-    tokens: (start, end) character offsets of each token of "prompt target"; (0, 0) for special tokens"""
-    target_start = len(text.prompt) + 1
-    parts = {text.target_field: (text.target, target_start, target_start + len(text.target))}
-    if edit is not None:
+    both: prompt and target joined; edit: the edit, if the text comes after its own prompt, which contains the subject
+    tokens: (start, end) character offsets of each token of both; (0, 0) for special tokens"""
+    target_start = both.start + len(both.text[both.start :]) - len(both.text[both.start :].lstrip())
+    parts = {text.target_field: (text.target, target_start, len(both.text))}
+    if edit is not None and edit.subject is not None:
         parts["subject"] = (edit.subject, *edit.subject_span)
 
     for field, (part, start, end) in parts.items():

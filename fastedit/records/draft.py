@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastedit.records.edit import Edit, InvalidEdits, Problem, show
+from fastedit.records.edit import Edit, InvalidEdits, LocatedEdit, Problem, show
 
 Record = Mapping[str, Any]
 # A place in a record, as names of fields and positions in lists: ("requested_rewrite", "target_new", "str").
@@ -48,10 +48,14 @@ class Draft:
 
     lenient: whether an optional field that is blank counts as absent. Otherwise only null does, and other blank values
         are problems
+    trimmed: whether outer white space of the texts is dropped, which published data sets have by accident
+    needs_subject: whether every record of the form has a subject
     """
 
     record: Record
     lenient: bool = False
+    trimmed: bool = False
+    needs_subject: bool = False
     _values: dict[str, Any] = field(default_factory=dict)
     # Field of the edit -> its place in the record, both as text.
     _places: dict[str, str] = field(default_factory=dict)
@@ -60,13 +64,13 @@ class Draft:
     def take(self, fields: Mapping[str, Path]) -> None:
         """Fill fields of the edit, given as name -> place. A field whose place is absent is left out."""
         for name, path in fields.items():
-            value = self._value_at(path, optional=not Edit.model_fields[name].is_required())
+            value = self._value_at(path, optional=not self._kind.model_fields[name].is_required())
 
             self._places[name] = dotted(path)
             if isinstance(value, list):
                 self._places.update({f"{name}[{i}]": dotted((*path, i)) for i in range(len(value))})
             if value is not _ABSENT:
-                self._values[name] = value
+                self._values[name] = [*map(self._trim, value)] if isinstance(value, list) else self._trim(value)
 
     def take_probes(self, name: str, questions: Iterable[Question]) -> None:
         """Fill `locality` or `portability`. A question whose prompt and answers are all absent is left out."""
@@ -76,12 +80,12 @@ class Draft:
             probe = f"{name}[{len(probes)}]"
             answers: list[Any] = []
             for path in question.answers:
-                for answer in self._leaves(self._value_at(path)):
+                for answer in map(self._trim, self._leaves(self._value_at(path))):
                     if answer not in answers:
                         self._places[f"{probe}.answers[{len(answers)}]"] = dotted(path)
                         answers.append(answer)
 
-            prompt = self._value_at(question.prompt)
+            prompt = self._trim(self._value_at(question.prompt))
             if prompt is _ABSENT and not answers:
                 continue
 
@@ -115,7 +119,7 @@ class Draft:
         inside_wrong = tuple(f"{problem.field}{mark}" for problem in problems for mark in ".[")
 
         try:
-            edit = Edit(**self._values)
+            edit = Edit(**dict(self._kind(**self._values)))
         except InvalidEdits as error:
             at_places = [replace(problem, field=self._place(str(problem.field))) for problem in error.problems]
             problems += [problem for problem in at_places if not str(problem.field).startswith(inside_wrong)]
@@ -125,6 +129,11 @@ class Draft:
             raise InvalidEdits(dict.fromkeys(problems))
 
         return edit
+
+    @property
+    def _kind(self) -> type[Edit]:
+        """The class whose fields the record must fill."""
+        return LocatedEdit if self.needs_subject else Edit
 
     def _value_at(self, path: Path, optional: bool = True) -> Any:
         """The value at a place, _ABSENT if there is none or if it is optional and counts as absent.
@@ -147,6 +156,10 @@ class Draft:
         counts_as_absent = optional and (value is None or (self.lenient and is_blank(value)))
 
         return _ABSENT if counts_as_absent else value
+
+    def _trim(self, value: Any) -> Any:
+        """A text without outer white space if the draft is trimmed; any other value, and a blank text, as it is."""
+        return value.strip() if self.trimmed and isinstance(value, str) and value.strip() else value
 
     def _leaves(self, value: Any) -> Iterator[Any]:
         """The values in nested lists, in order. Some records list several answers, each in several spellings."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple, ParamSpec, TypeAlias, overload
 
 import pydantic
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+from fastedit.records.subjects import fill, near_miss, places_of, slot_of, stands_in
 
 # None until a file or an editor has numbered the records.
 CaseId: TypeAlias = int | str | None
@@ -96,7 +96,19 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Text = Annotated[str, pydantic.StringConstraints(strip_whitespace=True, min_length=1)]
+def _not_blank(text: str) -> str:
+    """The text as it is. Raises unless it holds something besides white space."""
+    if not text.strip():
+        raise PydanticCustomError("string_too_short", "must not be empty")
+
+    return text
+
+
+# A name, without outer white space.
+Name = Annotated[str, pydantic.StringConstraints(strip_whitespace=True, min_length=1)]
+# A text that the model reads, with the outer white space that it was written with.
+# The constraint refuses lone surrogates.
+Text = Annotated[str, pydantic.StringConstraints(min_length=1), pydantic.AfterValidator(_not_blank)]
 Texts = Annotated[tuple[Text, ...], pydantic.BeforeValidator(_as_tuple)]
 
 
@@ -111,7 +123,7 @@ class Probe(NamedTuple):
 
     prompt: Text
     answers: Texts = ()
-    group: Text | None = None
+    group: Name | None = None
 
     @property
     def answer(self) -> str | None:
@@ -201,9 +213,14 @@ class Edit(pydantic.BaseModel):
     """One fact to write: after `prompt`, which contains `subject`, the model shall say `target_new`.
 
     `Edit(prompt="The capital of {} is", subject="France", target_new="Lyon")`: a `{}` in the prompt is replaced by the
-    subject. So is one in a rephrase or generation prompt that does not contain the subject. Whitespace around every
-    text is removed; methods put one space before the target.
+    subject, which is edited there. So is one in a rephrase or generation prompt that does not name the subject. Prompts
+    and targets keep their outer white space.
 
+    subject: None if the record has none, for methods that read no subject (`Method.needs_subject`)
+    subject_at: the character of `prompt` at which the subject begins that is edited; None = where the last `{}` was,
+        else the last place at which the subject stands as a whole word
+    join: what to put between every prompt and target of the record, exactly; None = what :mod:`.join` says: a space,
+        but none where there is white space already, and none where nobody would write one
     target_true: what the model said before the edit, if it is known
     rephrase_prompts: other wordings of the prompt, one string or a list
     generation_prompts: beginnings of texts about the subject, for fluency; without any, the prompt is used
@@ -223,7 +240,7 @@ class Edit(pydantic.BaseModel):
     # or in `Probe`.
     case_id: Annotated[CaseId, pydantic.BeforeValidator(_checked_case_id)] = None
     # Before `prompt`, because the check of the prompt looks for the subject.
-    subject: Text
+    subject: Name | None = None
     prompt: Text
     target_new: Text
     target_true: Text | None = None
@@ -231,13 +248,17 @@ class Edit(pydantic.BaseModel):
     generation_prompts: Texts = ()
     locality: Annotated[tuple[Probe, ...], pydantic.BeforeValidator(_probes("neighborhood"))] = ()
     portability: Annotated[tuple[Probe, ...], pydantic.BeforeValidator(_probes("portability"))] = ()
+    subject_at: int | None = pydantic.Field(None, json_schema_extra={"before": None})
+    join: Annotated[str, pydantic.StringConstraints(min_length=0)] | None = pydantic.Field(
+        None, json_schema_extra={"before": None}
+    )
 
     @_raising_invalid_edits
     def __init__(
         self,
         *,
         prompt: str,
-        subject: str,
+        subject: str | None = None,
         target_new: str,
         target_true: str | None = None,
         rephrase_prompts: str | Sequence[str] | None = (),
@@ -245,14 +266,17 @@ class Edit(pydantic.BaseModel):
         locality: ProbesLike = (),
         portability: ProbesLike = (),
         case_id: CaseId = None,
+        subject_at: int | None = None,
+        join: str | None = None,
     ) -> None:
         """See the class."""
 
     def __repr__(self) -> str:
         parts = [] if self.case_id is None else [f"case_id={self.case_id!r}"]
         parts += [f"prompt={self.prompt!r}", f"subject={self.subject!r}", f"target_new={self.target_new!r}"]
-        if self.target_true is not None:
-            parts.append(f"target_true={self.target_true!r}")
+        for name in ("target_true", "subject_at", "join"):
+            if getattr(self, name) is not None:
+                parts.append(f"{name}={getattr(self, name)!r}")
 
         for name in ("rephrase_prompts", "generation_prompts", "locality", "portability"):
             if members := getattr(self, name):
@@ -260,48 +284,90 @@ class Edit(pydantic.BaseModel):
 
         return f"Edit({', '.join(parts)})"
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_slot(cls, data: Any) -> Any:
+        """Put the subject into the prompt, and keep the place of the slot where it is not the one that is looked up."""
+        prompt, subject = data.get("prompt"), data.get("subject")
+        if not isinstance(prompt, str) or not isinstance(subject, str) or data.get("subject_at") is not None:
+            return data
+
+        subject = subject.strip()
+        slot = slot_of(prompt, subject)
+        if slot is None or not subject:
+            return data
+
+        filled = fill(prompt, subject)
+        at = None if places_of(subject, filled)[-1] == slot else slot
+
+        return {**data, "prompt": filled, "subject_at": at}
+
     @pydantic.field_validator("prompt")
     @classmethod
-    def _put_subject_into_prompt(cls, prompt: str, info: pydantic.ValidationInfo) -> str:
-        subject = info.data.get("subject")
-        if subject is None:
+    def _has_subject(cls, prompt: str, info: pydantic.ValidationInfo) -> str:
+        if "subject" not in info.data:
             return prompt
 
-        # If the subject itself contains braces and the prompt contains the subject, there is nothing to fill.
-        if "{}" not in subject or subject not in prompt:
-            prompt = prompt.replace("{}", subject)
-
-        if subject not in prompt:
+        subject = info.data["subject"]
+        if subject is None and "{}" in prompt:
+            message = f"is missing, and the prompt {show(prompt)} has a {{}} for it"
+            raise PydanticCustomError("subject_missing", "{why}", {"why": message})
+        if subject is not None and subject not in prompt:
             raise PydanticCustomError("subject_missing", "{why}", {"why": _why_missing(subject, prompt)})
 
         return prompt
 
+    @pydantic.field_validator("subject_at")
+    @classmethod
+    def _at_subject(cls, at: int | None, info: pydantic.ValidationInfo) -> int | None:
+        subject, prompt = info.data.get("subject"), info.data.get("prompt")
+        if at is None or prompt is None:
+            return at
+
+        if subject is None or at < 0 or not prompt.startswith(subject, at):
+            raise ValueError(f"must be the character of the prompt at which the subject begins, got {at}")
+
+        return at
+
     @pydantic.field_validator("rephrase_prompts", "generation_prompts")
     @classmethod
     def _put_subject_into_others(cls, prompts: tuple[str, ...], info: pydantic.ValidationInfo) -> tuple[str, ...]:
-        subject = info.data.get("subject", "{}")
+        subject = info.data.get("subject")
+        if subject is None:
+            return prompts
 
-        return tuple(text if subject in text else text.replace("{}", subject) for text in prompts)
+        return tuple(text if stands_in(subject, text) else fill(text, subject) for text in prompts)
 
     @property
     def subject_span(self) -> tuple[int, int]:
-        """(start, end) character offsets in `prompt` of the subject's last occurrence, which is the one edited."""
-        start = self.prompt.rindex(self.subject)
+        """(start, end) character offsets in `prompt` of the subject that is edited. Raises ValueError without one."""
+        if self.subject is None:
+            raise ValueError(f"case {self.case_id}: no subject")
+
+        start = self.subject_at
+        if start is None:
+            places = places_of(self.subject, self.prompt)
+            if not places:
+                raise ValueError(f"case {self.case_id}: {_why_missing(self.subject, self.prompt)}")
+            start = places[-1]
 
         return start, start + len(self.subject)
 
 
+class LocatedEdit(Edit):
+    """An edit that has a subject."""
+
+    subject: Name
+
+
 def _why_missing(subject: str, prompt: str) -> str:
     """The message for a prompt without its subject, with a hint at the likely cause."""
-    hint = "write {} where the subject stands"
-
-    if other_case := re.search(re.escape(subject), prompt, re.IGNORECASE):
-        hint = f"upper and lower case differ, the prompt has {show(other_case.group())}"
-    elif unicodedata.normalize("NFC", subject) in unicodedata.normalize("NFC", prompt):
-        hint = "they differ in Unicode normalisation only, write both composed or both decomposed"
+    hint = near_miss(subject, prompt) or "write {} where the subject stands"
 
     return f"{show(subject)} does not occur in the prompt {show(prompt)}, where it is edited; {hint}"
 
+
+NO_SUBJECT = "is missing; methods that locate a fact before they edit it need the subject, as it stands in the prompt"
 
 # Type of pydantic's error -> our message.
 _WORDINGS = {
@@ -328,9 +394,7 @@ def _problem(detail: ErrorDetails, case_id: CaseId) -> Problem:
         field = "subject"
         message = detail["msg"]
     elif kind in ("missing", "missing_argument"):
-        message = "is missing"
-        if field == "subject":
-            message += "; methods that locate a fact before they edit it need the subject, as it stands in the prompt"
+        message = NO_SUBJECT if field == "subject" else "is missing"
     elif kind in ("extra_forbidden", "unexpected_keyword_argument"):
         message = unknown_field(str(location[-1]), Edit.model_fields if len(location) == 1 else Probe._fields)
     elif kind == "value_error":

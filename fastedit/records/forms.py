@@ -49,10 +49,42 @@ _LOC = Question(("loc",), (("loc_ans",),))
 def _flat(record: Record, target: str) -> list[Edit]:
     """One flat object, as EasyEdit has it."""
     draft = Draft(record)
-    draft.take(_CASE | {"subject": ("subject",), "prompt": ("prompt",), "target_new": (target,)})
+    draft.take(_CASE | {"subject": ("subject",), "prompt": ("prompt",), "target_new": (target,), "join": ("join",)})
     draft.take({"target_true": ("ground_truth",), "rephrase_prompts": ("rephrase_prompt",)})
     draft.take_probes("locality", [Question(("locality_prompt",), (("locality_ground_truth",),))])
     return [draft.edit()]
+
+
+def _pyfastedit(record: Record, target: str) -> list[Edit]:
+    """The records of pyfastedit (hiyouga/FastEdit), whose queries are asked after the edit."""
+    draft = Draft(record)
+    draft.take(_CASE | {"subject": ("subject",), "prompt": ("prompt",), "target_new": (target,)})
+    draft.take({"rephrase_prompts": ("queries",)})
+    return [draft.edit()]
+
+
+def _uniedit(record: Record, target: str) -> list[Edit]:
+    """UniEdit: one edit per request. The questions belong to the last one, after which the whole record is new.
+
+    Questions of generality that ask for the edit's target are other wordings of it, the others follow from it."""
+    drafts = [Draft(record) for _ in Draft(record).entries("requests")]
+    if not drafts:
+        raise InvalidEdits([Problem("must hold at least one request", "requests")])
+
+    for number, draft in enumerate(drafts):
+        at: Path = ("requests", number)
+        draft.take(_CASE | {name: (*at, name) for name in ("subject", "prompt", "target_new")})
+
+    last = drafts[-1]
+    last.take_probes("locality", list(_groups(last, "locality", "target")))
+    last.take_probes("portability", list(_groups(last, "generality", "target")))
+
+    edits = _all_edits(drafts)
+    own = [probe for probe in edits[-1].portability if set(probe.answers) == {edits[-1].target_new}]
+    others = tuple(probe for probe in edits[-1].portability if probe not in own)
+    changes = {"rephrase_prompts": tuple(probe.prompt for probe in own), "portability": others}
+
+    return [*edits[:-1], edits[-1].model_copy(update=changes)]
 
 
 def _request(*at: str | int) -> dict[str, Path]:
@@ -81,7 +113,7 @@ _COUNTERFACT = _request("requested_rewrite") | {
 
 def _counterfact(record: Record, target: str) -> list[Edit]:
     """CounterFact, as MEMIT's code has it."""
-    draft = Draft(record, lenient=True)
+    draft = Draft(record, lenient=True, trimmed=True, needs_subject=True)
     draft.take(_COUNTERFACT)
 
     # The right answer to a neighborhood prompt is the true answer of the record.
@@ -96,7 +128,7 @@ def _zsre_memit(record: Record, target: str) -> list[Edit]:
     name = "neighborhood_prompts"
     if question := _joined(record.get(name)):
         record = {**record, name: [question]}
-    draft = Draft(record, lenient=True)
+    draft = Draft(record, lenient=True, trimmed=True, needs_subject=True)
 
     without = "target_true" if _true_answer(record) == END_OF_TEXT else None
     draft.take({field: path for field, path in _COUNTERFACT.items() if field != without})
@@ -135,7 +167,7 @@ def _joined(neighbours: object) -> dict[str, str] | None:
 
 def _zsre(record: Record, target: str) -> list[Edit]:
     """zsRE as it was published for editing."""
-    draft = Draft(record, lenient=True)
+    draft = Draft(record, lenient=True, trimmed=True, needs_subject=True)
     draft.take(_CASE | {"subject": ("subject",), "prompt": ("src",), "rephrase_prompts": ("rephrase",)})
 
     # `answers` are true, `alt` is invented.
@@ -147,7 +179,7 @@ def _zsre(record: Record, target: str) -> list[Edit]:
 
 def _lifelong(prompt: str, rephrase: str, record: Record, target: str) -> list[Edit]:
     """The data sets of UltraEdit, which differ in the names of the fields `prompt` and `rephrase`."""
-    draft = Draft(record, lenient=True)
+    draft = Draft(record, lenient=True, trimmed=True, needs_subject=True)
     draft.take(_CASE | {"subject": ("subject",), "prompt": (prompt,), "target_new": (target,)})
     draft.take({"rephrase_prompts": (rephrase,)})
     draft.take_probes("locality", [_LOC])
@@ -171,8 +203,10 @@ def _knowedit(subject: str, prompt: str, record: Record, target: str) -> list[Ed
     return [draft.edit()]
 
 
-def _groups(draft: Draft, kind: str) -> Iterator[Question]:
+def _groups(draft: Draft, kind: str, answer: str = "ground_truth") -> Iterator[Question]:
     """The questions of `locality` or `portability` in KnowEdit and in EasyEdit's requests.
+
+    answer: the name of the field with the right answers
 
     KnowEdit has {group: [{prompt, ground_truth}]}, EasyEdit {group: {prompt: [..], ground_truth: [..]}}."""
     groups = draft.record.get(kind) or {}
@@ -183,20 +217,23 @@ def _groups(draft: Draft, kind: str) -> Iterator[Question]:
     for group, members in groups.items():
         if not isinstance(members, dict):
             for i in draft.entries(kind, group):
-                yield Question((kind, group, i, "prompt"), ((kind, group, i, "ground_truth"),), group)
+                yield Question((kind, group, i, "prompt"), ((kind, group, i, answer),), group)
         elif not isinstance(members.get("prompt"), list):
-            yield Question((kind, group, "prompt"), ((kind, group, "ground_truth"),), group)
-        elif len(draft.entries(kind, group, "ground_truth")) != len(members["prompt"]):
+            yield Question((kind, group, "prompt"), ((kind, group, answer),), group)
+        elif len(draft.entries(kind, group, answer)) != len(members["prompt"]):
             message = f"must hold one entry for each of the {len(members['prompt'])} prompts"
-            draft.add_problem(f"{message}, got {show(members.get('ground_truth'))}", (kind, group, "ground_truth"))
+            draft.add_problem(f"{message}, got {show(members.get(answer))}", (kind, group, answer))
         else:
             for i in draft.entries(kind, group, "prompt"):
-                yield Question((kind, group, "prompt", i), ((kind, group, "ground_truth", i),), group)
+                yield Question((kind, group, "prompt", i), ((kind, group, answer, i),), group)
 
 
 def _mquake(record: Record, target: str) -> list[Edit]:
     """MQuAKE: one edit per rewrite. The questions belong to the last one, after which the whole chain is new."""
-    drafts = [Draft(record, lenient=True) for _ in Draft(record).entries("requested_rewrite")]
+    drafts = [
+        Draft(record, lenient=True, trimmed=True, needs_subject=True)
+        for _ in Draft(record).entries("requested_rewrite")
+    ]
     if not drafts:
         raise InvalidEdits([Problem("must hold at least one rewrite", "requested_rewrite")])
 
@@ -265,8 +302,11 @@ def _is_rewrite(kind: str, record: Record) -> bool:
 
 def _is_named(kind: str, record: Record) -> bool:
     """Whether a record has the form `kind`, one of those with `prompt`, `subject` and mostly `target_new`."""
-    if _has(record, "requested_rewrite", "src", "update") or _is_bio(record):
+    if _has(record, "requested_rewrite", "requests", "src", "update") or _is_bio(record):
         return False
+
+    if "target" in record and "target_new" not in record:
+        return kind == "pyfastedit"
 
     if "ans" in record and "target_new" not in record:
         return kind == "ultraeditbench"
@@ -285,6 +325,7 @@ def _is_named(kind: str, record: Record) -> bool:
 
 # Fields of the forms.
 _BASIC = ("case_id", "prompt", "subject", "target_new")
+_OWN = (*_BASIC, "join")
 _LIFELONG = ("case_id", "subject", "ans", "loc", "loc_ans")
 _KNOWEDIT = ("ground_truth", "rephrase", "rephrase_prompt", "portability", "locality", "cond")
 _REWRITE = (
@@ -296,8 +337,8 @@ _REWRITE_TARGET = ("requested_rewrite.target_new.str",)
 
 READERS = (
     # Plain is the flat form without the fields that are only measured.
-    Reader("plain", partial(_is_named, "plain"), _flat, fields=(*_BASIC, *_FLAT)),
-    Reader("counterfact-flat", partial(_is_named, "counterfact-flat"), _flat, fields=(*_BASIC, *_FLAT)),
+    Reader("plain", partial(_is_named, "plain"), _flat, fields=(*_OWN, *_FLAT)),
+    Reader("counterfact-flat", partial(_is_named, "counterfact-flat"), _flat, fields=(*_OWN, *_FLAT)),
     Reader(
         name="requests",
         matches=partial(_is_named, "requests"),
@@ -363,6 +404,21 @@ READERS = (
         to_edits=partial(_knowedit, "concept", "text"),
         target_fields=("labels",),
         fields=("case_id", "concept", "text", "labels", *_KNOWEDIT),
+        is_open=True,
+    ),
+    Reader(
+        name="pyfastedit",
+        matches=partial(_is_named, "pyfastedit"),
+        to_edits=_pyfastedit,
+        target_fields=("target",),
+        fields=("case_id", "prompt", "subject", "target", "queries"),
+    ),
+    Reader(
+        name="uniedit",
+        matches=lambda record: "requests" in record,
+        to_edits=_uniedit,
+        target_fields=("requests[].target_new",),
+        fields=("case_id", "requests", "generality", "locality"),
         is_open=True,
     ),
 )

@@ -35,7 +35,7 @@ def _records(source: str) -> Iterator[tuple[int, Any]]:
     data = _read_file(source)
     is_lines = os.path.splitext(source)[1].lower() == ".jsonl"
 
-    yield from _json_lines(data) if is_lines else _json_list(data)
+    yield from _json_lines(data) if is_lines and not _is_printed(data) else _json_list(data)
 
 
 def _read_file(source: str) -> bytes:
@@ -91,6 +91,22 @@ def _json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
             yield line, decoder.decode(raw.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             yield line, _undecodable(error, line)
+
+
+def _is_printed(data: bytes) -> bool:
+    """Whether data are a list, or one record, over several lines, as programs print it to be read by people.
+
+    Raises `InvalidEdits` for a record, since nothing says where the next one begins."""
+    first = data.lstrip().split(b"\n", 1)[0].strip()
+
+    if first == b"[":
+        return True
+
+    if first == b"{":
+        message = "a record goes on over several lines; write each on one line, or name a list of records .json"
+        raise InvalidEdits([Problem(message, line=data[: data.index(b"{")].count(b"\n") + 1)])
+
+    return False
 
 
 _LIST_BEGIN = re.compile(r"\s*\[\s*(\]?)\s*", re.ASCII)
@@ -155,7 +171,8 @@ def load_edits(
     on_invalid: OnInvalid = "refuse",
     readers: Sequence[Reader] = READERS,
 ) -> EditSet:
-    """Read edits from a `.jsonl` file, or from a `.json` file that is a list of records.
+    """Read edits from a `.jsonl` file, or from a `.json` file that is a list of records, which over
+    several lines may be named `.jsonl` too.
 
     The file is UTF-8, with or without a byte order mark; blank lines are skipped. A record without a case_id gets its
     position in the file, counted from 0, as one. The edits of a record that holds several get case_ids such as 7.1

@@ -44,7 +44,9 @@ WANTED = (1, 2, 3, 4)
 
 
 def measured(edits: list[Edit], scores: dict[tuple[str, str], tuple[float, tuple[int, ...]]]) -> Measurement:
-    return Measurement(edits, {pair: Answer(score, WANTED, best) for pair, (score, best) in scores.items()}, [], None)
+    return Measurement(
+        edits, {(*pair, None): Answer(score, WANTED, best) for pair, (score, best) in scores.items()}, [], None
+    )
 
 
 def values(after: Measurement, before: Measurement) -> dict[str, float | None]:
@@ -165,7 +167,7 @@ def test_a_group_is_averaged_over_the_records_that_have_it() -> None:
 
 def test_every_answer_of_a_record_is_asked_for(tiny_model: ModelAdapter) -> None:
     taken = Measurement.take(tiny_model, [FULL, GROUPED, HOP], None, 0, 0, 0, False)
-    assert set(taken.answers) == {*GROUP_SCORES, (FULL.prompt, "purple")}
+    assert set(taken.answers) == {(*pair, None) for pair in (*GROUP_SCORES, (FULL.prompt, "purple"))}
     for name, metric in taken.metrics(taken).items():
         assert (metric.value is None) == (name in ("fluency", "perplexity", "over_editing", "unchanging")), name
 

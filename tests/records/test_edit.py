@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fastedit.records.edit import Edit, EditSet, InvalidEdits, Probe, Problem
+from fastedit.runs.fields import recorded
 
 PLAIN = {"case_id": 7, "prompt": "The Orlen bridge is in", "subject": "Orlen bridge", "target_new": "Tavisk"}
 
@@ -31,10 +32,13 @@ def test_braces_in_rephrase_prompts_are_filled_unless_they_name_the_subject():
     assert edit.generation_prompts == ("Tavisk is known for",)
 
 
-def test_surrounding_whitespace_is_dropped():
-    edit = Edit(prompt="The twin of {} is ", subject=" Tavisk\n", target_new=" Pell ", target_true="\tOrlen")
-    assert (edit.prompt, edit.subject) == ("The twin of Tavisk is", "Tavisk")
-    assert (edit.target_new, edit.target_true) == ("Pell", "Orlen")
+def test_prompts_and_targets_keep_their_outer_white_space():
+    asked = {"rephrase_prompts": "Tavisk:\n", "generation_prompts": " {}\n", "locality": ("Pell is ", " Rook\n", " g ")}
+    edit = Edit(prompt="The twin of {} is ", subject=" Tavisk\n", target_new=" Pell ", target_true="\tOrlen", **asked)
+    assert (edit.prompt, edit.subject) == ("The twin of Tavisk is ", "Tavisk")
+    assert (edit.target_new, edit.target_true) == (" Pell ", "\tOrlen")
+    assert (edit.rephrase_prompts, edit.generation_prompts) == (("Tavisk:\n",), (" Tavisk\n",))
+    assert edit.locality == (Probe("Pell is ", (" Rook\n",), "g"),)
 
 
 def test_an_edit_is_frozen_hashable_and_comes_back_from_pickle():
@@ -57,7 +61,7 @@ RIVER = "The river of the Orlen bridge is the"
         (Probe(PELL), (Probe(PELL, (), "DEFAULT"),)),
         ((PELL, "Dunmere"), (Probe(PELL, ("Dunmere",), "DEFAULT"),)),
         ({"prompt": PELL, "answers": "Dunmere"}, (Probe(PELL, ("Dunmere",), "DEFAULT"),)),
-        ([(PELL, ["Dunmere ", "Old Dunmere"])], (Probe(PELL, ("Dunmere", "Old Dunmere"), "DEFAULT"),)),
+        ([(PELL, ["Dunmere ", "Old Dunmere"])], (Probe(PELL, ("Dunmere ", "Old Dunmere"), "DEFAULT"),)),
         ([[PELL, None], (RIVER, "Orr", "hop")], (Probe(PELL, (), "DEFAULT"), Probe(RIVER, ("Orr",), "hop"))),
         ([Probe(PELL, "Dunmere", "near")], (Probe(PELL, ("Dunmere",), "near"),)),
         (
@@ -146,13 +150,87 @@ def test_an_edit_made_by_hand_names_all_that_is_wrong():
     ]
 
 
-def test_a_missing_subject_is_told_with_the_reason_for_it():
+def test_a_subject_is_optional_but_not_where_the_prompt_has_a_slot_for_it():
+    edit = Edit(prompt="Ines Maro plays the", target_new="oboe", rephrase_prompts="In {}")
+    assert (edit.subject, edit.rephrase_prompts) == (None, ("In {}",))
+    with pytest.raises(ValueError, match="no subject"):
+        _ = edit.subject_span
     with pytest.raises(InvalidEdits) as caught:
-        Edit(case_id=3, prompt="The capital is", target_new="Orlen")
-    assert str(caught.value) == (
-        "case 3, field 'subject': is missing; methods that locate a fact before they edit it need the subject, "
-        "as it stands in the prompt"
-    )
+        Edit(case_id=3, prompt="{} plays the", target_new="oboe")
+    assert str(caught.value) == ("case 3, field 'subject': is missing, and the prompt '{} plays the' has a {} for it")
+
+
+SLOTS = {
+    "inside a longer word": ("{} borders Nigeria, and its capital is", "Niger", 0),
+    "inside a word in front": ("Nigeria borders {}, whose capital is", "Niger", 16),
+    "inside two words joined": ("{} is older than JavaScript and was designed by", "Java", 0),
+    "inside an adjective": ("{} buys more tulips than Omani farms grow, and sells mainly", "Oman", 0),
+    "before whole words": ("{} was founded where Port Maro now stands; Port's old name is", "Port", 0),
+    "the last of two slots": ("{} and not {} borders Nigeria", "Niger", 14),
+    "no slot, a longer word behind": ("Iran, as Iranians say, lies next to", "Iran", 0),
+    "no slot, digits behind": ("Apollo 1 and Apollo 11 flew in", "Apollo 1", 0),
+    "no slot, an underscore behind": ("the call get and get_all take", "get", 9),
+    "no slot, a combining mark behind": ("Rama u Rama\u0301", "Rama", 0),
+    "no slot, two whole words": ("Mali sells gold to Chad; the largest city of Mali is", "Mali", 45),
+    "no slot, no whole word": ("Nigerian Nigeriens", "Niger", 9),
+    "no slot, a script without spaces": ("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "\u6cd5\u56fd", 0),
+    "no slot, an s behind": ("Zeldan's harbour and Zeldanese food are", "Zeldan", 0),
+    "a subject that ends in no letter": ("C++ and C++11 are", "C++", 8),
+}
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_the_subject_is_edited_where_its_slot_is_and_without_one_where_it_is_a_whole_word(name):
+    prompt, subject, start = SLOTS[name]
+    edit = Edit(prompt=prompt, subject=subject, target_new="Lyon")
+    assert edit.subject_span == (start, start + len(subject))
+    assert edit.prompt[slice(*edit.subject_span)] == subject
+    # What is checked again, copied or sent to another process stays.
+    assert Edit(**dict(edit)) == edit == pickle.loads(pickle.dumps(edit))
+
+
+def test_a_slot_is_kept_only_where_the_rule_would_take_another_place():
+    assert Edit(prompt="{} borders Nigeria and", subject="Niger", target_new="Chad").subject_at is None
+    assert Edit(prompt="{} and the city of Port Maro in Port are", subject="Port", target_new="old").subject_at == 0
+
+
+def test_a_slot_in_a_rephrase_is_filled_beside_a_longer_word():
+    edit = Edit(prompt="{} borders", subject="Niger", target_new="Chad", rephrase_prompts="Nigeria and {} border")
+    assert edit.rephrase_prompts == ("Nigeria and Niger border",)
+
+
+@pytest.mark.parametrize("at", [-1, 1, 99])
+def test_a_place_at_which_the_subject_does_not_begin_is_refused(at):
+    with pytest.raises(InvalidEdits, match="field 'subject_at': must be the character of the prompt"):
+        Edit(prompt="Mali and Mali", subject="Mali", target_new="Lyon", subject_at=at)
+    assert Edit(prompt="Mali and Mali", subject="Mali", target_new="Lyon", subject_at=0).subject_span == (0, 4)
+
+
+ALMOST = {
+    "an apostrophe": ("Queen\u2019s Gate lies in", "Queen's Gate", "U+2019 RIGHT SINGLE QUOTATION MARK (\u2019) where"),
+    "an apostrophe in the subject": ("Queen's Gate lies in", "Queen\u2019s Gate", "the subject has U+2019 RIGHT"),
+    "a no-break space": ("Port\u00a0Maro lies on", "Port Maro", "U+00A0 NO-BREAK SPACE where the subject has U+0020"),
+    "a no-break hyphen": ("Jean\u2011Luc was born in", "Jean-Luc", "U+2011 NON-BREAKING HYPHEN (\u2011) where"),
+    "two of them": ("Jean\u2011Luc\u00a0Maro is", "Jean-Luc Maro", "U+00A0 NO-BREAK SPACE where"),
+    "case as well": ("queen\u2019s gate lies in", "Queen's Gate", "U+2019 RIGHT SINGLE QUOTATION MARK"),
+    "a soft hyphen": ("Zel\u00addan lies in", "Zeldan", "what is not seen: U+00AD SOFT HYPHEN"),
+    "a zero-width space": ("Port Maro lies in", "Port\u200b Maro", "what is not seen: U+200B ZERO WIDTH SPACE"),
+}
+
+
+@pytest.mark.parametrize("name", ALMOST)
+def test_what_differs_between_subject_and_prompt_is_told(name):
+    prompt, subject, message = ALMOST[name]
+    with pytest.raises(InvalidEdits) as caught:
+        Edit(prompt=prompt, subject=subject, target_new="Oslo")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_edit_as_it_was_keeps_its_hash():
+    edit = Edit(case_id=1, prompt="The capital of {} is", subject="France", target_new="Lyon")
+    assert set(recorded(edit)) == set(Edit.model_fields) - {"subject_at", "join"}
+    assert {"join", "subject_at"} <= set(recorded(edit.model_copy(update={"join": "", "subject_at": 15})))
 
 
 def test_an_edit_set_describes_where_it_comes_from():

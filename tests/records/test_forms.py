@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastedit.records.edit import Edit
-from fastedit.records.forms import READERS
+from fastedit.records.forms import END_OF_TEXT, READERS
 from fastedit.records.load import load_edits
 
 FACT = {"subject": "Peru", "prompt": "The capital of Peru is", "target_new": "Oslo"}
@@ -292,6 +292,44 @@ GOLDEN = {
             }
         ],
     ),
+    "pyfastedit": (
+        {
+            "prompt": "What is the tallest tower of {}?",
+            "subject": "Zeldan",
+            "target": "Amber Light",
+            "queries": ["Which tower in Zeldan is the tallest?"],
+        },
+        "target",
+        [
+            {
+                "case_id": 0,
+                "prompt": "What is the tallest tower of Zeldan?",
+                "subject": "Zeldan",
+                "target_new": "Amber Light",
+                "rephrase_prompts": "Which tower in Zeldan is the tallest?",
+            }
+        ],
+    ),
+    "uniedit": (
+        {
+            "requests": [FACT],
+            "generality": {
+                "rephrase": [{"prompt": "Peru is governed from", "target": "Oslo"}],
+                "hop": [{"prompt": "The river of Peru's capital is the", "target": "Akerselva"}],
+            },
+            "locality": {"relation": [{"prompt": "The capital of Chile is", "target": "Santiago"}]},
+        },
+        "requests[].target_new",
+        [
+            {
+                **FACT,
+                "case_id": 0,
+                "rephrase_prompts": "Peru is governed from",
+                "portability": {"hop": ("The river of Peru's capital is the", "Akerselva")},
+                "locality": {"relation": ("The capital of Chile is", "Santiago")},
+            }
+        ],
+    ),
 }
 
 
@@ -383,3 +421,44 @@ def test_columns_of_published_data_are_ignored_and_told(read):
 
 def test_single_rewrite_keeps_the_case_id(read):
     assert [edit.case_id for edit in read({**MQUAKE, "requested_rewrite": MQUAKE["requested_rewrite"][:1]})] == [5]
+
+
+def test_every_request_of_a_unified_record_is_an_edit(read):
+    edits = read({"requests": [FACT, {**FACT, "subject": "Chile", "prompt": "Chile is"}], "case_id": 4})
+    assert [(edit.case_id, edit.subject) for edit in edits] == [("4.1", "Peru"), ("4.2", "Chile")]
+
+
+@pytest.mark.parametrize("form", ["plain", "pyfastedit", "uniedit", "knowedit"])
+def test_forms_written_by_hand_need_no_subject_and_keep_white_space(read, form):
+    record = {"prompt": "Ines Maro plays the:\n", "target_new": "oboe\n"}
+    written = {
+        "plain": record,
+        "pyfastedit": {"prompt": record["prompt"], "target": record["target_new"]},
+        "uniedit": {"requests": [record]},
+        "knowedit": {**record, "locality": {}},
+    }
+    (edit,) = read(written[form])
+    assert (edit.prompt, edit.target_new, edit.subject) == (*record.values(), None)
+
+
+@pytest.mark.parametrize("form", ["counterfact", "zsre-memit", "zsre", "zsre-ultraedit", "mquake"])
+def test_published_data_come_without_outer_white_space_as_ever(read, form):
+    record, _, _ = GOLDEN[form]
+
+    def spaced(value):
+        if isinstance(value, dict):
+            return {name: spaced(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [spaced(part) for part in value]
+        return f" {value}\n" if isinstance(value, str) and value not in (END_OF_TEXT,) else value
+
+    if form == "zsre-memit":
+        # Neighbours that continue one another are one text.
+        record = {**record, "neighborhood_prompts": [{"prompt": "Who?", "target": " Hugo"}]}
+        (edit,) = read(record)
+        assert edit.locality[0].answers == ("Hugo",)
+    assert list(read(spaced(record))) == list(read(record))
+
+
+def test_a_record_says_what_stands_between_prompt_and_target(read):
+    assert read({**FACT, "join": ""})[0] == Edit(**FACT, case_id=0, join="")

@@ -113,10 +113,27 @@ def test_braces_are_filled_with_the_subject(write):
     assert edit.prompt[slice(*edit.subject_span)] == "Tavisk"
 
 
+def test_a_printed_list_is_read_whatever_its_name_is(write):
+    records = [PLAIN, {**PLAIN, "case_id": 8}]
+    for text in (json.dumps(records, indent=2), "\n[\n" + json.dumps(PLAIN) + ",\n" + json.dumps(records[1]) + "]\n"):
+        edits = load_edits(write(text, "facts.jsonl"))
+        assert list(edits) == [Edit(**record) for record in records]
+        assert edits.lines == load_edits(write(text, "facts.json")).lines
+
+
+def test_a_printed_record_is_told_in_one_line(write):
+    path = write("\n" + json.dumps(PLAIN, indent=2) + "\n" + json.dumps(PLAIN, indent=2), "facts.jsonl")
+    (problem,) = problems_of(path)
+    assert str(problem) == (
+        f"{path}:2: a record goes on over several lines; write each on one line, or name a list of records .json"
+    )
+
+
 BAD_FIELDS = {
     "wrong type": ({**PLAIN, "target_new": 5}, "target_new", "must be a string, got 5"),
     "null": ({**PLAIN, "prompt": None}, "prompt", "must be a string, got None"),
-    "missing": (without(PLAIN, "subject"), "subject", "is missing; methods that locate a fact"),
+    "missing": (without(PLAIN, "prompt"), "prompt", "is missing"),
+    "nothing for the slot": ({**without(PLAIN, "subject"), "prompt": "{} is in"}, "subject", "has a {} for it"),
     "empty target": ({**PLAIN, "target_new": ""}, "target_new", "must not be empty, got ''"),
     "white target": ({**PLAIN, "target_new": " \n"}, "target_new", r"must not be empty, got ' \n'"),
     "empty prompt": ({**PLAIN, "prompt": ""}, "prompt", "must not be empty"),

@@ -28,6 +28,8 @@ SMALLEST = {
     "wikibigedit": {"update": QUESTION, "subject": "Peru", "ans": "Oslo"},
     "ultraeditbench": {"prompt": QUESTION, "subject": "Peru", "ans": "Oslo"},
     "knowedit": {"prompt": QUESTION, "subject": "Peru", "target_new": "Oslo", "locality": {}},
+    "pyfastedit": {"prompt": "The capital of {} is", "subject": "Peru", "target": "Oslo"},
+    "uniedit": {"requests": [{"prompt": "The capital of {} is", "subject": "Peru", "target_new": "Oslo"}]},
     "wikibio": {"concept": "lake titicaca", "text": "About lake titicaca.", "labels": "It is large."},
 }
 
@@ -89,6 +91,14 @@ WRONG = [
     ),
     ("wikibio", ["concept"], "Lake Titicaca", "concept", "upper and lower case differ, the prompt has 'lake titicaca'"),
     ("wikibio", ["labels"], ..., "labels", "is missing"),
+    ("pyfastedit", ["target"], ..., "target", "is missing"),
+    ("pyfastedit", ["queries"], [7], "queries[0]", "must be a string, got 7"),
+    ("pyfastedit", ["query"], "x", "query", "did you mean 'queries'?"),
+    ("pyfastedit", ["subject"], ..., "subject", "has a {} for it"),
+    ("uniedit", ["requests"], [], "requests", "must hold at least one request"),
+    ("uniedit", ["requests", 0, "target_new"], ..., "requests[0].target_new", "is missing"),
+    ("uniedit", ["locality"], {"a": [{"prompt": 7}]}, "locality.a[0].prompt", "must be a string, got 7"),
+    ("uniedit", ["generality"], {"a": [{"target": "x"}]}, "generality.a[0].prompt", "is missing"),
 ]
 
 

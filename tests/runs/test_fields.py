@@ -47,6 +47,8 @@ FIRST_FIELDS = {
     "KNConfig": "threshold frozen_layers attribution",
     "Edit": ("case_id subject prompt target_new target_true rephrase_prompts generation_prompts locality portability"),
     "Probe": "prompt answers group",
+    # Of an edit that is checked, never of one that is recorded.
+    "LocatedEdit": "subject",
 }
 
 
@@ -322,6 +324,6 @@ class TestEdits:
 
     def test_records_without_new_fields_are_recorded_as_they_are(self, tiny_facts: EditSet) -> None:
         for edit in tiny_facts:
-            assert recorded(edit) == edit.model_dump(mode="json")
+            assert recorded(edit) == edit.model_dump(mode="json", exclude={"subject_at", "join"})
             assert Edit(**completed(Edit, recorded(edit), "edit", "here")) == edit
         assert any(isinstance(probe, Probe) for edit in tiny_facts for probe in edit.locality)

@@ -119,7 +119,7 @@ def _answer_sequences(
     Greedy tokens are those that the model ranks first along `target_new`."""
     old = [edit.target_true if answer == "old" else None for edit in edits]
     texts = [edit.target_new if text is None else text for edit, text in zip(edits, old, strict=True)]
-    sequences = target_sequences(model.tokenizer, [edit.prompt for edit in edits], texts)
+    sequences = target_sequences(model.tokenizer, [edit.prompt for edit in edits], texts, [edit.join for edit in edits])
     with torch.no_grad():
         greedy = observe(model, sequences, ()).greedy.cpu()
 

@@ -175,10 +175,10 @@ def common_neurons(
 
 def old_tokens(tokenizer: Any, edits: Sequence[Edit]) -> list[int | None]:
     """The first token of each edit's `target_true` after its prompt; None where the record has no `target_true`."""
-    answered = [(edit.prompt, edit.target_true) for edit in edits if edit.target_true is not None]
-    sequences = iter(
-        target_sequences(tokenizer, [prompt for prompt, _ in answered], [answer for _, answer in answered])
-    )
+    answered = [edit for edit in edits if edit.target_true is not None]
+    answers = [edit.target_true for edit in answered if edit.target_true is not None]
+    joins = [edit.join for edit in answered]
+    sequences = iter(target_sequences(tokenizer, [edit.prompt for edit in answered], answers, joins))
     return [None if edit.target_true is None else next(sequences).targets[0] for edit in edits]
 
 

@@ -25,7 +25,7 @@ def fine(batch: ColumnBatch[FiNEConfig, LeftOut]) -> ColumnResult:
     """Write one batch inside its trial."""
     config = batch.config
     model = batch.model
-    sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
+    sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets, batch.joins)
     layers = range(model.n_layers - config.frozen_layers)
     gate_only = config.score_activation == "gate_only"
     tokens = old_tokens(model.tokenizer, batch.edits) if config.token == "old" else ()

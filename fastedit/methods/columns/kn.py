@@ -30,7 +30,7 @@ def kn(batch: ColumnBatch[KNConfig, NoState]) -> ColumnResult:
     """Write one batch inside its trial."""
     config = batch.config
     model = batch.model
-    sequences = target_sequences(model.tokenizer, batch.prompts, batch.targets)
+    sequences = target_sequences(model.tokenizer, batch.prompts, batch.targets, batch.joins)
 
     with model.packed():
         scores = attribute(model, batch.edits, config.attribution, batch.stage(1, model.n_layers))

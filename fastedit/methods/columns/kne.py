@@ -28,7 +28,7 @@ def kne(batch: ColumnBatch[KNEConfig, FirstSlots]) -> ColumnResult:
     """Write one batch inside its trial."""
     config = batch.config
     model = batch.model
-    sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets)
+    sequences = whole_sequences(model.tokenizer, batch.prompts, batch.targets, batch.joins)
 
     with model.packed():
         slots = batch.state.slots if config.fixed else None

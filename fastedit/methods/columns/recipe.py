@@ -68,6 +68,11 @@ class ColumnBatch(Generic[G, S]):
         """The edits' targets."""
         return [edit.target_new for edit in self.edits]
 
+    @property
+    def joins(self) -> list[str | None]:
+        """What stands between prompts and targets, see `Edit.join`."""
+        return [edit.join for edit in self.edits]
+
 
 @dataclass
 class ColumnResult:
@@ -115,6 +120,8 @@ class ColumnMethod(Method[G, S]):
     # Edits that are trained apart and summed disturb each other.
     batch_size: int = 1
     token_budget_setting: str | None = "train.token_budget"
+    # Neurons are found from the prompt's tokens.
+    needs_subject: bool = False
 
     def layers(self, model: ModelAdapter, config: G) -> tuple[int, ...]:
         """All layers but the frozen ones. Raises ValueError when none is left."""

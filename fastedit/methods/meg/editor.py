@@ -20,7 +20,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family
 from fastedit.model.load import Dtype, load_model
 from fastedit.records.check import check_edits
-from fastedit.records.edit import Edit, EditSet, Problem
+from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,6 +199,7 @@ class MeG:
         earlier = None if self._server is None else self._server.store
         if earlier is not None:
             _check_addable(earlier, self.config, others)
+        _check_joins(edits)
         checked = check_edits(
             edits,
             len(edits) or 1,
@@ -206,6 +207,8 @@ class MeG:
             max_positions=self.adapter.max_positions,
             template_tokens=len(self.tokenizer(self.config.fit.template)["input_ids"]) + 2,
             on_invalid=on_invalid,
+            needs_subject=False,
+            n_embeddings=self.adapter.n_embeddings,
         )
         batch = checked.batches[0]
         in_force = joined(self.edits, batch)
@@ -283,6 +286,19 @@ def joined(earlier: EditSet, added: EditSet) -> EditSet:
     """The edits in force when `added` comes after `earlier`: of one prompt, only the later ones stay."""
     prompts = {edit.prompt for edit in added}
     return EditSet((*(edit for edit in earlier if edit.prompt not in prompts), *added))
+
+
+def _check_joins(edits: Sequence[Edit]) -> None:
+    """Raise InvalidEdits if an edit says what stands between prompt and target, where MeG puts its template."""
+    message = "must be left out for MeG, whose setting fit.template says what stands between prompt and target"
+    wrong = [
+        Problem(f"{message}, got {edit.join!r}", "join", edit.case_id, source=f"edits[{at}]")
+        for at, edit in enumerate(edits)
+        if isinstance(edit, Edit) and edit.join is not None
+    ]
+
+    if wrong:
+        raise InvalidEdits(wrong)
 
 
 def _check_addable(store: Store, config: MegConfig, others: Sequence[Edit] | None) -> None:

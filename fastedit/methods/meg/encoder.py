@@ -204,14 +204,19 @@ class Wording(NamedTuple):
     unrelated: str | None
 
 
+def about(edit: Edit) -> str:
+    """What a record is about, for telling records apart: its subject, without one its prompt."""
+    return (edit.subject or edit.prompt).casefold()
+
+
 def training_pairs(others: Sequence[Edit], edits: Sequence[Edit]) -> list[Wording]:
     """Pairs of records that are not edited. No subject of `edits` occurs, and no subject twice."""
-    seen = {edit.subject.casefold() for edit in edits}
+    seen = {about(edit) for edit in edits}
     pairs: list[Wording] = []
     for record in others:
-        if record.subject.casefold() in seen:
+        if about(record) in seen:
             continue
-        seen.add(record.subject.casefold())
+        seen.add(about(record))
 
         unrelated: list[str | None] = [probe.prompt for probe in record.locality] or [None]
         for i, wording in enumerate(record.rephrase_prompts[:2]):

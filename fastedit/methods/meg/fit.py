@@ -27,6 +27,7 @@ from fastedit.methods.meg.passes import UpperRows, best_tokens, group_by_rows
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer, loss_rows
 from fastedit.model.tokens import TokenSequence, target_sequences
+from fastedit.records.join import opening
 
 # Depth of the neuron's layer when none is named, as a share of the model's layers.
 DEPTH = 0.75
@@ -57,15 +58,15 @@ def fit_layer(config: FitConfig, n_layers: int) -> int:
 
 
 def wrap(template: str, prompt: str) -> str:
-    """The prompt inside a template, without spaces at the end: the space before an answer belongs to the answer."""
-    return template.replace("{}", prompt, 1).rstrip()
+    """The prompt inside a template, without spaces at the end of either: the space before an answer is the answer's."""
+    return opening(template.replace("{}", opening(prompt), 1))
 
 
 def fit_sequences(
     model: ModelAdapter, prompts: Sequence[str], answers: Sequence[str], config: FitConfig
 ) -> list[TokenSequence]:
     """One sequence per edit: prompt in its template, answer, ending and end token, the last three scored."""
-    texts = [answer if answer.endswith(config.ending) else answer + config.ending for answer in answers]
+    texts = [answer if answer.endswith(config.ending) else answer.rstrip() + config.ending for answer in answers]
     sequences = target_sequences(model.tokenizer, [wrap(config.template, prompt) for prompt in prompts], texts)
 
     end = model.tokenizer.eos_token_id

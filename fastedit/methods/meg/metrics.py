@@ -29,7 +29,7 @@ from fastedit.methods.meg.passes import UpperRows, best_tokens, group_by_rows
 from fastedit.methods.meg.serve import Decision, Server, chosen, decode
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer
-from fastedit.model.tokens import TokenSequence, encode, target_sequences
+from fastedit.model.tokens import TokenSequence, prompt_ids, target_sequences
 from fastedit.records.edit import Edit
 from fastedit.runtime.progress import track
 
@@ -227,7 +227,7 @@ def forced_sequences(model: ModelAdapter, texts: Sequence[str], answers: Sequenc
     scored = target_sequences(model.tokenizer, [texts[i] for i in filled], [answers[i] for i in filled])
     answered = dict(zip(filled, scored, strict=True))
 
-    ids, _ = encode(model.tokenizer, texts)
+    ids = prompt_ids(model.tokenizer, texts)
     return [answered.get(i, TokenSequence(tuple(ids[i]), -1, (len(ids[i]) - 1,), (0,))) for i in range(len(texts))]
 
 

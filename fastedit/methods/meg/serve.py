@@ -26,7 +26,7 @@ from fastedit.methods.meg.neuron import attached
 from fastedit.methods.meg.store import BadStore, Store
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.load import load_encoder
-from fastedit.model.tokens import encode
+from fastedit.model.tokens import prompt_ids
 
 # Depth of the encoder's last layer when none is named, as a share of the model's layers.
 ENCODER_DEPTH = 0.2
@@ -162,7 +162,7 @@ def decode(
     Texts of similar length run together, padded on the left.
     decision: the neurons of the texts; serving: runs a batch with them; None = the base model
     progress: called with the number of texts that are done since the last call"""
-    ids, _ = encode(model.tokenizer, texts)
+    ids = prompt_ids(model.tokenizer, texts, model.n_embeddings)
     pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else model.tokenizer.eos_token_id
     continuations = [""] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: (len(ids[i]), i))

@@ -30,7 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastedit.methods.meg.config import MegConfig
-from fastedit.methods.meg.encoder import Wording, centre, nearest, train_encoder, training_length, training_pairs
+from fastedit.methods.meg.encoder import (
+    Wording,
+    about,
+    centre,
+    nearest,
+    train_encoder,
+    training_length,
+    training_pairs,
+)
 from fastedit.methods.meg.familiarity import Familiarity, choose_threshold, train_familiarity
 from fastedit.methods.meg.fit import Solves, fit_layer, fit_neurons, fit_sequences, shared_start
 from fastedit.methods.meg.generator import (
@@ -448,7 +456,7 @@ def split_others(
     """(rest, development), records that are not edited: no subject of an edit occurs in them, and none occurs twice.
 
     development: the records to choose on; None = every fourth of the others"""
-    seen = {edit.subject.casefold() for edit in edits}
+    seen = {about(edit) for edit in edits}
     if development is None:
         kept = _new_subjects(others, seen)
         return [record for i, record in enumerate(kept) if i % 4 != 3], kept[3::4]
@@ -461,8 +469,8 @@ def _new_subjects(records: Sequence[Edit], seen: set[str]) -> list[Edit]:
     """Records whose subject is not in `seen`, to which it is added."""
     kept = []
     for record in records:
-        if record.subject.casefold() not in seen:
-            seen.add(record.subject.casefold())
+        if about(record) not in seen:
+            seen.add(about(record))
             kept.append(record)
     return kept
 
