@@ -93,6 +93,14 @@ def test_an_own_method_is_undone_recorded_and_resumed(
     assert resumed.weights.fingerprint() == before
 
 
+def test_a_method_of_ones_own_needs_a_name_of_its_own(tiny_model: ModelAdapter) -> None:
+    with pytest.raises(ValueError, match="a method of your own needs a name of its own, 'nse' is a shipped one"):
+        Editor(tiny_model, replace(NSE, solver=DenseSolver), {"layers": [1, 2], "covariance_weight": 5})
+    unknown: Any = ClosedFormMethod
+    with pytest.raises(TypeError, match="method must be a name or an object such as NSE"):
+        Editor(tiny_model, unknown)
+
+
 def test_a_method_without_presets_asks_for_a_config(tiny_model: ModelAdapter) -> None:
     assert presets(OWN) == []
     with pytest.raises(ValueError, match=r"dense-nse: no preset was made for a model of .*; pass config="):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastedit.methods.base import Method, Progress, Start
-from fastedit.methods.closed_form.config import ClosedFormConfig, MEMITConfig, NSEConfig
+from fastedit.methods.closed_form.config import ClosedFormConfig
 from fastedit.methods.closed_form.keys import KeySweep, LayerCapture
 from fastedit.methods.closed_form.second_moments import second_moments
 from fastedit.methods.closed_form.selection import MassRule
@@ -279,7 +279,14 @@ def one_round(batch: Batch[F]) -> BatchResult:
     return result
 
 
-def ridge(moment: Tensor, config: NSEConfig | MEMITConfig) -> RidgeSolver:
+class _Weighted(Protocol):
+    """Settings with the weight lambda of the second moment."""
+
+    @property
+    def covariance_weight(self) -> float: ...
+
+
+def ridge(moment: Tensor, config: _Weighted) -> RidgeSolver:
     """The ridge system over lambda C. moment: (d_ff, d_ff)"""
     return RidgeSolver(moment, config.covariance_weight)
 
