@@ -266,21 +266,26 @@ class Stream:
                     self.weights.put(layer, index, columns[layer])
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Around what edits: no other thread edits, and nothing else wrote into the model.
+    def turn(self) -> Iterator[None]:
+        """Around what edits or swaps weights: no other thread does.
 
-        Raises EditorBusy, since batches of two threads would build on each other's half-written state; WeightsChanged.
-        """
+        Raises EditorBusy, since batches of two threads would build on each other's half-written state."""
         if not self._turn.acquire(blocking=False):
             raise EditorBusy(
                 "another thread is editing with this editor; wait for it, or give each thread its own model"
             )
 
         try:
-            self.weights.check_untouched()
             yield
         finally:
             self._turn.release()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """As `turn`, for what edits: nothing else wrote into the model. Raises EditorBusy or WeightsChanged."""
+        with self.turn():
+            self.weights.check_untouched()
+            yield
 
     def _committed_before(self, batches: Iterable[EditSet]) -> CommittedBatches:
         """Batches in force that were not written here, so that memory cannot undo them."""

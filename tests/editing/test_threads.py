@@ -58,6 +58,7 @@ def test_an_editor_that_edits_in_another_thread_refuses(fast_editor: MakeEditor,
             for act in (
                 lambda: editor.edit(stream[2 * BATCH :], BATCH),
                 lambda: editor.undo(),
+                lambda: editor.evaluate(stream[:BATCH]),
                 lambda: editor.temporarily(stream[2 * BATCH :]).__enter__(),
             ):
                 with pytest.raises(EditorBusy, match="another thread is editing with this editor"):
