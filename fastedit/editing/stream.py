@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -89,6 +89,14 @@ class Stream:
         self._state: AnyState | None = None
         # Stays halved for the rest of the stream once memory ran out: other groups would round differently.
         self._token_budget: int | None = None
+        self._turn = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock: a copy gets one of its own."""
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self._turn = threading.RLock()
 
     @property
