@@ -314,8 +314,8 @@ class Editor:
 
     @contextlib.contextmanager
     def unedited(self) -> Iterator[None]:
-        """Inside the block the model has its original weights."""
-        with self.weights.rewound():
+        """Inside the block the model has its original weights. Raises EditorBusy while another thread edits."""
+        with self.stream.turn(), self.weights.rewound():
             yield
 
     def ask(self, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:

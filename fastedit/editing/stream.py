@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,6 +90,14 @@ class Stream:
         self._state: AnyState | None = None
         # Stays halved for the rest of the stream once memory ran out: other groups would round differently.
         self._token_budget: int | None = None
+        self._turn = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock: a copy gets one of its own."""
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self._turn = threading.RLock()
 
     @property
@@ -279,21 +287,26 @@ class Stream:
                     self.weights.put(layer, index, columns[layer])
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Around what edits: no other thread edits, and nothing else wrote into the model.
+    def turn(self) -> Iterator[None]:
+        """Around what edits or swaps weights: no other thread does.
 
-        Raises EditorBusy, since batches of two threads would build on each other's half-written state; WeightsChanged.
-        """
+        Raises EditorBusy, since batches of two threads would build on each other's half-written state."""
         if not self._turn.acquire(blocking=False):
             raise EditorBusy(
                 "another thread is editing with this editor; wait for it, or give each thread its own model"
             )
 
         try:
-            self.weights.check_untouched()
             yield
         finally:
             self._turn.release()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """As `turn`, for what edits: nothing else wrote into the model. Raises EditorBusy or WeightsChanged."""
+        with self.turn():
+            self.weights.check_untouched()
+            yield
 
     def _committed_before(self, batches: Iterable[EditSet]) -> CommittedBatches:
         """Batches in force that were not written here, so that memory cannot undo them."""

@@ -103,6 +103,14 @@ class ModelAdapter:
             f" source={self.source!r})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock: a copy gets one of its own."""
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lock = threading.RLock()
+
     @property
     def device(self) -> torch.device:
         """Device of the embedding: token ids have to be there, and keys, hidden states and logits are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,7 @@ def test_an_editor_that_edits_in_another_thread_refuses(fast_editor: MakeEditor,
             for act in (
                 lambda: editor.edit(stream[2 * BATCH :], BATCH),
                 lambda: editor.undo(),
+                lambda: editor.evaluate(stream[:BATCH]),
                 lambda: editor.temporarily(stream[2 * BATCH :]).__enter__(),
             ):
                 with pytest.raises(EditorBusy, match="another thread is editing with this editor"):
@@ -79,3 +81,11 @@ def test_questions_of_other_threads_take_turns_with_batches(fast_editor: MakeEdi
         done.result()
         assert all(len(question.result()) == 1 for question in asked)
     assert all(torch.equal(one, other) for one, other in zip(bits(editor), bits(alone), strict=True))
+
+
+def test_an_editor_can_be_copied(fast_editor: MakeEditor, stream: EditSet) -> None:
+    editor = fast_editor()
+    twin = copy.deepcopy(editor)
+    editor.edit(stream[:BATCH], BATCH)
+    twin.edit(stream[:BATCH], BATCH)
+    assert all(torch.equal(one, other) for one, other in zip(bits(editor), bits(twin), strict=True))
