@@ -205,6 +205,20 @@ class TestReaders:
         with log.writing():
             assert len(RunLog(folder).records) == 6
 
+    def test_an_opened_run_stays_as_it_is(self, finished: Path, fast_editor: Make, tmp_path: Path) -> None:
+        """With all that a writer would mend, and its log a link to a file of somebody else."""
+        (finished / LOCK).unlink()
+        shutil.move(finished / LOG, tmp_path / "mine.jsonl")
+        with open(tmp_path / "mine.jsonl", "ab") as file:
+            file.write(b'{"torn')
+        (finished / LOG).symlink_to(tmp_path / "mine.jsonl")
+        (finished / "000009.partial").write_bytes(b"half")
+
+        before = contents(finished)
+        editor = Editor.resume(finished, fast_editor().adapter, progress=False)
+        assert len(editor.edits) == 15
+        assert contents(finished) == before
+
     def test_what_others_wrote_since_it_was_read_is_no_base_to_write_on(
         self, finished: Path, fast_editor: Make, stream: EditSet
     ) -> None:
