@@ -1,7 +1,7 @@
 """The run log: the records of a run directory, appended one by one, which a crash at any instant cannot tear.
 
     log.jsonl            one line per record: its body, the SHA-256 of its file, a hash chained over all lines before
-    000012.safetensors   record 12: its tensors, and in the metadata its body and the chain before it
+    000012.safetensors   record 12: its tensors, and in the metadata its body, the chain before it, a hash of both
     lock                 held by the one process that writes
 
 A record is written to a file of another name, synced and renamed, and the folder is synced: now it is committed. Then
@@ -127,7 +127,7 @@ class RunLog:
         """opened: whether this object has held the lock, or begins the run."""
         self.folder = Path(folder)
         self.records: list[Record] = []
-        # Why the records after these cannot be read.
+        # What is damaged, so that these are not all records, or not all of them have a line.
         self.damage: DamagedRun | None = None
         # Records that have a line, and bytes of the log up to the end of the last one.
         self._n_lines = 0
@@ -243,12 +243,14 @@ class RunLog:
     def _encode(self, kind: str, body: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Record, bytes]:
         """The next record, and the bytes of its file."""
         number = len(self.records)
-        about: dict[str, Any] = {"record": number, "kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        head: dict[str, Any] = {"record": number, "kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         if number == 0:
-            about["format"] = FORMAT
+            head["format"] = FORMAT
 
-        text = canonical({**about, **body, "tensors_sha256": tensors_hash(tensors)})
-        payload = save(tensors, {"format": _format_text(self.format), "body": text, "previous": self.chain})
+        text = canonical({**head, **body, "tensors_sha256": tensors_hash(tensors)})
+        about = {"format": _format_text(self.format), "body": text, "previous": self.chain}
+        # For a file that has lost its line, which holds the other checksum.
+        payload = save(tensors, {**about, "sha256": _text_hash(text, self.chain)})
         return _record(number, text, self.chain, payload), payload
 
     def tensors(self, number: int) -> dict[str, Tensor]:
@@ -281,16 +283,16 @@ class RunLog:
     def reload(self) -> None:
         """Read the run anew: the lines of the log without a torn last one, then the files that have no line.
 
-        Where that comes to an end too early, `damage` says why. Raises RunError for a newer format."""
+        `damage` says which line is damaged, and why files cannot be read. Raises RunError for a newer format."""
         self.records = []
         self.damage = None
         self._size = self._n_lines = 0
 
-        try:
-            self._read_lines()
-            self._take_up()
-        except DamagedRun as error:
-            self.damage = error
+        for read in (self._read_lines, self._take_up):
+            try:
+                read()
+            except DamagedRun as error:
+                self.damage = error if self.damage is None else DamagedRun(f"{self.damage}; {error}")
 
     def _read_lines(self) -> None:
         path = self.folder / LOG
@@ -325,7 +327,7 @@ class RunLog:
                 follows = f"; {_some(kept)} cannot be read without it" if kept else ""
                 raise DamagedRun(f"{error}{follows}; {REPAIR}") from None
 
-        if self.records and self._n_lines == 0:
+        if self.records and self._n_lines == 0 and self.damage is None:
             log.warning(
                 "%s: is lost or empty, read from the record files up to %s; later ones, if there were any, are lost",
                 self.folder / LOG,
@@ -420,6 +422,10 @@ class RunLog:
             number_of_format = self.format if number else _format(body)
             is_sound = about["format"] == _format_text(number_of_format)
             is_sound = is_sound and body["tensors_sha256"] == tensors_hash(load(payload))
+            # Runs of fastedit 0.1.0 hold three names and no checksum.
+            is_older = about.keys() == {"format", "body", "previous"}
+            is_sound = is_sound and (is_older or about["sha256"] == _text_hash(text, previous))
+            is_sound = is_sound and body["record"] == number
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedRun(f"{path}: is damaged ({error!r})") from None
 
@@ -502,6 +508,10 @@ def _record(number: int, text: str, previous: str, payload: bytes) -> Record:
     body = json.loads(text)
     digest = hashlib.sha256(payload).hexdigest()
     return Record(number, body["kind"], body, digest, _chain(previous, text, digest), len(payload))
+
+
+def _text_hash(text: str, previous: str) -> str:
+    return hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
 
 
 def _chain(previous: str, text: str, file_sha256: str) -> str:

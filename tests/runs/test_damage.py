@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,7 @@ class TestRescue:
         damaged = (folder / LOG).read_bytes()
 
         log = RunLog(folder, up_to_damage=True)
-        assert len(log.records) == 2
+        assert [each.chain for each in log.records] == wanted
         assert f"{LOG} line 3" in str(log.damage)
         with log.writing(rescue=True):
             assert [each.chain for each in log.records] == wanted
@@ -131,6 +132,64 @@ class TestRescue:
         assert not (folder / "damaged").exists()
 
 
+def harm(path: Path, chance: random.Random) -> str:
+    """Damage a file in one of the ways that disks and people know."""
+    data = path.read_bytes()
+    place = chance.randrange(len(data))
+    kind = chance.choice(["gone", "emptied", "cut", "flipped", "flipped", "zeros"])
+    changed = {
+        "gone": b"",
+        "emptied": b"",
+        "cut": data[:place],
+        "flipped": data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :],
+        "zeros": data[:place] + b"\0" * (len(data) - place),
+    }
+    path.write_bytes(changed[kind])
+    if kind == "gone":
+        path.unlink()
+    return kind
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_campaign_of_damage(seed: int, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One to four files damaged at once, fifty times: a run is whole, or the damage is told; a rescue loses nothing."""
+    chance = random.Random(seed)
+    whole = [each.chain for each in RunLog(folder).records]
+    for number in range(50):
+        caplog.clear()
+        copy = Path(shutil.copytree(folder, tmp_path / str(number)))
+        names = sorted(path.name for path in copy.iterdir() if path.name != LOCK)
+        hit = chance.sample(names, chance.randint(1, 3)) + [LOG] * chance.randint(0, 1)
+        kinds = [harm(copy / name, chance) for name in dict.fromkeys(hit) if (copy / name).stat().st_size]
+        before = {data for data in contents(copy).values() if data}
+
+        wrong = opened(copy)
+        # Both the end of the log and the last files gone: told by the warning of a lost log, unless whole lines are
+        # left, which is a run that was shorter.
+        if wrong is None and [each.chain for each in RunLog(copy).records] != whole:
+            assert LOG in hit, (hit, kinds)
+            assert caplog.text or not record(copy, 5).exists(), (hit, kinds)
+
+        rescued = RunLog(copy, up_to_damage=True)
+        with rescued.writing(rescue=True):
+            rescued.append("rewind", {"keep": 0})
+        chains = [each.chain for each in RunLog(copy).records]
+        assert chains[:-1] == whole[: len(chains) - 1]
+        # What was in the folder before is there still, but for lines that were torn, which files replace.
+        kept = set(contents(copy).values())
+        lost = [data for data in before if data not in kept and not any(data[:40] == other[:40] for other in kept)]
+        assert not lost, (hit, kinds)
+
+
+def opened(folder: Path) -> str | None:
+    """What is wrong with a run, as a reader sees it who checks every byte."""
+    try:
+        RunLog(folder).verify()
+    except RunError as error:
+        return str(error)
+    return None
+
+
 class TestReaders:
     def test_a_reader_writes_nothing_and_takes_no_lock(self, folder: Path) -> None:
         with open(folder / LOG, "ab") as file:
@@ -145,6 +204,20 @@ class TestReaders:
 
         with log.writing():
             assert len(RunLog(folder).records) == 6
+
+    def test_an_opened_run_stays_as_it_is(self, finished: Path, fast_editor: Make, tmp_path: Path) -> None:
+        """With all that a writer would mend, and its log a link to a file of somebody else."""
+        (finished / LOCK).unlink()
+        shutil.move(finished / LOG, tmp_path / "mine.jsonl")
+        with open(tmp_path / "mine.jsonl", "ab") as file:
+            file.write(b'{"torn')
+        (finished / LOG).symlink_to(tmp_path / "mine.jsonl")
+        (finished / "000009.partial").write_bytes(b"half")
+
+        before = contents(finished)
+        editor = Editor.resume(finished, fast_editor().adapter, progress=False)
+        assert len(editor.edits) == 15
+        assert contents(finished) == before
 
     def test_what_others_wrote_since_it_was_read_is_no_base_to_write_on(
         self, finished: Path, fast_editor: Make, stream: EditSet
