@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import processors
 
 import fastedit.methods.closed_form.recipe as base
 from fastedit.config import changed
@@ -18,6 +20,7 @@ from fastedit.methods.closed_form.solver import RidgeSolver
 from fastedit.methods.closed_form.values import Values
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.load import load_transformers
+from fastedit.model.sampling import sample_background
 from fastedit.records.edit import Edit, EditSet, InvalidEdits
 from fastedit.runs.reports import BatchRejected
 
@@ -318,3 +321,77 @@ def test_misuse_is_one_sentence(tiny_editor: Callable[..., Editor], tiny_facts: 
         editor.config = {"rounds": 2}
     with pytest.raises(ValueError, match="undo: 0 batches are in force, asked to keep 5"):
         editor.undo(to=5)
+
+
+WITHOUT_SUBJECT = Edit(prompt="The banner of Logan is", target_new="purple")
+
+
+@pytest.mark.parametrize("method", ["fine", "kne", "kn"])
+def test_methods_that_read_no_subject_ask_for_none(tiny_editor: Callable[..., Editor], method: str) -> None:
+    editor = tiny_editor(method)
+    run = editor.edit([WITHOUT_SUBJECT])
+    assert [edit.subject for edit in run.edits] == [None]
+    assert editor.method.needs_subject is False
+
+
+def test_methods_that_look_up_a_subject_ask_for_it(tiny_editor: Callable[..., Editor]) -> None:
+    editor = tiny_editor()
+    before = parameters(editor)
+    with pytest.raises(InvalidEdits, match=r"edits\[0\]: case 0, field 'subject': is missing; methods that locate"):
+        editor.edit([WITHOUT_SUBJECT])
+    assert same(editor, before)
+
+
+def closing(editor: Editor) -> Any:
+    """The editor's tokenizer, but with the end token behind every text."""
+    tokenizer = copy.deepcopy(editor.tokenizer)
+    begins, ends = (tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"]), [tokenizer.eos_token])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join([*begins, "$A", *ends]),
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in {*begins, *ends}],
+    )
+    return tokenizer
+
+
+def test_nothing_is_continued_behind_an_end_that_the_tokenizer_put_there(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet
+) -> None:
+    editor = tiny_editor()
+    prompts = [edit.prompt for edit in tiny_facts[:3]]
+    answers = editor.ask(prompts)
+    text = sample_background(editor.adapter, 64, 32, 0)
+
+    editor.adapter.tokenizer = closing(editor)
+    assert editor.tokenizer(prompts[0])["input_ids"][-1] == editor.tokenizer.eos_token_id
+    assert editor.ask(prompts) == answers
+    assert sample_background(editor.adapter, 64, 32, 0) == text
+
+
+def test_a_space_at_the_end_of_a_prompt_belongs_to_the_answer(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet
+) -> None:
+    editor = tiny_editor()
+    prompts = [edit.prompt for edit in tiny_facts[:3]]
+    assert editor.ask([f"{prompt} " for prompt in prompts]) == editor.ask(prompts)
+
+
+def test_a_token_without_an_embedding_is_an_error_of_the_prompt_or_record_with_it(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    editor = tiny_editor()
+    tokenizer = copy.deepcopy(editor.tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    larger = Editor.from_model(editor.model, tokenizer, "nse", config=editor.config, progress=False)
+    (line,) = [record.getMessage() for record in caplog.records]
+    rows = editor.adapter.n_embeddings
+    assert line == (
+        f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: texts with one of the last"
+        f" {len(tokenizer) - rows} are refused"
+    )
+
+    assert larger.ask([tiny_facts[0].prompt]) == editor.ask([tiny_facts[0].prompt])
+    with pytest.raises(ValueError, match=r"the prompt 'A <new> is' has the token '<new>' of id \d+, for which"):
+        larger.ask(["A <new> is"])
+    wrong = tiny_facts[0].model_copy(update={"target_new": "<new>"})
+    with pytest.raises(InvalidEdits, match="field 'target_new': has the token '<new>'"):
+        larger.edit([wrong])

@@ -276,10 +276,10 @@ def _token_problems(
 
         for at, (text, both) in enumerate(zip(group, whole, strict=True)):
             tokens, ids = encoded["offset_mapping"][at], encoded["input_ids"][at]
-            unknown = beyond(tokenizer, ids, n_embeddings)
-            if unknown is not None and (text.edit_index, text.prompt_field) not in reported:
-                reported.add((text.edit_index, text.prompt_field))
-                yield text.edit_index, Problem(unknown, text.prompt_field)
+            for field, problem in _unknown_tokens(text, both, tokens, ids, tokenizer, n_embeddings):
+                if (text.edit_index, field) not in reported:
+                    reported.add((text.edit_index, field))
+                    yield text.edit_index, problem
 
             edit = edits[text.edit_index] if text.prompt_field == "prompt" else None
             for problem in _text_problems(text, both, edit, tokens, max_positions, template_tokens if edit else 0):
@@ -301,6 +301,25 @@ def beyond(tokenizer: Any, ids: Sequence[int], n_embeddings: int | None) -> str 
         f" {n_embeddings} rows has none; leave it out, or call model.resize_token_embeddings(len(tokenizer)) and train"
         " it"
     )
+
+
+def _unknown_tokens(
+    text: _Scored,
+    both: Joined,
+    tokens: Sequence[tuple[int, int]],
+    ids: Sequence[int],
+    tokenizer: Any,
+    n_embeddings: int | None,
+) -> Iterator[tuple[str, Problem]]:
+    """(field, problem) for the prompt and the target of a scored text that hold a token without an embedding."""
+    if beyond(tokenizer, ids, n_embeddings) is None:
+        return
+
+    in_prompt = [token for token, (_, end) in zip(ids, tokens, strict=True) if end <= both.start]
+    in_target = [token for token, (_, end) in zip(ids, tokens, strict=True) if end > both.start]
+    for field, part in ((text.prompt_field, in_prompt), (text.target_field, in_target)):
+        if (message := beyond(tokenizer, part, n_embeddings)) is not None:
+            yield field, Problem(message, field)
 
 
 def _text_problems(

@@ -1,5 +1,7 @@
 """What is checked about a stream of edits: all problems at once, what is skipped, and how batches are cut."""
 
+import copy
+
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -208,3 +210,50 @@ def test_the_editor_writes_what_is_left(tiny_editor, tiny_facts):
     with pytest.raises(InvalidEdits):
         second.edit([tiny_facts[5], wrong])
     assert second.weights.fingerprint() == before
+
+
+def test_a_subject_is_asked_for_only_where_it_is_read():
+    edits = EditSet((edit(), edit(case_id=8, subject=None)), source="facts.jsonl", lines=(1, 2))
+    (problem,) = problems_of(edits, 2)
+    assert str(problem).startswith("facts.jsonl:2: case 8, field 'subject': is missing; methods that locate")
+    assert ids(check_edits(edits, 2, needs_subject=False).batches) == [[7, 8]]
+
+
+def test_two_places_of_the_subject_are_told_with_the_one_that_is_taken(caplog):
+    edits = [
+        edit(prompt="Mali sells to Chad; the largest city of Mali is", subject="Mali"),
+        edit(case_id=8, prompt="In code, {} and Mali mean", subject="Mali"),
+        edit(case_id=9, prompt="{} borders Nigeria and", subject="Niger"),
+        *(edit(case_id=number, prompt="Mali is Mali in", subject="Mali") for number in (10, 11)),
+    ]
+    check_edits(edits, 1)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("4 edits name their subject several times in the prompt; {} in the prompt says where")
+    assert "case 7 (edits[0]): 'Mali' is edited at character 40 of 'Mali sells to Chad" in line
+    assert "case 8 (edits[1]): 'Mali' is edited at character 9 of 'In code, Mali and Mali mean'" in line
+    assert line.endswith("; and 1 more")
+    assert "Nigeria" not in line
+
+    caplog.clear()
+    check_edits(edits, 1, needs_subject=False)
+    check_edits(edits[2:3], 1)
+    assert not caplog.records
+
+
+def test_a_token_without_a_row_in_the_embedding_is_an_error_of_its_record(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    edits = [edit(), edit(case_id=8, prompt="An Orlen bridge is in", target_new="<new> Rook")]
+    edits += [edit(case_id=9, locality=("a <new> is", "b"))]
+    check_edits(edits, 3, tokenizer=tokenizer, n_embeddings=257)
+    found = problems_of(edits, 3, tokenizer=tokenizer, n_embeddings=256)
+    assert [(problem.case_id, problem.field) for problem in found] == [(8, "target_new"), (9, "locality[0].prompt")]
+    assert "has the token '<new>' of id 256, for which the model's embedding of 256 rows has none" in found[0].message
+    assert "model.resize_token_embeddings(len(tokenizer))" in found[0].message
+
+
+def test_white_space_at_the_joint_is_no_contradiction():
+    edits = [edit(), edit(case_id=8, target_new=" Tavisk"), edit(case_id=9, prompt="The Orlen bridge is in ")]
+    assert ids(check_edits(edits, 3).batches) == [[7, 8, 9]]
+    (problem,) = problems_of([edit(), edit(case_id=8, target_new="Tavisk\n")], 2)
+    assert "contradicts case 7" in problem.message

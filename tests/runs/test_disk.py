@@ -18,7 +18,7 @@ BATCH = 3
 Make = Callable[..., Editor]
 
 
-@pytest.mark.parametrize("limit", [2_300, 12_000, 21_145])
+@pytest.mark.parametrize("limit", [2_600, 12_000, 21_145])
 def test_full_disk_stops_cleanly_and_resumes(limit: int, fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
     """The kernel lets no file grow past the limit, which is reached in a line of the log, in the file of the first
     batch, or in that of a later one."""

@@ -16,7 +16,7 @@ from fastedit.methods.columns.config import FiNEConfig
 from fastedit.methods.meg import CONFIGS, MeG, MegRun, Store, stages
 from fastedit.methods.meg.metrics import same_answer
 from fastedit.model.adapter import ModelAdapter
-from fastedit.records.edit import EditSet
+from fastedit.records.edit import EditSet, InvalidEdits
 
 from .conftest import SMALL
 
@@ -293,3 +293,24 @@ def test_wrong_settings_are_refused(make_meg: Callable[..., MeG], tiny_model: Mo
         MeG(tiny_model, "meg", FiNEConfig())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"fit\.size"):
         MeG(tiny_model, "meg", {"fit": {"size": 3}})
+
+
+def test_subjects_are_not_asked_for(tiny_parts: tuple[Any, Any], few_edits: EditSet, other_edits: EditSet) -> None:
+    model, tokenizer = tiny_parts
+    meg = MeG(ModelAdapter(copy.deepcopy(model), tokenizer), "meg-lookup", progress=False)
+    edits = [edit.model_copy(update={"subject": None}) for edit in few_edits[:2]]
+    run = meg.edit(edits)
+    assert [edit.subject for edit in run.edits] == [None, None]
+    assert all(
+        same_answer(said, edit.target_new, True)
+        for said, edit in zip(meg.ask([e.prompt for e in edits]), edits, strict=True)
+    )
+
+
+def test_what_stands_before_an_answer_is_the_template_and_no_record_changes_it(
+    tiny_parts: tuple[Any, Any], few_edits: EditSet
+) -> None:
+    model, tokenizer = tiny_parts
+    meg = MeG(ModelAdapter(copy.deepcopy(model), tokenizer), "meg-lookup", progress=False)
+    with pytest.raises(InvalidEdits, match=r"edits\[1\]: case 1, field 'join': must be left out for MeG"):
+        meg.edit([few_edits[0], few_edits[1].model_copy(update={"case_id": 1, "join": ""})])
