@@ -88,14 +88,6 @@ class ModelAdapter:
         self.activation_name = activation_name(config, self.family.activation)
         self.max_positions = max_positions(config)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the lock: a copy has a lock of its own."""
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.lock = threading.RLock()
-
     def __repr__(self) -> str:
         return (
             f"ModelAdapter({type(self.model).__name__}, layers={self.n_layers}, d_model={self.d_model},"
