@@ -70,3 +70,11 @@ def test_the_interpreter_runs_what_is_asked_for_and_is_never_the_automatic_choic
 
 def test_a_package_without_a_driver_is_no_backend():
     assert answers(WITHOUT_DRIVER, interpret=False) == ["Triton has no active driver: 0 active drivers ([])"]
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_the_automatic_choice_passes_over_what_no_gpu_has_timed(monkeypatch, interpreted):
+    from fastedit.kernels import _launch
+
+    monkeypatch.setattr(_launch, "INTERPRETED", interpreted)
+    assert ("interpreter" if interpreted else "no Triton kernel has been timed on a GPU") in _launch.not_worth()
