@@ -1,8 +1,11 @@
 """select_neurons against the rules as slow loops over Python numbers."""
 
+from fractions import Fraction
+from itertools import accumulate
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fastedit.ops.select_neurons import select_neurons, select_neurons_ref
@@ -59,9 +62,25 @@ def test_scores_of_other_dtypes_are_compared_as_they_are(dtype, backend, device)
         )
 
 
+def decided_by_rounding(scores, share):
+    """Whether some prefix sum lies so near its bound, without being equal, that the order of a float64 sum decides."""
+    exact = [Fraction(scores[neuron]) for neuron in in_order(scores)]
+    bound = Fraction(share) * sum(exact)
+    rounding = len(exact) * Fraction(2) ** -52 * sum(exact)
+    return any(0 < abs(prefix - bound) <= rounding for prefix in accumulate(exact))
+
+
+def test_a_bound_within_rounding_is_noticed():
+    # Found by a draw: in one order of the sum the bound is the whole mass, in another one it is less.
+    assert decided_by_rounding([0.0, 7.580988304876593e-25, 1e-36, 1e-36], 0.9999999999999999)
+    assert not decided_by_rounding([3.0, 2.0, 1.0], 0.5)
+    assert not decided_by_rounding([3.0, 2.0, 1.0], 0.65)
+
+
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scores=LISTS, share=SHARES, rule=st.sampled_from(["reaching", "within"]))
 def test_a_share_of_the_mass_takes_the_prefix_of_the_loop(scores, share, rule, backend):
+    assume(not decided_by_rounding(scores, share))
     found = select_neurons(torch.tensor(scores), **{rule: share})
     assert_same_indices(found, chosen(scores, rule, share), "select_neurons")
 
