@@ -13,7 +13,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from fastedit.cli.main import MEG_METHODS, Method, app
+from fastedit.cli.edit import MEG_METHODS
+from fastedit.cli.main import app
+from fastedit.cli.options import Method
 from fastedit.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]

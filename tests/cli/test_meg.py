@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fastedit.cli.console import refuse
-from fastedit.cli.main import app, evaluate_command
-from fastedit.cli.main import edit as edit_command
+from fastedit.cli.edit import edit as edit_command
+from fastedit.cli.main import app
+from fastedit.cli.measure import evaluate_command
 from fastedit.cli.meg import ONLY_FOR_MEG, UNUSED_BY_EDIT, UNUSED_BY_EVAL
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"

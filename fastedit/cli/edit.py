@@ -1,0 +1,212 @@
+"""`fastedit edit`: records are read, edits written, measured and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fastedit.cli.console import AsJson, Unwritten, emit, errors, given, open_console, refuse, say
+from fastedit.cli.inputs import account, make_editor, read_records, tell_skipped
+from fastedit.cli.options import (
+    Dtype,
+    Edits,
+    Fluency,
+    Form,
+    Limit,
+    Method,
+    Model,
+    MomentText,
+    MomentTokens,
+    OnError,
+    OnInvalid,
+    Others,
+    Preset,
+    Seed,
+    Settings,
+    Start,
+    TargetField,
+    Text,
+    WorkDir,
+)
+from fastedit.records.files import read_text
+from fastedit.runtime.words import counted
+
+if TYPE_CHECKING:
+    from fastedit.editing.guard import Guard
+    from fastedit.editing.watch import Watch
+    from fastedit.editor import Editor
+    from fastedit.records.edit import EditSet
+    from fastedit.runs.reports import Run
+
+MEG_METHODS = ("meg", "meg-lookup")
+MISSED_SHOWN = 10
+UNUSED_WITHOUT_EVAL = {"fluency_prompts": "--fluency-prompts: with --no-eval no fluency is measured"}
+UNUSED_WITHOUT_EVAL_AND_WATCH = {
+    **UNUSED_WITHOUT_EVAL,
+    "text": "--text: with --no-eval and without --watch no perplexity is measured",
+}
+
+
+def _edit_meg(
+    console: Console,
+    typed: set[str],
+    model: str,
+    dtype: Dtype,
+    method: str,
+    path: Path,
+    start: int,
+    limit: int | None,
+    form: str,
+    target_field: str | None,
+    on_invalid: OnInvalid,
+    others: Path | None,
+    settings: Sequence[str],
+    seed: int,
+    work_dir: Path | None,
+    evaluation: bool,
+    save: Path | None,
+    as_json: bool,
+) -> None:
+    """`edit --method meg`: nothing is written into a weight, so the flags about weights are refused."""
+    from fastedit.cli import meg
+    from fastedit.config import parse_changes
+    from fastedit.model.load import load_model
+
+    refuse(typed, meg.UNUSED_BY_EDIT)
+    records = read_records(console, path, start, limit, form, target_field, on_invalid)
+    beside = [] if others is None else read_records(console, others, 0, None, "auto", None, on_invalid)
+
+    changes, adapter = parse_changes(settings), load_model(model, dtype)
+    emit(as_json, *meg.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, save))
+
+
+def _tell_run(console: Console, run_dir: Path | None, resume: bool) -> None:
+    """What the run directory holds. What cannot go on is refused here, before a model is loaded."""
+    from fastedit.runs.log import check_new, is_run
+    from fastedit.runs.recorder import Recorder
+
+    if run_dir is None:
+        if resume:
+            raise ValueError("--resume needs --run-dir")
+    elif not resume:
+        check_new(run_dir)
+    elif is_run(run_dir):
+        live = Recorder.open(run_dir).live
+        n_edits = sum(len(record.body["edits"]) for record in live)
+        batches, edits = counted(len(live), "batch", "batches"), counted(n_edits, "edit", "edits")
+        say(console, f"{run_dir}: going on after {batches} with {edits}")
+
+
+def _guard(records: EditSet, canaries: int, max_growth: float) -> Guard:
+    """Canaries are taken from all over the stream."""
+    from fastedit.editing.guard import Guard
+
+    asked = records[:: max(1, len(records) // canaries)] if canaries else ()
+    return Guard(max_growth, asked)
+
+
+def _told(records: EditSet, run: Run, watching: Watch | None) -> tuple[dict[str, Any], list[str]]:
+    """What `edit` says of its run, as data and as lines."""
+    data = {**run.to_dict(), **account(records, run.skipped)}
+    numbers = f"{counted(len(run.edits), 'edit')}, {run.written} written, {run.taken} taken"
+    lines = [f"{numbers}; {run.seconds_per_edit:.2f} s per edit"]
+    lines += [f"batch {report.batch} skipped: {report.error}" for report in run.batches if report.error]
+
+    if watching is not None:
+        data["curve"] = watching.to_dict()
+        lines.append(f"on the first {len(watching.sample)} records:\n{watching}")
+    return data, lines
+
+
+def _warn_of_missed(console: Console, run: Run) -> None:
+    """Name the first edits that did not take. Raises Unwritten when nothing was written for any edit."""
+    missed = run.missed or ()
+    if missed:
+        shown = "\n".join(f"  {edit}" for edit in missed[:MISSED_SHOWN])
+        more = len(missed) - MISSED_SHOWN
+        rest = f"\n  and {more} more, in --json and in the run directory" if more > 0 else ""
+        say(console, f"warning: {counted(len(missed), 'edit')} did not take:\n{shown}{rest}")
+
+    if run.edits and run.written == 0:
+        raise Unwritten(
+            f"0 of {counted(len(run.edits), 'edit')} were written: every residual lies outside the method's bounds"
+            " (residual_min, residual_max), which are in units of the model"
+        )
+
+
+def _watching(editor: Editor, records: EditSet, every: int | None, text: str | None) -> Watch | None:
+    from fastedit.editing.watch import Watch
+
+    return None if every is None else Watch(editor, records[:50], every, text)
+
+
+def edit(
+    context: typer.Context,
+    model: Model,
+    edits: Edits,
+    method: Method = "nse",
+    preset: Preset = None,
+    settings: Settings = None,
+    dtype: Dtype = "float32",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="edits written together; default: the method's")] = None,
+    start: Start = 0,
+    limit: Limit = None,
+    seed: Seed = 0,
+    moments: MomentText = None,
+    moment_tokens: MomentTokens = None,
+    form: Form = "auto",
+    target_field: TargetField = None,
+    on_invalid: OnInvalid = "refuse",
+    on_error: OnError = "stop",
+    evaluation: Annotated[bool, typer.Option("--eval/--no-eval", help="measure before and after")] = True,
+    text: Text = None,
+    fluency_prompts: Fluency = 50,
+    watch: Annotated[int | None, typer.Option(min=1, help="measure every so many batches on the way")] = None,
+    save: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="record every batch there, so that nothing is lost")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --run-dir")] = False,
+    canaries: Annotated[int, typer.Option(min=0, help="records whose neighbours each batch must leave alone")] = 0,
+    max_growth: Annotated[float, typer.Option(help="times that the norm of an edited layer may grow")] = 10.0,
+    others: Others = None,
+    work_dir: WorkDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write edits into a model, measure it, and save it."""
+    console = open_console()
+    with errors(console):
+        from fastedit.cli import meg
+
+        typed = given(context)
+        if method in MEG_METHODS:
+            return _edit_meg(
+                console, typed, model, dtype, method, edits, start, limit, form, target_field, on_invalid,
+                others, settings or [], seed, work_dir, evaluation, save, as_json,
+            )  # fmt: skip
+
+        refuse(typed, meg.ONLY_FOR_MEG)
+        if not evaluation:
+            refuse(typed, UNUSED_WITHOUT_EVAL if watch is not None else UNUSED_WITHOUT_EVAL_AND_WATCH)
+        _tell_run(console, run_dir, resume)
+        records = read_records(console, edits, start, limit, form, target_field, on_invalid)
+        editor = make_editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, typed)
+
+        prose = None if text is None else read_text(text)
+        watching = _watching(editor, records, watch, prose)
+        guard = _guard(records, canaries, max_growth)
+        run = editor.edit(records, batch_size, on_error, on_invalid, watching or (), run_dir, resume, guard)
+
+        tell_skipped(console, run.skipped)
+        data, lines = _told(records, run, watching)
+        if evaluation and len(run.edits):
+            evaluated = editor.evaluate(run.edits, prose, fluency_prompts=fluency_prompts)
+            data["evaluation"] = evaluated.to_dict()
+            lines.append(str(evaluated))
+        if save is not None:
+            editor.save_pretrained(save)
+            lines.append(f"saved to {save}")
+        emit(as_json, data, "\n".join(lines))
+        _warn_of_missed(console, run)
