@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
 import os
+import resource
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +77,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTEDIT_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def file_limit() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """No file may grow past so many bytes inside the block: the system fails as a full disk does, and no mock."""
+
+    @contextlib.contextmanager
+    def limited(n_bytes: int) -> Iterator[None]:
+        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, usual[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited
+
+
 @pytest.fixture(scope="session")
 def published() -> ModuleType:
     """bench/published.py, which is no part of the package."""
@@ -94,7 +115,13 @@ def published_fine() -> ModuleType:
 
 def bench_module(name: str) -> ModuleType:
     """A module of bench/, found by the others there under its own name."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    return module_at(ROOT / "bench" / f"{name}.py")
+
+
+def module_at(path: Path) -> ModuleType:
+    """A module that belongs to no package."""
+    name = path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -107,6 +134,13 @@ def bench_module(name: str) -> ModuleType:
 def tiny_parts() -> tuple[Any, Any]:
     """The tiny model and its tokenizer, never to be edited: take a copy."""
     return load_transformers(str(TINY / "model"), "float32")
+
+
+@pytest.fixture(scope="session")
+def write_tiny_gguf() -> Callable[..., None]:
+    """Writes the tiny model as a GGUF file: (folder of the model, file, further text fields)."""
+    write: Callable[..., None] = module_at(TINY / "gguf_file.py").write_tiny_gguf
+    return write
 
 
 @pytest.fixture(scope="session")
