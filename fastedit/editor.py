@@ -353,17 +353,20 @@ class Editor:
         form: Format = "checkpoint",
         rank: int | None = None,
         dtype: Dtype | None = None,
+        force: bool = False,
     ) -> Exported:
         """Write the edits for other programs; see :func:`fastedit.editing.export.export`."""
         from fastedit.editing.export import export
 
-        return export(self.adapter, self.weights, self.edits, folder, form, rank, dtype)
+        return export(self.adapter, self.weights, self.edits, folder, form, rank, dtype, force)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the edited model and its tokenizer as an ordinary checkpoint."""
-        from fastedit.editing.export import save_checkpoint
+    def save_pretrained(self, folder: str | Path, dtype: Dtype | None = None, force: bool = False) -> Exported:
+        """Write the edited model and its tokenizer as an ordinary checkpoint, read it back and compare.
 
-        save_checkpoint(self.adapter, Path(folder))
+        dtype: None = that of the checkpoint that the model was loaded from; float32 for a GGUF file
+        force: replace the model that stands in the folder. See :func:`fastedit.editing.export.export` for what is
+        raised."""
+        return self.export(folder, "checkpoint", None, dtype, force)
 
     def __repr__(self) -> str:
         name = self.adapter.source or type(self.model).__name__

@@ -256,7 +256,7 @@ def test_evaluate_and_export_through_the_editor(
     editor.edit(tiny_facts[:3])
     assert editor.evaluate(fluency_prompts=0) == evaluate(editor, tiny_facts[:3], fluency_prompts=0)
     exported = editor.export(tmp_path / "delta", "delta")
-    assert exported.holds == (1.0, 1.0)
+    assert exported.holds == (3, 3, 3)
 
 
 def test_edits_that_did_not_take_are_named(

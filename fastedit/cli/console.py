@@ -28,10 +28,11 @@ def errors(console: Console) -> Iterator[None]:
     from fastedit.records.edit import InvalidEdits
     from fastedit.runs.log import RunWriteError
     from fastedit.runs.reports import BatchRejected
+    from fastedit.runtime.places import NotSaved
 
     try:
         yield
-    except (BatchRejected, RunWriteError, Unwritten) as error:
+    except (BatchRejected, NotSaved, RunWriteError, Unwritten) as error:
         _tell(console, error)
         raise typer.Exit(1) from error
     except (InvalidEdits, ModelNotFound, UnsupportedModel, BadMoments, OSError, ValueError) as error:

@@ -32,6 +32,7 @@ from fastedit.cli.options import (
     Text,
     WorkDir,
 )
+from fastedit.cli.saving import Force, Save, SaveDtype, SaveFormat, Saving
 from fastedit.records.files import read_text
 from fastedit.runtime.words import counted
 
@@ -69,6 +70,7 @@ def _edit_meg(
     work_dir: Path | None,
     evaluation: bool,
     save: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """`edit --method meg`: nothing is written into a weight, so the flags about weights are refused."""
@@ -77,11 +79,15 @@ def _edit_meg(
     from fastedit.model.load import load_model
 
     refuse(typed, meg.UNUSED_BY_EDIT)
+    place = meg.check_save(save, force, typed)
     records = read_records(console, path, start, limit, form, target_field, on_invalid)
     beside = [] if others is None else read_records(console, others, 0, None, "auto", None, on_invalid)
 
     changes, adapter = parse_changes(settings), load_model(model, dtype)
-    emit(as_json, *meg.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, save))
+    emit(
+        as_json,
+        *meg.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, place, force),
+    )
 
 
 def _tell_run(console: Console, run_dir: Path | None, resume: bool) -> None:
@@ -166,7 +172,10 @@ def edit(
     text: Text = None,
     fluency_prompts: Fluency = 50,
     watch: Annotated[int | None, typer.Option(min=1, help="measure every so many batches on the way")] = None,
-    save: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
+    save: Save = None,
+    save_format: SaveFormat = "checkpoint",
+    save_dtype: SaveDtype = None,
+    force: Force = False,
     run_dir: Annotated[Path | None, typer.Option(help="record every batch there, so that nothing is lost")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --run-dir")] = False,
     canaries: Annotated[int, typer.Option(min=0, help="records whose neighbours each batch must leave alone")] = 0,
@@ -184,29 +193,37 @@ def edit(
         if method in MEG_METHODS:
             return _edit_meg(
                 console, typed, model, dtype, method, edits, start, limit, form, target_field, on_invalid,
-                others, settings or [], seed, work_dir, evaluation, save, as_json,
+                others, settings or [], seed, work_dir, evaluation, save, force, as_json,
             )  # fmt: skip
 
         refuse(typed, meg.ONLY_FOR_MEG)
         if not evaluation:
             refuse(typed, UNUSED_WITHOUT_EVAL if watch is not None else UNUSED_WITHOUT_EVAL_AND_WATCH)
+        saving = Saving(save, save_format, save_dtype, force)
+        saving.check(model, typed)
+        prose = None if text is None else read_text(text)
+
         _tell_run(console, run_dir, resume)
         records = read_records(console, edits, start, limit, form, target_field, on_invalid)
         editor = make_editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, typed)
 
-        prose = None if text is None else read_text(text)
+        saving.check_loaded(editor)
+
         watching = _watching(editor, records, watch, prose)
         guard = _guard(records, canaries, max_growth)
         run = editor.edit(records, batch_size, on_error, on_invalid, watching or (), run_dir, resume, guard)
 
         tell_skipped(console, run.skipped)
         data, lines = _told(records, run, watching)
-        if evaluation and len(run.edits):
-            evaluated = editor.evaluate(run.edits, prose, fluency_prompts=fluency_prompts)
-            data["evaluation"] = evaluated.to_dict()
-            lines.append(str(evaluated))
-        if save is not None:
-            editor.save_pretrained(save)
-            lines.append(f"saved to {save}")
-        emit(as_json, data, "\n".join(lines))
+        not_saved = saving.save(console, editor, data, lines)
+        try:
+            if evaluation and len(run.edits):
+                evaluated = editor.evaluate(run.edits, prose, fluency_prompts=fluency_prompts)
+                data["evaluation"] = evaluated.to_dict()
+                lines.append(str(evaluated))
+        finally:
+            emit(as_json, data, "\n".join(lines))
+
         _warn_of_missed(console, run)
+        if not_saved is not None:
+            raise not_saved

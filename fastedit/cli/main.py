@@ -1,7 +1,7 @@
 """The command line: the `fastedit` command, with demo and doctor. The other commands are in edit, measure and runs.
 
 Results go to standard output (a table, or one JSON object with --json), progress and messages to standard error.
-Exit codes: 0 done, 1 a batch was rejected or the installation is broken, 2 wrong input.
+Exit codes: 0 done, 1 a batch was rejected, a result not saved, or the installation is broken, 2 wrong input.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ def stats(
         from fastedit.methods.closed_form.second_moments import second_moments
         from fastedit.methods.registry import method_named
         from fastedit.model.background_text import Source
+        from fastedit.runtime.cache import cache_folder
 
         if not method_named(method).uses_second_moments:
             raise ValueError(f"{method} uses no second moments")
@@ -106,12 +107,15 @@ def stats(
         started = time.perf_counter()
         windows = editor.method.text_config(editor.config)
         assert windows is not None
-        made = second_moments(editor.adapter, wanted, Source(moments, seed), windows)
+        # Named, the folder must take them; otherwise a cache that cannot be written is only a warning.
+        folder = cache_folder() / "moments"
+        made = second_moments(editor.adapter, wanted, Source(moments, seed), windows, folder)
         seconds = time.perf_counter() - started
 
         traces = {layer: float(moment.trace()) for layer, moment in made.items()}
         lines = [f"layer {layer}: trace {trace:.1f}" for layer, trace in traces.items()]
-        emit(as_json, {"seconds": seconds, "trace": traces}, "\n".join([*lines, f"{seconds:.1f} s"]))
+        data = {"seconds": seconds, "trace": traces, "folder": str(folder)}
+        emit(as_json, data, "\n".join([*lines, f"{seconds:.1f} s; stored in {folder}"]))
 
 
 def _layers(text: str, n_layers: int) -> list[int]:
@@ -132,6 +136,7 @@ def locate(
     neurons: Annotated[int, typer.Option(min=1, help="neurons per target token")] = 5,
     frozen_layers: Annotated[int, typer.Option(min=0, help="last layers without candidates")] = 3,
     plot: Annotated[Path | None, typer.Option(help="PNG for a heat map over the layers")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace a PNG that stands there")] = False,
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
@@ -140,8 +145,12 @@ def locate(
     with errors(console):
         from fastedit.methods.columns.neuron_report import locate_neurons
         from fastedit.model.load import load_model
+        from fastedit.runtime.places import check_file, new_file
 
+        if plot is not None:
+            check_file(plot, force)
         report = locate_neurons(load_model(model, dtype), prompt, target, neurons, frozen_layers)
         if plot is not None:
-            report.plot(plot)
+            with new_file(plot, force) as file:
+                report.plot(file)
         emit(as_json, report.to_dict(), str(report))

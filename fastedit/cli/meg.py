@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from fastedit.cli.console import refuse
+from fastedit.cli.saving import UNUSED_WITHOUT_SAVE
 from fastedit.methods.meg.config import method_name
 from fastedit.methods.meg.editor import MeG
 from fastedit.methods.meg.metrics import NAMES, SixMetrics
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.edit import Edit, listing
+from fastedit.runtime.places import check_file
 
 # Options of `edit` that MeG does not use: name of the parameter -> why the option is refused.
 UNUSED_BY_EDIT = {
@@ -26,6 +29,8 @@ UNUSED_BY_EDIT = {
     "run_dir": "--run-dir: a run directory records weights, and meg writes none; --work-dir keeps its stages",
     "canaries": "--canaries: the guard judges written weights, and meg writes none",
     "max_growth": "--max-growth: the guard judges written weights, and meg writes none",
+    "save_format": "--save-format: meg has one form, its store",
+    "save_dtype": "--save-dtype: a store of meg holds float32",
 }
 
 # The same for `eval --meg`.
@@ -44,6 +49,19 @@ ONLY_FOR_MEG = {
 }
 
 
+def check_save(save: Path | None, force: bool, typed: Collection[str]) -> Path | None:
+    """The file that --save means: itself, or meg.safetensors in a folder. Raises PlaceError if it cannot go there.
+
+    typed: the options on the command line; --force without --save is refused"""
+    if save is None:
+        refuse(typed, {"force": UNUSED_WITHOUT_SAVE["force"]})
+        return None
+
+    path = save if save.suffix == ".safetensors" else save / "meg.safetensors"
+    check_file(path, force)
+    return path
+
+
 def edit(
     model: ModelAdapter,
     method: str,
@@ -55,8 +73,9 @@ def edit(
     on_invalid: str,
     evaluation: bool,
     save: Path | None,
+    force: bool,
 ) -> tuple[dict[str, Any], str]:
-    """Edit, measure, save; (data, text). save: the store's file, or a folder for meg.safetensors"""
+    """Edit, save, measure; (data, text). save: the store's file; force: replace one that stands there"""
     meg = MeG(model, method_name(method), changes, seed)
     # Checked with the edits.
     run = meg.edit(edits, others, work_dir, cast(Literal["refuse", "skip"], on_invalid))
@@ -71,15 +90,14 @@ def edit(
     if not others:
         lines.append("no other records were given: the encoder is untrained and the gate's threshold a guess")
 
+    if save is not None:
+        meg.save(save, force)
+        lines.append(f"saved to {save}")
+
     if evaluation:
         before, after = meg.measure()
         data["evaluation"] = {"unedited": before.to_dict(), "edited": after.to_dict()}
         lines.append(table(before, after))
-
-    if save is not None:
-        path = save / "meg.safetensors" if save.suffix != ".safetensors" else save
-        meg.save(path)
-        lines.append(f"saved to {path}")
     return data, "\n".join(lines)
 
 

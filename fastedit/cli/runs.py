@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastedit.cli.console import AsJson, emit, errors, open_console
+from fastedit.cli.saving import Force, SaveDtype
 from fastedit.runtime.words import counted
 
 if TYPE_CHECKING:
@@ -168,39 +169,58 @@ def _case_id(editor: Editor, text: str) -> CaseId:
 def replay(
     run_dir: RunDir,
     save: Annotated[Path, typer.Option(help="folder for the edited model")],
+    save_dtype: SaveDtype = None,
+    force: Force = False,
     to: To = None,
     onto: Onto = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the edits in force into the unedited model once more, and save it."""
     with errors(open_console()):
+        _check_place(run_dir, onto, save, force)
         editor = _editor(run_dir, onto, to)
-        editor.save_pretrained(save)
+        exported = editor.save_pretrained(save, save_dtype, force)
+
         n_edits = len(editor.edits)
-        emit(
-            as_json,
-            {"edits": n_edits, "folder": str(save)},
-            f"{counted(n_edits, 'edit', 'edits')} written, saved to {save}",
-        )
+        data = {"edits": n_edits, **exported.to_dict()}
+        emit(as_json, data, f"{counted(n_edits, 'edit', 'edits')} written, {exported}")
 
 
 def export(
     run_dir: RunDir,
     folder: Annotated[Path, typer.Argument(help="absent or empty")],
     form: Annotated[
-        Literal["checkpoint", "delta", "lora", "gguf"], typer.Option("--format", help="who is to read it")
+        Literal["checkpoint", "delta", "lora", "gguf"],
+        typer.Option("--format", help="who is to read it; gguf: the GGUF file of the source, with the edits in it"),
     ] = "checkpoint",
     rank: Annotated[int | None, typer.Option(min=1, help="of delta and lora; default: exact")] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="of a checkpoint's weights")
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="of a checkpoint's weights, default: the source's; of the edited tensors in a GGUF file"),
     ] = None,
+    force: Force = False,
+    to: To = None,
     onto: Onto = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the edits in force in a form that others read."""
     with errors(open_console()):
-        exported = _editor(run_dir, onto).export(folder, form, rank, dtype)
+        from fastedit.editing.export import check_options
+
+        check_options(form, rank, dtype)
+        _check_place(run_dir, onto, folder, force)
+        exported = _editor(run_dir, onto, to).export(folder, form, rank, dtype, force)
         emit(as_json, exported.to_dict(), str(exported))
+
+
+def _check_place(run_dir: Path, onto: str | None, folder: Path, force: bool) -> None:
+    """Raise PlaceError if a result cannot go to a folder: before a model is loaded. The source and the run stay."""
+    from fastedit.model.load import resolve
+    from fastedit.runs.recorder import Recorder
+    from fastedit.runtime.places import check_folder
+
+    source = onto or Recorder.open(run_dir, up_to_damage=True).header["model"]["source"]
+    check_folder(folder, force, keep=[run_dir, *([] if source is None else [resolve(source)])])
 
 
 def _editor(run_dir: Path, onto: str | None, to: int | None = None) -> Editor:

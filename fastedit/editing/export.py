@@ -6,59 +6,82 @@ written, plus rounding noise. It is stored as two factors: all directions above 
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastedit.editing import load_delta
+from fastedit.editing.checkpoint import main_dtype, rounded_weights, write_checkpoint
+from fastedit.editing.gguf_file import base_model, write_gguf
 from fastedit.evaluation.answers import answer
 from fastedit.model.adapter import ModelAdapter
+from fastedit.model.load import ALIASES
 from fastedit.records.edit import Edit
+from fastedit.records.join import joined
 from fastedit.runtime.hashing import canonical
+from fastedit.runtime.places import check_folder, check_room, equal_bits, new_folder, save_tensors
 from fastedit.weights.editable import EditableWeights
+from fastedit.weights.stand_in import standing_in
 
 Format = Literal["checkpoint", "delta", "lora", "gguf"]
 FORMATS: tuple[str, ...] = get_args(Format)
-CONVERTER = "python convert_hf_to_gguf.py {folder} --outfile edited.gguf --outtype f16"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_CHANGE = "nothing to export: no weight differs from the unedited model"
+# Edits whose texts the saved tokenizer must read as the model's does.
+TEXTS_COMPARED = 100
+
+
+class Holds(NamedTuple):
+    """How many of so many edits have every target token ranked first: in the editor's model, and in what was saved."""
+
+    n_edits: int
+    in_model: int
+    as_saved: int
+
+    def __str__(self) -> str:
+        return f"edits that hold: {self.in_model} of {self.n_edits} in the model, {self.as_saved} as saved"
 
 
 @dataclass(frozen=True)
 class Exported:
     """What was written.
 
-    rank: layer -> rank of the factors
+    dtype: of a checkpoint's numbers, or of the edited tensors in a GGUF file
+    rank: layer -> rank of the factors; asked_rank: the rank that was asked for
     error: layer -> ||exported - delta|| / ||delta||
-    holds: share of the edits with every target token ranked first, in the editor's model and with the exported deltas
-    next: what remains to be done by hand, or None
+    holds: None where what was saved is what is in the model, bit for bit, or nothing was edited
+    notes: what there is to know about it, in sentences
     """
 
     folder: str
     format: str
-    rank: dict[int, int]
-    error: dict[int, float]
-    holds: tuple[float, float] | None = None
-    next: str | None = None
+    dtype: str | None = None
+    rank: dict[int, int] = field(default_factory=dict)
+    error: dict[int, float] = field(default_factory=dict)
+    holds: Holds | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return {**asdict(self), "holds": None if self.holds is None else self.holds._asdict()}
 
     def __str__(self) -> str:
-        lines = [f"{self.format} written to {self.folder}"]
+        what = "" if self.format == "checkpoint" else f"as {self.format} "
+        dtype = "" if self.dtype is None else f"in {self.dtype}, "
+        lines = [f"saved {what}to {self.folder}, {dtype}read back and compared"]
+
         if self.rank:
             worst = max(self.error.values())
             lines.append(f"rank {max(self.rank.values())}, relative error of the deltas at most {worst:.2e}")
         if self.holds is not None:
-            lines.append(f"edits that hold: {self.holds[0]:.1%} in the model, {self.holds[1]:.1%} as exported")
-        return "\n".join([*lines, *filter(None, [self.next])])
+            lines.append(str(self.holds))
+        return "\n".join([*lines, *self.notes])
 
 
 def export(
@@ -69,56 +92,150 @@ def export(
     form: Format = "checkpoint",
     rank: int | None = None,
     dtype: str | None = None,
+    force: bool = False,
 ) -> Exported:
-    """Write the edits of a model to `folder`.
+    """Write the edits of a model to `folder`, read what was written back and compare it.
 
     form: "checkpoint", an ordinary one; "delta", delta.safetensors and load_delta.py, which needs torch alone; "lora",
-        a PEFT adapter; "gguf", a checkpoint, and the command that converts it
+        a PEFT adapter; "gguf", the GGUF file that the model came from with the edited tensors replaced
     rank: at most so many directions per weight, for delta and lora; None = all above rounding noise
-    dtype: of a checkpoint's weights; None = the model's
-    Raises ValueError for another form, a rank below 1 or without use, a folder that is not empty, or no change."""
+    dtype: of a checkpoint's weights, None = those of the source; of the edited tensors of a GGUF file, None = float32
+    force: replace the results that stand in the folder
+    Raises ValueError for another form, a rank below 1 or without use, a dtype without use or too small, and for no
+    change; PlaceError for a folder that is not free, or holds the source; NotSaved if it could not be written."""
+    check_export(adapter, folder, form, rank, dtype, force)
+
+    with new_folder(folder, force) as place:
+        if form == "checkpoint":
+            exported, saved = _save_checkpoint(adapter, weights, edits, place, None if dtype is None else DTYPES[dtype])
+        elif form == "gguf":
+            exported, saved = _save_gguf(adapter, weights, place, DTYPES[dtype or "float32"])
+        else:
+            exported, saved = _save_factors(adapter, weights, place, form, rank)
+
+    # Measured when the files are where they belong, so that they outlive whatever happens meanwhile.
+    return replace(exported, folder=str(folder), holds=_holds(adapter, edits, saved))
+
+
+def check_export(
+    adapter: ModelAdapter,
+    folder: str | Path,
+    form: str = "checkpoint",
+    rank: int | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> None:
+    """What `export` can tell before anything is edited: it raises the same errors, and PlaceError for a full disk."""
+    check_options(form, rank, dtype)
+    if form == "gguf":
+        gguf_source(adapter)
+
+    check_folder(folder, force, [] if adapter.stored is None else [adapter.stored.place])
+    check_room(folder, _size(adapter, form, dtype))
+
+
+def _size(adapter: ModelAdapter, form: str, dtype: str | None) -> int:
+    """About how many bytes a result takes; those of an adapter or delta are few, and not known before the edits."""
+    if form == "gguf":
+        return gguf_source(adapter).stat().st_size
+    if form != "checkpoint":
+        return 0
+
+    stored = adapter.dtype if adapter.stored is None else adapter.stored.dtype
+    width = (stored if dtype is None else DTYPES[dtype]).itemsize
+    return width * sum(parameter.numel() for parameter in adapter.model.parameters())
+
+
+def check_options(form: str, rank: int | None = None, dtype: str | None = None) -> None:
+    """Raise ValueError for a form that is unknown, and for a rank or dtype that it does not take."""
     if form not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
     if rank is not None and (rank < 1 or form not in ("delta", "lora")):
         raise ValueError(f"rank must be at least 1 and is for delta and lora, got {rank} for {form}")
-    if dtype is not None and form not in ("checkpoint", "gguf"):
-        raise ValueError(f"dtype is of a checkpoint's weights, got {dtype!r} for {form}")
-    place = Path(folder)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"{place}: must be absent or an empty folder")
+    if dtype is None:
+        return
 
-    if form in ("checkpoint", "gguf"):
-        save_checkpoint(adapter, place, dtype)
-        converts = f"convert it with llama.cpp's: {CONVERTER.format(folder=place)}" if form == "gguf" else None
-        return Exported(str(place), form, {}, {}, next=converts)
+    if form not in ("checkpoint", "gguf"):
+        raise ValueError(f"dtype is of a checkpoint's weights, got {dtype!r} for {form}, whose numbers are float32")
+    if dtype not in DTYPES or (form == "gguf" and dtype == "bfloat16"):
+        names = ", ".join(name for name in DTYPES if form != "gguf" or name != "bfloat16")
+        raise ValueError(f"dtype of a {form} must be one of {names}, got {dtype!r}")
 
+
+def gguf_source(adapter: ModelAdapter) -> Path:
+    """The GGUF file that a model was loaded from. Raises ValueError for a model that came otherwise."""
+    place = None if adapter.stored is None else adapter.stored.place
+    if place is None or not place.endswith(".gguf"):
+        came = "from memory" if place is None else f"from {adapter.source or place}"
+        raise ValueError(
+            f"gguf: writes the edits into a copy of the GGUF file that the model came from, and this one came {came};"
+            f" the other forms are {', '.join(form for form in FORMATS if form != 'gguf')}"
+        )
+    return Path(place)
+
+
+def _save_checkpoint(
+    adapter: ModelAdapter, weights: EditableWeights, edits: Sequence[Edit], place: Path, dtype: torch.dtype | None
+) -> tuple[Exported, Mapping[str, Tensor]]:
+    """What was written, and the tensors in it."""
+    tensors = rounded_weights(adapter, weights, dtype)
+    write_checkpoint(adapter, tensors, place, [text for edit in edits[:TEXTS_COMPARED] for text in _texts(edit)])
+    return Exported("", "checkpoint", _name(main_dtype(tensors))), tensors
+
+
+def _save_gguf(
+    adapter: ModelAdapter, weights: EditableWeights, place: Path, dtype: torch.dtype
+) -> tuple[Exported, Mapping[str, Tensor]]:
+    """As `_save_checkpoint`, with the replaced tensors."""
+    source = gguf_source(adapter)
+    changed = [layer for layer in weights.layers if bool(delta(weights, layer).any())]
+    if not changed:
+        raise ValueError(NO_CHANGE)
+
+    saved = {layer: weights.stored(layer).to(dtype) for layer in changed}
+    write_gguf(source, place / f"{source.stem}-edited.gguf", saved)
+
+    stored = {adapter.weight_name(layer): adapter.oriented(layer, weight) for layer, weight in saved.items()}
+    return Exported("", "gguf", _name(dtype)), stored
+
+
+def _save_factors(
+    adapter: ModelAdapter,
+    weights: EditableWeights,
+    place: Path,
+    form: Literal["delta", "lora"],
+    rank: int | None,
+) -> tuple[Exported, Mapping[str, Tensor]]:
+    """As `_save_checkpoint`, with the weights to which the factors lead."""
     factors = {layer: pair for layer in weights.layers if (pair := _factors(weights, layer, rank)) is not None}
     if not factors:
-        raise ValueError("nothing to export: no weight differs from the unedited model")
+        raise ValueError(NO_CHANGE)
 
-    place.mkdir(parents=True, exist_ok=True)
+    notes = []
     if form == "delta":
         _save_delta(adapter, weights, place, factors)
     else:
-        _save_lora(adapter, place, factors)
+        notes += _save_lora(adapter, place, factors)
 
     error = {layer: _error(weights, layer, *pair) for layer, pair in factors.items()}
     ranks = {layer: len(right) for layer, (_, right) in factors.items()}
-    return Exported(str(place), form, ranks, error, _holds(adapter, weights, edits, factors))
+    if rank is not None and max(ranks.values()) < rank:
+        notes.append(f"rank {rank} was asked for: the edits have {max(ranks.values())} directions above rounding noise")
+
+    saved = {}
+    for layer, (left, right) in factors.items():
+        change = (left @ right).to(adapter.layer_device(layer))
+        saved[adapter.weight_name(layer)] = adapter.oriented(layer, weights.original(layer).float() + change)
+    return Exported("", form, None, ranks, error, notes=tuple(notes)), saved
 
 
-def save_checkpoint(adapter: ModelAdapter, folder: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
-    """Write the edited model and its tokenizer as transformers reads them. dtype: None = as in memory.
+def _texts(edit: Edit) -> tuple[str, str]:
+    """The prompt of an edit, and the prompt with its target."""
+    return edit.prompt, joined(edit.prompt, edit.target_new, edit.join).text
 
-    Raises ValueError for another dtype than float32, bfloat16 and float16."""
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
 
-    model = adapter.model
-    if dtype is not None and getattr(torch, dtype) != adapter.dtype:
-        model = copy.deepcopy(model).to(getattr(torch, dtype))
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    adapter.tokenizer.save_pretrained(folder)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def delta(weights: EditableWeights, layer: int) -> Tensor:
@@ -169,12 +286,15 @@ def _save_delta(
 
     about = {"format": "pt", "base_sha256": canonical(base_sha256)}
     about["sha256"] = load_delta.checksum(tensors, about)
-    save_file(tensors, folder / "delta.safetensors", about)
+    save_tensors(tensors, folder / "delta.safetensors", about)
     shutil.copy(load_delta.__file__, folder / "load_delta.py")
 
 
-def _save_lora(adapter: ModelAdapter, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """PEFT adds (alpha / r) B A; with alpha = r that is the product. All weights get the largest rank, rest zeros."""
+def _save_lora(adapter: ModelAdapter, folder: Path, factors: dict[int, tuple[Tensor, Tensor]]) -> list[str]:
+    """PEFT adds (alpha / r) B A; with alpha = r that is the product. All weights get the largest rank, rest zeros.
+
+    Returns what there is to know about it, in sentences."""
+    base, notes = _base_model(adapter)
     rank = max(len(right) for _, right in factors.values())
     tensors, names = {}, []
     for layer, (left, right) in factors.items():
@@ -187,7 +307,7 @@ def _save_lora(adapter: ModelAdapter, folder: Path, factors: dict[int, tuple[Ten
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.source,
+        "base_model_name_or_path": base,
         "target_modules": names,
         "r": rank,
         "lora_alpha": rank,
@@ -197,7 +317,28 @@ def _save_lora(adapter: ModelAdapter, folder: Path, factors: dict[int, tuple[Ten
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return notes
+
+
+def _base_model(adapter: ModelAdapter) -> tuple[str | None, list[str]]:
+    """The hub id or path under which PEFT finds the unedited model, and what there is to know about it."""
+    place = None if adapter.stored is None else adapter.stored.place
+    if place is None:
+        name = getattr(adapter.model.config, "_name_or_path", "") or None
+        missing = "the model came from memory: set base_model_name_or_path in adapter_config.json to where it lies"
+        return name, [] if name else [missing]
+
+    if not place.endswith(".gguf"):
+        return adapter.source if Path(place).exists() else place, []
+
+    alias = ALIASES.get(adapter.source or "")
+    base = (None if alias is None else alias.hub_id) or base_model(Path(place))
+    if base is None:
+        return place, [
+            "PEFT reads no GGUF file: set base_model_name_or_path in adapter_config.json to the model behind it"
+        ]
+    return base, [f"for {base}, whose weights are not rounded as those of the GGUF file are that was edited"]
 
 
 def _is_transposed(adapter: ModelAdapter, layer: int) -> bool:
@@ -210,32 +351,26 @@ def _error(weights: EditableWeights, layer: int, left: Tensor, right: Tensor) ->
     return float((left.double() @ right.double() - change).norm() / change.norm())
 
 
-def _holds(
-    adapter: ModelAdapter,
-    weights: EditableWeights,
-    edits: Sequence[Edit],
-    factors: dict[int, tuple[Tensor, Tensor]],
-) -> tuple[float, float] | None:
-    """Share of the edits that hold, as the model is and with the factors in place of its deltas."""
-    pairs = [(edit.prompt, edit.target_new, edit.join) for edit in edits]
-    if not pairs:
+def _holds(adapter: ModelAdapter, edits: Sequence[Edit], saved: Mapping[str, Tensor]) -> Holds | None:
+    """How many edits hold with saved tensors in place of the model's, computed in the model's dtype.
+
+    saved: by the names of the state dict, in any dtype
+    None where the model has them already, bit for bit, and without edits."""
+    parameters = dict(adapter.model.named_parameters())
+    other = {
+        name: tensor.to(parameters[name].device, parameters[name].dtype)
+        for name, tensor in saved.items()
+        if name in parameters
+    }
+    other = {name: tensor for name, tensor in other.items() if not equal_bits(tensor, parameters[name].data)}
+    if not other or not edits:
         return None
 
-    before = _exact(adapter, pairs)
-    changed = {layer: weights.changed(layer) for layer in factors}
-    present = {layer: weights.stored(layer, index) for layer, index in changed.items()}
-    try:
-        for layer, (left, right) in factors.items():
-            original = weights.original(layer)
-            exported = original.float() + (left @ right).to(original.device)
-            index = changed[layer]
-            weights.put(layer, index, exported if index is None else exported[:, index])
-        after = _exact(adapter, pairs)
-    finally:
-        for layer, values in present.items():
-            weights.put(layer, changed[layer], values)
-    return before, after
+    in_model = _n_exact(adapter, edits)
+    with standing_in(adapter, other):
+        return Holds(len(edits), in_model, _n_exact(adapter, edits))
 
 
-def _exact(adapter: ModelAdapter, pairs: list[tuple[str, str, str | None]]) -> float:
-    return sum(scored.exact for scored in answer(adapter, pairs)) / len(pairs)
+def _n_exact(adapter: ModelAdapter, edits: Sequence[Edit]) -> int:
+    pairs = [(edit.prompt, edit.target_new, edit.join) for edit in edits]
+    return sum(scored.exact for scored in answer(adapter, pairs))

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -39,6 +39,23 @@ from fastedit.ops.capture_keys import activate
 from fastedit.runtime.free_memory import is_out_of_memory
 
 PACKED_ATTENTION = "fastedit_packed"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint as it lies on the disk.
+
+    place: its folder, hub id or GGUF file
+    dtype: of most of its numbers, float32 for a GGUF file; dtypes: tensor name -> dtype, where that is another one
+    """
+
+    place: str
+    dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
+
+    def of(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored. One that the files do not name counts as most others."""
+        return self.dtypes.get(name, self.dtype)
 
 
 class Mixed(NamedTuple):
@@ -72,6 +89,8 @@ class ModelAdapter:
         self.lock = threading.RLock()
         # Where the model was loaded from, for reports; None for a model that the caller loaded.
         self.source: str | None = None
+        # The files behind the source, and the dtypes in them.
+        self.stored: StoredModel | None = None
 
         self.family = choose(model, families)
         self.layers: nn.ModuleList = find(model, self.family.layers)

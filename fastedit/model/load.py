@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import safe_open
 
-from fastedit.model.adapter import ModelAdapter
+from fastedit.model.adapter import ModelAdapter, StoredModel
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
 from fastedit.model.tokens import warn_of_tokens_beyond
 from fastedit.records.files import read_plain
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
+
+# As the heads of safetensors files name them.
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # Of a config.json that is believed; the deepest models have some hundred.
 MOST_LAYERS = 10_000
@@ -144,8 +149,83 @@ def load_model(
     adapter.check_forward()
     warn_of_tokens_beyond(tokenizer, adapter.n_embeddings)
     adapter.source = str(Path(source).resolve()) if Path(source).exists() else source
+    adapter.stored = stored_model(place, adapter.dtype)
 
     return adapter
+
+
+def stored_model(place: str, otherwise: torch.dtype) -> StoredModel:
+    """The dtypes of a checkpoint's tensors, read from the heads of its safetensors files.
+
+    place: a folder, hub id, or GGUF file, whose tensors count as float32
+    otherwise: the dtype of a checkpoint in other files"""
+    if place.endswith(".gguf"):
+        return StoredModel(place, torch.float32, {})
+
+    dtypes: dict[str, torch.dtype] = {}
+    sizes: dict[torch.dtype, int] = {}
+    for file in sorted(_checkpoint_folder(place).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (no dict)
+                head = stored.get_slice(name)
+                if (dtype := STORED_DTYPES.get(head.get_dtype())) is not None:
+                    dtypes[name] = dtype
+                    sizes[dtype] = sizes.get(dtype, 0) + math.prod(head.get_shape())
+
+    main = max(sizes, key=lambda dtype: sizes[dtype], default=otherwise)
+    return StoredModel(place, main, {name: dtype for name, dtype in dtypes.items() if dtype != main})
+
+
+def _checkpoint_folder(place: str) -> Path:
+    """The folder of a checkpoint's files: for a hub id where they were put when it was loaded."""
+    if Path(place).is_dir():
+        return Path(place)
+
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(place, "config.json")
+    return Path(config).parent if isinstance(config, str) else Path(place)
+
+
+def write_model(adapter: ModelAdapter, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: str) -> None:
+    """Write a model with these tensors in place of its own, and its tokenizer, as `load_model` reads them.
+
+    tensors: by the names of the model's state dict. The model is not changed, nor is its config."""
+    model = adapter.model
+    config = {name: getattr(model.config, name, None) for name in ("dtype", "architectures")}
+
+    with _quiet_transformers(), _writable_generation(model, folder):
+        try:
+            model.save_pretrained(folder, state_dict=dict(tensors), max_shard_size=max_shard_size)
+            adapter.tokenizer.save_pretrained(folder)
+        finally:
+            for name, value in config.items():
+                setattr(model.config, name, value)
+
+
+@contextlib.contextmanager
+def _writable_generation(model: Any, folder: Path) -> Iterator[None]:
+    """transformers saves no model with settings of generation that contradict one another, as some checkpoints have.
+
+    They are written as they were read."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        yield
+        return
+
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+    settings.to_json_file(folder / "generation_config.json")
+
+
+def read_tokenizer(place: str) -> Any:
+    """The tokenizer of a folder. Raises ModelNotFound, and what transformers raises for files that it cannot read."""
+    with _quiet_transformers() as transformers:
+        return _read_tokenizer(transformers, place)
 
 
 def _first_line(error: Exception) -> str:

@@ -52,7 +52,7 @@ def test_edit_saves_a_store_that_eval_measures(tmp_path: Path, method: str) -> N
     again = run("eval", MODEL, FACTS, "--limit", "8", "--meg", str(saved), "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["edited"] == data["evaluation"]["edited"]
-    text = run(*arguments, "--save", str(saved), *settings())
+    text = run(*arguments, "--save", str(saved), "--force", *settings())
     assert "reliability_free" in text.stdout
     assert "inside the gate" in text.stdout
     assert f"saved to {saved}" in text.stdout
@@ -100,6 +100,8 @@ VALUES = {
     "watch": "1",
     "run_dir": "run",
     "canaries": "1",
+    "save_format": "lora",
+    "save_dtype": "float16",
     "max_growth": "2",
     "unedited": MODEL,
     "seed": "1",

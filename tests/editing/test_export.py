@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastedit.editing.export import delta, save_checkpoint
+from fastedit.editing.checkpoint import rounded_weights, write_checkpoint
+from fastedit.editing.export import Holds, delta
 from fastedit.editing.load_delta import load_delta
 from fastedit.editor import Editor
 from fastedit.evaluation.metrics import compare
+from fastedit.model.adapter import StoredModel
 from fastedit.model.load import load_model, load_transformers
 from fastedit.records.edit import EditSet
 
@@ -42,7 +44,9 @@ def test_checkpoint_of_shards_gives_the_same_logits_and_metrics(
     edited: Editor, tiny_facts: EditSet, tmp_path: Path
 ) -> None:
     wanted = logits(edited.model, edited.tokenizer, tiny_facts)
-    save_checkpoint(edited, tmp_path / "shards", max_shard_size="500KB")
+    (tmp_path / "shards").mkdir()
+    tensors = rounded_weights(edited.adapter, edited.weights)
+    write_checkpoint(edited.adapter, tensors, tmp_path / "shards", [], max_shard_size="500KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     model, tokenizer = load_transformers(str(tmp_path / "shards"), "float32")
     assert torch.equal(logits(model, tokenizer, tiny_facts), wanted)
@@ -68,7 +72,7 @@ def test_delta_in_plain_torch(edited: Editor, tiny_parts: tuple[Any, Any], tiny_
     assert set(found.rank) == {2, 3, 4}
     assert max(found.rank.values()) <= 12
     assert max(found.error.values()) < 1e-5
-    assert found.holds == (1.0, 1.0)
+    assert found.holds == Holds(6, 6, 6)
     model = copy.deepcopy(tiny_parts[0])
     name = edited.adapter.weight_name(3)
     names = [edited.adapter.weight_name(layer) for layer in (2, 3, 4)]
@@ -209,7 +213,7 @@ def test_truncated_lora_measures_what_it_loses(edited: Editor, tmp_path: Path) -
         assert error == pytest.approx(float(sizes[2:].norm() / sizes.norm()), rel=1e-3)
         assert error > 100 * exact.error[layer]
     assert short.holds is not None
-    assert short.holds[1] < short.holds[0]
+    assert short.holds.as_saved < short.holds.in_model
     assert edited.weights.fingerprint() == before
     assert json.loads((tmp_path / "2" / "adapter_config.json").read_text())["r"] == 2
     assert "edits that hold" in str(short)
@@ -220,15 +224,45 @@ def test_what_cannot_be_exported_is_named(edited: Editor, tiny_editor: Make, tmp
         edited.export(tmp_path / "a", "zip")
     with pytest.raises(ValueError, match="rank must be at least 1"):
         edited.export(tmp_path / "a", "checkpoint", 3)
-    with pytest.raises(ValueError, match="dtype must be float32"):
+    with pytest.raises(ValueError, match="dtype of a checkpoint must be one of float32, bfloat16, float16"):
         edited.export(tmp_path / "a", dtype="int4")
     with pytest.raises(ValueError, match="nothing to export"):
         tiny_editor().export(tmp_path / "a", "lora")
     assert not (tmp_path / "a").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.safetensors").write_text("mine")
-    with pytest.raises(ValueError, match="absent or an empty folder"):
+    with pytest.raises(ValueError, match="is not empty"):
         edited.export(tmp_path / "full", "delta")
-    found = edited.export(tmp_path / "gguf", "gguf")
-    assert "convert_hf_to_gguf.py" in str(found)
-    assert (tmp_path / "gguf" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="dtype is of a checkpoint's weights, got 'float16' for lora"):
+        edited.export(tmp_path / "b", "lora", dtype="float16")
+
+
+def test_a_smaller_rank_than_asked_is_told(edited: Editor, tmp_path: Path) -> None:
+    found = edited.export(tmp_path / "lora", "lora", rank=64)
+    assert max(found.rank.values()) <= 12
+    rank = max(found.rank.values())
+    assert f"rank 64 was asked for: the edits have {rank} directions above rounding noise" in str(found)
+    assert "was asked for" not in str(edited.export(tmp_path / "two", "lora", rank=2))
+
+
+def test_an_adapter_names_its_base(edited: Editor, tmp_path: Path) -> None:
+    """A hub id, or the folder; of a model from memory it says that nobody knows."""
+
+    def base(name: str) -> str | None:
+        config: dict[str, str] = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        return config["base_model_name_or_path"]
+
+    edited.model.config._name_or_path = ""
+    assert "the model came from memory" in str(edited.export(tmp_path / "memory", "lora"))
+    assert base("memory") is None
+
+    for source, place, wanted in [
+        ("smollm2-135m", "/cache/model.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("maker/model", "maker/model", "maker/model"),
+        (str(tmp_path), str(tmp_path), str(tmp_path)),
+    ]:
+        edited.adapter.source = source
+        edited.adapter.stored = StoredModel(place, torch.float32, {})
+        name = Path(source).name + "-lora"
+        edited.export(tmp_path / name, "lora")
+        assert base(name) == wanted

@@ -23,6 +23,7 @@ from fastedit.model.background_text import Source
 from fastedit.model.packed_attention import CausalPlan
 from fastedit.ops.gram_update import gram_update
 from fastedit.runtime.cache import cache_folder, store_in_cache
+from fastedit.runtime.places import check_room, check_writable
 from fastedit.runtime.progress import track
 
 FORMAT = "fastedit second moment 1"
@@ -46,7 +47,8 @@ def second_moments(
 
     folder: where they are stored; None = in the cache
     show: True or False shows or hides the progress bar, None as the terminal can
-    Raises BadMoments for a stored file that does not hold what its name says, ValueError for an empty text."""
+    Raises BadMoments for a stored file that does not hold what its name says, ValueError for an empty text, and
+    PlaceError, before anything is computed, for a folder that was named and cannot be written."""
     in_cache = folder is None
     folder = folder or cache_folder() / "moments"
     origins = {layer: provenance(model, layer, source, config) for layer in layers}
@@ -56,6 +58,9 @@ def second_moments(
     # os.path, unlike Path.exists, takes a folder that may not be entered for one that holds nothing.
     missing = [layer for layer in layers if not os.path.isfile(paths[layer])]
     if missing:
+        if not in_cache:
+            check_writable(folder)
+            check_room(folder, len(missing) * 4 * model.d_ff * (model.d_ff + 1) // 2)
         windows = source.windows(model, config, show)
         n_tokens = sum(len(window) for window in windows)
         with track(n_tokens, "second moments", "tokens", show) as advance:

@@ -256,9 +256,11 @@ class MeG:
         )
         return before, after
 
-    def save(self, path: str | Path) -> None:
-        """Write the store, one safetensors file with the edits' records in it; the model is not in it."""
-        self.store.save(path)
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write the store, one safetensors file with the edits' records in it; the model is not in it.
+
+        force: replace a file that stands there. Raises PlaceError where one stands, NotSaved if it cannot be written"""
+        self.store.save(path, force)
 
     def load(self, path: str | Path) -> None:
         """Serve a store that `save` wrote, instead of the edits in force; method, config and seed become those of the

@@ -153,7 +153,7 @@ class Stages:
             n_others=self._n_others,
         )
         if self.folder is not None:
-            store.save(self.folder / "meg.safetensors")
+            store.save(self.folder / "meg.safetensors", force=True)
         return store
 
     def _timed(self, name: str, stage: Callable[[], T]) -> T:

@@ -18,13 +18,13 @@ from typing import Any
 import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastedit.methods.meg.config import MegConfig
 from fastedit.methods.meg.neuron import NeuronForm
 from fastedit.records.edit import Edit, InvalidEdits
 from fastedit.runtime.hashing import canonical, tensors_hash
+from fastedit.runtime.places import new_file, save_tensors
 
 FORMAT, STAGE, VERSION = "fastedit-meg", "fastedit-meg-stage", 1
 
@@ -75,8 +75,10 @@ class Store:
     def __len__(self) -> int:
         return len(self.facts)
 
-    def save(self, path: str | Path) -> None:
-        """Write the file. An older file of that name is replaced only when the new one is complete."""
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write the file. force: replace an older one, when the new one is complete
+
+        Raises PlaceError where a file stands, NotSaved if it cannot be written."""
         tensors = {name: getattr(self, name) for name in ("initial", "neurons", "solved", "vectors")}
         for group in GROUPS:
             tensors |= {f"{group}.{name}": value for name, value in getattr(self, group).items()}
@@ -96,7 +98,7 @@ class Store:
             "encoder_key": self.encoder_key,
             "n_others": self.n_others,
         }
-        write_tensors(path, tensors, FORMAT, about)
+        write_tensors(path, tensors, FORMAT, about, force)
 
     @classmethod
     def load(cls, path: str | Path) -> Store:
@@ -142,16 +144,17 @@ def _as_records(stored: Tensor) -> tuple[Edit, ...]:
     return tuple(Edit(**fields) for fields in json.loads(stored.numpy().tobytes()))
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, object]) -> None:
-    """Write tensors and plain data into one safetensors file; an older file is replaced only by a complete one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, object], force: bool = True
+) -> None:
+    """Write tensors and plain data into one safetensors file; an older file is replaced only by a complete one.
+
+    force: whether it is replaced at all. Raises PlaceError, NotSaved."""
     header = {"format": form, "version": str(VERSION), "about": json.dumps(about)}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    save_file(plain, part, {**header, "sha256": _checksum(header, plain)})
-    part.replace(path)
+    with new_file(path, force) as part:
+        save_tensors(plain, part, {**header, "sha256": _checksum(header, plain)})
 
 
 def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,7 @@ from fastedit.methods.closed_form.second_moments import (
     second_moments,
 )
 from fastedit.model.background_text import Source
+from fastedit.runtime.places import PlaceError
 
 D_FF = 48
 TEXT = (
@@ -316,5 +317,5 @@ def test_without_a_cache_it_goes_on_with_the_same_bits(random_adapter, source, f
     assert caplog.text.count("FASTEDIT_CACHE names another folder") == 2
 
     # A folder that was named is one that is wanted.
-    with pytest.raises(OSError, match="not written"):
+    with pytest.raises(PlaceError, match="name another place"):
         second_moments(random_adapter, [1], source, CONFIG, tmp_path / "file" / "moments")
