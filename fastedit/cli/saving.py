@@ -64,7 +64,9 @@ class Saving:
             check_export(editor.adapter, self.place, self.form, None, self.dtype, self.force)
 
     def save(self, console: Console, editor: Editor, data: dict[str, Any], lines: list[str]) -> Exception | None:
-        """Save, and tell it at once: what follows may fail. Returns the error that it ended with, for the end."""
+        """Save and tell it, on the console at once: what follows may fail.
+
+        Returns the error that it ended with, to be raised when the results are printed."""
         if self.place is None:
             return None
 

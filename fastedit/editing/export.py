@@ -338,7 +338,7 @@ def _base_model(adapter: ModelAdapter) -> tuple[str | None, list[str]]:
         return place, [
             "PEFT reads no GGUF file: set base_model_name_or_path in adapter_config.json to the model behind it"
         ]
-    return base, [f"for {base}, whose weights are not rounded as those of the GGUF file are that was edited"]
+    return base, [f"its base is {base}, whose weights are not those of the quantised file that was edited"]
 
 
 def _is_transposed(adapter: ModelAdapter, layer: int) -> bool:

@@ -92,7 +92,7 @@ def test_an_adapter_names_the_model_behind_the_file(
     exported = edited.export(tmp_path / "lora", "lora")
     config = (tmp_path / "lora" / "adapter_config.json").read_text(encoding="utf-8")
     assert '"base_model_name_or_path": "makers/tiny"' in config
-    assert "makers/tiny, whose weights are not rounded" in str(exported)
+    assert "its base is makers/tiny, whose weights are not those of the quantised file" in str(exported)
 
     bare = tmp_path / "bare.gguf"
     write_tiny_gguf(TINY / "model", bare)
