@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -92,8 +93,9 @@ def new_folder(folder: str | Path, force: bool = False, keep: Iterable[str | Pat
         partial.mkdir(parents=True)
 
         try:
-            yield partial
-            _sync_all(partial)
+            with _kept(partial):
+                yield partial
+                _sync_all(partial)
             if exists:
                 _move_up(partial, place, clear=force)
             else:
@@ -238,6 +240,17 @@ def _sync_all(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Whatever a library raises in the block counts for nothing when somebody deleted the folder under it."""
+    try:
+        yield
+    except Exception as error:
+        if folder.is_dir():
+            raise
+        raise OSError(errno.ENOENT, "somebody deleted what was being written") from error
+
+
+@contextlib.contextmanager
 def _told(place: str | Path) -> Iterator[None]:
     """What cannot be written becomes one sentence that names the place."""
     try:
@@ -257,5 +270,8 @@ def _told(place: str | Path) -> Iterator[None]:
 def _free(place: Path) -> int:
     """Bytes free on the disk of a place, which may not exist yet."""
     absolute = Path(os.path.abspath(place))
-    nearest = next(each for each in (absolute, *absolute.parents) if each.exists())
-    return shutil.disk_usage(nearest).free
+    for nearest in (absolute, *absolute.parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(nearest).free
+
+    return 0
