@@ -81,18 +81,19 @@ def _exact(model: ModelAdapter, weights: EditableWeights, name: str, tensor: Ten
 
 def write_checkpoint(
     model: ModelAdapter, tensors: Mapping[str, Tensor], folder: Path, texts: Sequence[str], max_shard_size: str = "5GB"
-) -> None:
+) -> str | None:
     """Write tensors (of `rounded_weights`), config and tokenizer as transformers reads them; read back and compare.
 
     folder: an empty one
-    texts: that the tokenizer must read as before, beside `TEXTS`
-    Raises NotSaved for files that hold something else."""
+    texts: that the tokenizer should read as before, beside `TEXTS`
+    Returns what is wrong with the tokenizer that was written, a sentence or None: the weights are good, so they are
+    kept. Raises NotSaved for files that hold other weights."""
     write_model(model, folder, tensors, max_shard_size)
     # transformers writes the dtype of the model in memory.
     _write_dtype(folder / "config.json", tensors)
 
     _compare_tensors(folder, tensors)
-    _compare_tokens(folder, model.tokenizer, [*TEXTS, *texts])
+    return _wrong_tokens(folder, model.tokenizer, [*TEXTS, *texts])
 
 
 def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -153,17 +154,21 @@ def _digest(tensor: Tensor) -> str:
     return tensors_hash({"": tensor})
 
 
-def _compare_tokens(folder: Path, tokenizer: Any, texts: Sequence[str]) -> None:
-    """Raise NotSaved unless the saved tokenizer reads the texts as the model's does."""
+def _wrong_tokens(folder: Path, tokenizer: Any, texts: Sequence[str]) -> str | None:
+    """What is wrong where the saved tokenizer does not read the texts as the model's does, as a sentence; else None."""
+    advice = "copy the tokenizer's files from the model's source"
     try:
         saved = read_tokenizer(str(folder))
-    except Exception as error:
-        raise NotSaved(f"the tokenizer that was written cannot be read again ({error}); nothing was kept") from error
+        (wanted, _), (found, _) = encode(tokenizer, texts), encode(saved, texts)
+    except Exception as error:  # noqa: BLE001 (transformers and tokenizers raise anything)
+        return f"the tokenizer that was written cannot be read again ({type(error).__name__}: {error}): {advice}"
 
-    (wanted, _), (found, _) = encode(tokenizer, texts), encode(saved, texts)
     for text, right, wrong in zip(texts, wanted, found, strict=True):
         if right != wrong:
-            raise NotSaved(
-                f"the tokenizer that was written reads {text[:40]!r} as {wrong[:8]}, not as {right[:8]}; nothing was"
-                " kept. Save with another version of transformers, or copy the tokenizer's files from the source"
+            at = next((i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b), len(wrong))
+            return (
+                f"the tokenizer that was written reads {text[:40]!r} otherwise than the model's: token {at} is"
+                f" {wrong[at : at + 1] or 'missing'}, not {right[at : at + 1] or 'missing'}: {advice}"
             )
+
+    return None

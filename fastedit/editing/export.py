@@ -7,6 +7,7 @@ written, plus rounding noise. It is stored as two factors: all directions above 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,8 @@ from fastedit.runtime.hashing import canonical
 from fastedit.runtime.places import check_folder, check_room, equal_bits, new_folder, save_tensors
 from fastedit.weights.editable import EditableWeights
 from fastedit.weights.stand_in import standing_in
+
+log = logging.getLogger(__name__)
 
 Format = Literal["checkpoint", "delta", "lora", "gguf"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -179,8 +182,13 @@ def _save_checkpoint(
 ) -> tuple[Exported, Mapping[str, Tensor]]:
     """What was written, and the tensors in it."""
     tensors = rounded_weights(adapter, weights, dtype)
-    write_checkpoint(adapter, tensors, place, [text for edit in edits[:TEXTS_COMPARED] for text in _texts(edit)])
-    return Exported("", "checkpoint", _name(main_dtype(tensors))), tensors
+    texts = [text for edit in edits[:TEXTS_COMPARED] for text in _texts(edit)]
+    wrong = write_checkpoint(adapter, tensors, place, texts)
+    if wrong is not None:
+        log.warning("%s", wrong)
+
+    notes = () if wrong is None else (wrong,)
+    return Exported("", "checkpoint", _name(main_dtype(tensors)), notes=notes), tensors
 
 
 def _save_gguf(

@@ -421,8 +421,9 @@ class ModelAdapter:
         """Compare packed logits with the model's own on a short text; raise UnsupportedModel if they differ.
 
         This detects differences that the structure does not show, such as a factor between two parts. An exception of
-        the forward is raised as UnsupportedModel too, lack of memory apart.
+        the forward is raised as UnsupportedModel too, lack of memory apart, and so is a weight that is not finite.
         tolerance: of the largest difference, relative to the largest logit; 50 times as much in half precision"""
+        self._check_finite()
         n_tokens = min(12, self.max_positions)
         positions = torch.arange(n_tokens, device=self.device)
         ids = positions * 7 % self.head.weight.shape[0]
@@ -468,22 +469,36 @@ class ModelAdapter:
             cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise UnsupportedModel(f"{type(self.model).__name__}: {what} ({cause})") from error
 
+    def _check_finite(self) -> None:
+        """Raise UnsupportedModel for a weight that is not finite, which no logit of a short text may show."""
+        for name, parameter in self.model.named_parameters():
+            weight = parameter.detach()
+            # One pass without a copy; NaN is both the least and the largest number.
+            if weight.numel() == 0 or bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
+                continue
+
+            n_wrong = int((~weight.isfinite()).sum())
+            advice = "get the checkpoint anew" + (f", or {self._remedy()}" if _is_half(weight) else "")
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: {name} holds {n_wrong} numbers that are not finite (NaN or infinity);"
+                f" {advice}"
+            )
+
+    def _remedy(self) -> str:
+        """What to do with a model that overflows in half precision."""
+        return "load it in float32" if self.dtype == torch.bfloat16 else "load it in bfloat16 or float32"
+
     def _why_not_finite(self, ids: Tensor) -> str:
         """Why the model's own logits of a text of token ids (n,) are not finite, and what to do."""
-        name = type(self.model).__name__
         half = _is_half(self.down_parameter(self.n_layers - 1))
-        remedy = "load it in float32" if self.dtype == torch.bfloat16 else "load it in bfloat16 or float32"
-
-        for weight, parameter in self.model.named_parameters():
-            if n_wrong := int((~parameter.detach().isfinite()).sum()):
-                advice = f"get the checkpoint anew, or {remedy}" if half else "get the checkpoint anew"
-                return f"{name}: {weight} holds {n_wrong} numbers that are not finite (NaN or infinity); {advice}"
-
         dtype = str(self.dtype).removeprefix("torch.")
-        advice = remedy if half else "its weights are too large"
+        advice = self._remedy() if half else "its weights are too large"
         place = self._first_overflow(ids)
 
-        return f"{name}: its weights are finite, but in {dtype} its logits are not, first in {place}; {advice}"
+        return (
+            f"{type(self.model).__name__}: its weights are finite, but in {dtype} its logits are not, first in {place};"
+            f" {advice}"
+        )
 
     def _first_overflow(self, ids: Tensor) -> str:
         """The module whose output is the first that is not finite, for a text of token ids (n,)."""

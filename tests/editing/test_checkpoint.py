@@ -239,16 +239,34 @@ class TestReadBack:
             tokenizer.add_tokens(["Paris"])
             return tokenizer
 
+        assert write_checkpoint(adapter, tensors, folder, []) is None
         monkeypatch.setattr(checkpoint, "read_tokenizer", other)
-        with pytest.raises(NotSaved, match=r"the tokenizer that was written reads 'The capital"):
-            write_checkpoint(adapter, tensors, folder, [])
+        told = write_checkpoint(adapter, tensors, folder, [])
+        assert told is not None
+        assert told.startswith("the tokenizer that was written reads 'The capital of France is Paris.' otherwise than")
+        assert "not [" in told
 
         def unreadable(place: str) -> Any:
             raise KeyError("LlamaTokenizerr")
 
         monkeypatch.setattr(checkpoint, "read_tokenizer", unreadable)
-        with pytest.raises(NotSaved, match="cannot be read again"):
-            write_checkpoint(adapter, tensors, folder, [])
+        told = write_checkpoint(adapter, tensors, folder, [])
+        assert told is not None
+        assert "cannot be read again (KeyError: 'LlamaTokenizerr')" in told
+
+
+def test_a_tokenizer_that_is_read_back_otherwise_is_told(
+    tiny_editor: Any, tiny_facts: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(place: str) -> Any:
+        raise KeyError("LlamaTokenizerr")
+
+    editor = tiny_editor()
+    editor.edit(tiny_facts[:1])
+    monkeypatch.setattr(checkpoint, "read_tokenizer", unreadable)
+    exported = editor.save_pretrained(tmp_path / "out")
+    assert "copy the tokenizer's files from the model's source" in str(exported)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_every_shard_is_read(self, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         adapter, tensors, folder = parts
