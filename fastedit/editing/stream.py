@@ -22,7 +22,7 @@ from fastedit.editing.committed import CommittedBatches
 from fastedit.editing.guard import Guard, GuardTripped
 from fastedit.editing.outcome import missed_edits
 from fastedit.editing.retry import with_less_memory
-from fastedit.methods.base import AnyMethod, AnyStart, AnyState, Progress, Result, Start
+from fastedit.methods.base import AnyMethod, AnyStart, AnyState, Progress, Result, Start, check_result
 from fastedit.methods.closed_form.solver import NotPositiveDefinite
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
@@ -170,8 +170,9 @@ class Stream:
 
         token_budget: in place of the config's
         rewrite: the batch was recorded before; its new record stays pending until a rewind names it
-        Raises RejectedUpdate, NotPositiveDefinite or GuardTripped, with everything rolled back; WeightsChanged where
-        something else wrote into the model since the last write."""
+        Raises RejectedUpdate, NotPositiveDefinite or GuardTripped; WeightsChanged where something else wrote into the
+        model since the last write; ValueError for a result that does not fit the batch. Whatever is raised, by the
+        method too, weights, state and the batches of the run are as before."""
         started = time.perf_counter()
         state, trial = self.state, Trial(self.weights)
 
@@ -180,6 +181,7 @@ class Stream:
             start = replace(self.start, config=self.method.with_token_budget(self.config, budget))
             known = None if rewrite is None else rewrite.known
             result = self.method.write_batch(start, state, batch, trial, progress, known)
+            check_result(self.method.name, result, len(batch))
             return result, guard.check(self.adapter, self.weights, trial.touched)
 
         with self.weights.writing(), Notes() as notes, trial, torch.no_grad():
@@ -202,13 +204,27 @@ class Stream:
                     edit.case_id for edit, written in zip(batch, result.is_written.tolist(), strict=True) if not written
                 ),
             )
-            kept = state.kept(result)
-            if self.recorder is not None:
-                replaced = None if rewrite is None else rewrite.record
-                self.recorder.commit(number, batch, trial, kept, result.tensors(), asdict(report), replaced)
-            self.committed.append(batch, trial, state, kept)
+            self._commit(report, batch, trial, result, rewrite)
 
         return report
+
+    def _commit(
+        self, report: BatchReport, batch: EditSet, trial: Trial, result: Result, rewrite: Rewrite | None
+    ) -> None:
+        """Record a batch and bring it into force. Nothing of it is in force when this raises."""
+        recorder, state = self.recorder, self.state
+        kept = state.kept(result)
+        if recorder is not None:
+            replaced = None if rewrite is None else rewrite.record
+            recorder.commit(report.batch, batch, trial, kept, result.tensors(), asdict(report), replaced)
+
+        try:
+            self.committed.append(batch, trial, state, kept)
+        except BaseException:
+            # A pending record is in force only when a rewind names it.
+            if recorder is not None and rewrite is None:
+                recorder.rewind(len(recorder.live) - 1)
+            raise
 
     def undo(self, n_batches: int) -> None:
         """Take the last batches back, weights and state, bit for bit.
@@ -391,7 +407,8 @@ class Stream:
                 report = self.write_batch(number, batch, guard, progress, self._token_budget)
                 self._token_budget = report.token_budget
             except RejectedUpdate as error:
-                blamed = tuple(case_ids[row] for row in error.rows)
+                # A method of the user's own may name rows that the batch does not have.
+                blamed = tuple(case_ids[row] for row in error.rows if 0 <= row < len(batch)) or case_ids
                 report = BatchReport(batch=number, case_ids=blamed, seconds=0.0, error=str(error))
             except (NotPositiveDefinite, GuardTripped) as error:
                 report = BatchReport(batch=number, case_ids=case_ids, seconds=0.0, error=str(error))

@@ -268,7 +268,8 @@ class Recorder:
         kept: what the state keeps of it
         values: `Result.tensors`, from which the batch can be solved again
         replaced: the record of an earlier batch; this one takes its place with the next `rewind`, and is pending until
-            then"""
+            then
+        Raises TypeError, with nothing written, for what is no dense tensor."""
         tensors = {f"written/{name}": tensor for name, tensor in trial.written().items()}
         tensors |= {f"kept/{name}": tensor for name, tensor in kept.items()}
         tensors |= {f"values/{name}": tensor for name, tensor in values.items()}
@@ -285,7 +286,7 @@ class Recorder:
         changes = machine_changes(self.header)
         if changes:
             body["made_with"] = {name: now for name, (now, _) in changes.items()}
-        return self.log.append("batch", body, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        return self.log.append("batch", body, _storable(tensors))
 
     def reject(self, number: int, report: Mapping[str, Any], skipped: bool) -> None:
         """Record a batch that was rolled back. skipped: the stream continues without it."""
@@ -311,16 +312,16 @@ class Recorder:
         if self._bytes_since_snapshot() < SNAPSHOT_SHARE * _snapshot_size(weights, changed, carried):
             return
 
-        tensors = {f"state/{name}": tensor.cpu().contiguous() for name, tensor in carried.items()}
+        tensors = {f"state/{name}": tensor for name, tensor in carried.items()}
         for layer, index in changed.items():
-            tensors[f"weight/{layer}"] = weights.stored(layer, index).cpu().contiguous()
+            tensors[f"weight/{layer}"] = weights.stored(layer, index)
             if index is not None:
-                tensors[f"columns/{layer}"] = index.cpu()
+                tensors[f"columns/{layer}"] = index
 
         live = self.live
         try:
-            self.log.append("snapshot", {"live": len(live), "last": live[-1].number}, tensors)
-        except OSError as error:
+            self.log.append("snapshot", {"live": len(live), "last": live[-1].number}, _storable(tensors))
+        except (OSError, TypeError) as error:
             log.warning("no snapshot: %s", error)
 
     def _bytes_since_snapshot(self) -> int:
@@ -466,6 +467,26 @@ def _flat(data: Any, place: str = "") -> dict[str, Any]:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a record's file takes them: on the CPU, dense, and no two in one piece of memory.
+
+    Raises TypeError naming what is no dense tensor."""
+    storable: dict[str, Tensor] = {}
+    used: set[int] = set()
+
+    for name, tensor in tensors.items():
+        given: object = tensor
+        if not isinstance(given, Tensor) or given.layout != torch.strided:
+            what = f"a tensor of layout {given.layout}" if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"{name}: a record holds dense tensors only, got {what}")
+
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        storable[name] = plain.clone() if memory in used else plain
+        used.add(memory)
+    return storable
 
 
 def _as_tensor(text: str) -> Tensor:
