@@ -242,7 +242,8 @@ class Editor:
             InvalidEdits with all of it; "skip" leaves the wrong edits out, `Run.skipped` says why
         watch: one watcher or several, called before the first batch and after each; their time is in no report
         run_dir: folder in which everything this editor does from then on is recorded. Raises RunError
-        resume: continue the run in that folder, or begin one
+        resume: continue the run in that folder, or begin one. Edits that the run holds are not written again if it
+            begins with them; those behind them are new. Others raise RunError where they do not fit
         guard: judges each batch before it is committed; default: Guard()
         verify: look at all edits in one pass after the last batch: `Run.missed` names those that did not take
         Ctrl-C stops after the current batch, a second one abandons that batch."""

@@ -30,6 +30,7 @@ from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.log import Record, RunError, check_new, is_run
 from fastedit.runs.recorder import Recorder, Settings, describe_run
 from fastedit.runs.reports import BatchRejected, BatchReport, Missed, Watcher
+from fastedit.runs.streams import Plan
 from fastedit.runtime.free_memory import give_back_freed
 from fastedit.runtime.interrupts import Interrupts
 from fastedit.runtime.progress import track
@@ -132,22 +133,22 @@ class Stream:
         resume: bool,
         verify: bool,
     ) -> tuple[list[BatchReport], list[Edit], tuple[Missed, ...] | None]:
-        """Write batches, or with `resume` those of them that the run directory lacks.
+        """Write batches, or with `resume` what of them the run directory lacks, see `runs.streams`.
 
         verify: look at every committed edit after the last batch
         Returns the reports, the committed edits, and those of them that did not take (None without `verify`).
         Raises BatchRejected, RunError, WeightsChanged, EditorBusy, and KeyboardInterrupt after a Ctrl-C."""
         with self._alone(), self._recording(run_dir, resume) as recorder:
-            reports: list[BatchReport] = []
-            committed: list[Edit] = []
+            plan = Plan(batches, range(len(batches)))
             if recorder is not None:
-                settings = {"batch_size": batch_size, "on_error": on_error}
-                reports, committed = recorder.begin(batches, settings, resume)
+                plan = recorder.plan(batches, batch_size, resume)
 
-            for report in self._write_from(len(reports), batches, on_error, watchers, guard):
+            reports, committed = list(plan.reports), list(plan.committed)
+            about = {"batch_size": batch_size, "on_error": on_error}
+            for report in self._write_from(plan, about, watchers, guard):
                 reports.append(report)
                 if report.error is None:
-                    committed.extend(batches[report.batch])
+                    committed.extend(plan.batches[report.batch])
 
             missed = None
             if verify:
@@ -363,15 +364,12 @@ class Stream:
         self.recorder = Recorder.create(run_dir, header)
 
     def _write_from(
-        self,
-        first: int,
-        batches: Sequence[EditSet],
-        on_error: OnError,
-        watchers: Sequence[Watcher],
-        guard: Guard,
+        self, plan: Plan, about: Mapping[str, Any], watchers: Sequence[Watcher], guard: Guard
     ) -> Iterator[BatchReport]:
-        """Write the batches from number `first` on; a report of each."""
-        state = self.state
+        """Write the batches of a plan that are not behind the run; a report of each.
+
+        about: batch_size and on_error, for the record of a new stream"""
+        first, batches, state = len(plan.reports), plan.batches, self.state
         guard.begin(self.adapter, self.weights)
         for watcher in watchers:
             watcher.begin()
@@ -385,9 +383,13 @@ class Stream:
                 advance(n)
 
             for number, batch in enumerate(batches[first:], first):
-                report = self._try_batch(number, batch, guard, progress)
+                if self.recorder is not None and number == plan.opens:
+                    self.recorder.begin(batches[number:], about)
+
+                in_stream = plan.numbers[number]
+                report = self._try_batch(in_stream, batch, guard, progress).numbered(number)
                 if report.error is not None:
-                    self._reject(report, on_error)
+                    self._reject(report, in_stream, about["on_error"])
                 elif self.recorder is not None:
                     self.recorder.snapshot_if_due(self.weights, state)
 
@@ -416,10 +418,13 @@ class Stream:
         give_back_freed()
         return replace(report, seconds=time.perf_counter() - started, notes=tuple(notes.lines))
 
-    def _reject(self, report: BatchReport, on_error: OnError) -> None:
-        """Record a batch that was rolled back. Raises BatchRejected where the stream is to stop."""
+    def _reject(self, report: BatchReport, in_stream: int, on_error: OnError) -> None:
+        """Record a batch that was rolled back. Raises BatchRejected where the call is to stop.
+
+        in_stream: its number in its stream of the run"""
         if self.recorder is not None:
-            self.recorder.reject(report.batch, asdict(report), skipped=on_error == "skip")
+            plain = asdict(report.numbered(in_stream))
+            self.recorder.reject(in_stream, plain, skipped=on_error == "skip")
         if on_error == "stop":
             raise BatchRejected(report.batch, list(report.case_ids), str(report.error))
 
