@@ -15,6 +15,7 @@ import torch
 from fastedit.editing.guard import GuardTripped
 from fastedit.editor import Editor
 from fastedit.records.edit import EditSet
+from fastedit.runs.head import HEAD, Head
 from fastedit.runs.log import LOG, DamagedRun, LockedRun, RunError, RunLog, RunWriteError
 from fastedit.runs.reports import BatchRejected
 from fastedit.runs.streams import describe_stream
@@ -39,6 +40,9 @@ def stopped_after(folder: Path, n_batches: int, copy: Path) -> Path:
     for path in copy.glob("*.safetensors"):
         if int(path.stem) >= keep:
             path.unlink()
+
+    kept = RunLog(copy, up_to_damage=True)
+    (copy / HEAD).write_bytes(Head(keep, kept.chain).payload)
     return copy
 
 
