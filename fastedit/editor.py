@@ -139,7 +139,10 @@ class Editor:
         Raises RunError for no run, DamagedRun for a damaged one, WrongModel for another model."""
         recorder = Recorder.open(run_dir, to)
         if method is None and recorder.method_name not in METHODS:
-            raise RunError(f"{run_dir}: written by a method of your own, {recorder.method_name!r}; pass it as method=")
+            raise RunError(
+                f"{run_dir}: written by a method of your own, {recorder.method_name!r}; pass it as method= in Python,"
+                f" Editor.resume({str(run_dir)!r}, method=...); `fastedit log`, `diff` and `undo --last` need none"
+            )
         chosen = method_named(recorder.method_name if method is None else method)
         if chosen.name != recorder.method_name:
             raise RunError(f"{run_dir}: written by method {recorder.method_name!r}, got {chosen.name!r}")

@@ -112,7 +112,7 @@ class Stream:
         if self._state is None:
             state = self.method.prepare(self.start)
             if self.recorder is not None:
-                state.adopt(self.recorder.header["prepared"])
+                self._adopt(state, self.recorder)
                 self.recorder.replay_state(state, len(self.committed))
             self._state = state
         return self._state
@@ -258,7 +258,7 @@ class Stream:
 
         recorder.check(self.adapter, self.weights, self._settings())
         if prepare or self._state is not None:
-            self.state.adopt(recorder.header["prepared"])
+            self._adopt(self.state, recorder)
 
         self.recorder = recorder
         self._token_budget = recorder.token_budget
@@ -328,6 +328,16 @@ class Stream:
     def _committed_before(self, batches: Iterable[EditSet]) -> CommittedBatches:
         """Batches in force that were not written here, so that memory cannot undo them."""
         return CommittedBatches(self.undo_depth, batches)
+
+    def _adopt(self, state: AnyState, recorder: Recorder) -> None:
+        """Take over what the run prepared. Raises RunError where it was prepared from something else."""
+        try:
+            state.adopt(recorder.header["prepared"])
+        except ValueError as error:
+            folder = recorder.log.folder
+            again = f"Editor.resume({str(folder)!r}, moments=...)"
+            hint = f"; tensors that were given are given again in Python, {again}, whose forget and edit then work"
+            raise RunError(f"{folder}: {error}{hint if self.method.uses_second_moments else ''}") from error
 
     def _settings(self) -> Settings:
         return {"method": self.method.name, "config": self.config, "seed": self.seed}
