@@ -14,6 +14,7 @@ import torch
 
 from fastedit.editing.guard import GuardTripped
 from fastedit.editor import Editor
+from fastedit.methods.registry import METHODS
 from fastedit.records.edit import EditSet
 from fastedit.runs.head import HEAD, Head
 from fastedit.runs.log import LOG, DamagedRun, LockedRun, RunError, RunLog, RunWriteError
@@ -46,7 +47,7 @@ def stopped_after(folder: Path, n_batches: int, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("method", ["nse", "memit", "alphaedit", "fine", "kne", "kn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     method: str, fast_editor: Make, stream: EditSet, tmp_path: Path
 ) -> None:
