@@ -129,6 +129,22 @@ def test_one_edit_taken_back(folder: str) -> None:
     assert "no edit with case_id 'nobody'" in wrong.output
 
 
+def test_undo_leaves_no_run_that_cannot_be_replayed(folder: str, tmp_path: Path) -> None:
+    """The first of three batches is damaged: no batch may stay."""
+    path = Path(folder) / "000002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = Path(folder, "log.jsonl").read_bytes()
+    for choice in (["--last", "1"], ["--to", "1"]):
+        refused = run("undo", folder, *choice)
+        assert refused.exit_code == 2
+        assert "000002.safetensors" in refused.output
+        assert "fastedit undo --to 0" in refused.output
+    assert Path(folder, "log.jsonl").read_bytes() == before
+
+    assert asked("undo", folder, "--to", "0") == {"batches": 0, "taken_back": 3}
+    assert asked("replay", folder, "--save", str(tmp_path / "none"))["edits"] == 0
+
+
 @pytest.fixture
 def given(tmp_path: Path) -> tuple[Editor, dict[int, torch.Tensor]]:
     """An editor with a run of three batches, whose second moments were given as tensors; and these."""

@@ -328,6 +328,12 @@ class TestReaders:
         with pytest.raises(RunError, match="no plain file"), RunLog(folder).writing():
             pytest.fail("wrote")
 
+    def test_a_pipe_in_place_of_a_record_does_not_hang(self, folder: Path) -> None:
+        record(folder, 2).unlink()
+        os.mkfifo(record(folder, 2))
+        with pytest.raises(DamagedRun, match=r"000002\.safetensors: cannot be read \(no plain file\)"):
+            RunLog(folder).verify()
+
 
 class TestUnderAWriter:
     """What happens to the folder while a writer holds it is noticed before the next record."""
