@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastedit.records.load import load_edits
     from fastedit.runs.log import RunError
     from fastedit.runs.reports import BatchRejected, Run
+    from fastedit.weights.apply import RejectedUpdate
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOME = {
     "RunError": "fastedit.runs.log",
     "BatchRejected": "fastedit.runs.reports",
     "Run": "fastedit.runs.reports",
+    "RejectedUpdate": "fastedit.weights.apply",
 }
 
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "Method",
     "NSEConfig",
     "Probe",
+    "RejectedUpdate",
     "Run",
     "RunError",
     "Source",

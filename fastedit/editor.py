@@ -139,7 +139,10 @@ class Editor:
         Raises RunError for no run, DamagedRun for a damaged one, WrongModel for another model."""
         recorder = Recorder.open(run_dir, to)
         if method is None and recorder.method_name not in METHODS:
-            raise RunError(f"{run_dir}: written by a method of your own, {recorder.method_name!r}; pass it as method=")
+            raise RunError(
+                f"{run_dir}: written by a method of your own, {recorder.method_name!r}; pass it as method= in Python,"
+                f" Editor.resume({str(run_dir)!r}, method=...); `fastedit log`, `diff` and `undo --last` need none"
+            )
         chosen = method_named(recorder.method_name if method is None else method)
         if chosen.name != recorder.method_name:
             raise RunError(f"{run_dir}: written by method {recorder.method_name!r}, got {chosen.name!r}")
@@ -242,7 +245,8 @@ class Editor:
             InvalidEdits with all of it; "skip" leaves the wrong edits out, `Run.skipped` says why
         watch: one watcher or several, called before the first batch and after each; their time is in no report
         run_dir: folder in which everything this editor does from then on is recorded. Raises RunError
-        resume: continue the run in that folder, or begin one
+        resume: continue the run in that folder, or begin one. Edits that the run holds are not written again if it
+            begins with them; those behind them are new. Others raise RunError where they do not fit
         guard: judges each batch before it is committed; default: Guard()
         verify: look at all edits in one pass after the last batch: `Run.missed` names those that did not take
         Ctrl-C stops after the current batch, a second one abandons that batch."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastedit.records.edit import CaseId
     from fastedit.runs.log import Record
     from fastedit.runs.recorder import Recorder
+    from fastedit.weights.editable import EditableWeights
 
 RunDir = Annotated[Path, typer.Argument(help="run directory, as given to edit --run-dir")]
 To = Annotated[int | None, typer.Option("--to", min=0, help="only the first so many batches, before a damaged one")]
@@ -97,25 +98,32 @@ def _short(items: list[Any]) -> str:
 def diff(run_dir: RunDir, to: To = None, onto: Onto = None, as_json: AsJson = False) -> None:
     """Say what the edits in force changed: per layer the norm of the change, and the neurons it touches."""
     with errors(open_console()):
-        editor = _editor(run_dir, onto, to)
+        from fastedit.editing.recorded import recorded_weights
+        from fastedit.model.load import load_model
+        from fastedit.runs.recorder import Recorder
+
+        recorder = Recorder.open(run_dir, to)
+        model = None if onto is None else load_model(onto, recorder.header["model"]["dtype"])
+        weights = recorded_weights(recorder, model)
         layers: dict[int, dict[str, Any]] = {}
         lines = [f"{'layer':>5}  {'|change|':>9}  {'share':>7}  {'neurons':>8}  most changed"]
-        for layer in editor.weights.layers:
-            layers[layer] = _change(editor, layer)
+        for layer in weights.layers:
+            layers[layer] = _change(weights, layer)
             lines.append(_change_line(layer, layers[layer]))
 
-        emit(as_json, {"layers": layers, "edits": len(editor.edits)}, "\n".join(lines))
+        n_edits = sum(len(record.body["edits"]) for record in recorder.live)
+        emit(as_json, {"layers": layers, "edits": n_edits}, "\n".join(lines))
 
 
-def _change(editor: Editor, layer: int) -> dict[str, Any]:
+def _change(weights: EditableWeights, layer: int) -> dict[str, Any]:
     """How the edits in force changed one layer, as plain data."""
     from fastedit.editing.export import delta
 
-    change = delta(editor.weights, layer)
+    change = delta(weights, layer)
     columns = change.norm(dim=0)
     return {
         "norm": float(change.norm()),
-        "share": float(change.norm()) / float(editor.weights.original(layer).double().norm()),
+        "share": float(change.norm()) / float(weights.original(layer).double().norm()),
         "neurons": int((columns > 0).sum()),
         "d_ff": len(columns),
         "most_changed": columns.argsort(descending=True)[:5].tolist(),
@@ -155,6 +163,7 @@ def undo(
         if not 0 <= keep <= most:
             asked = f"keep {to}" if last is None else f"take {last} back"
             raise ValueError(f"undo: {counted(count, 'batch is', 'batches are')} in force, asked to {asked}")
+        recorder.verify(keep)
         with recorder.log.writing(rescue=to is not None):
             recorder.rewind(keep)
         text = f"{counted(count - keep, 'batch', 'batches')} taken back, {keep} left"

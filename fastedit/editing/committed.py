@@ -52,13 +52,35 @@ class CommittedBatches:
         return len(self._trials)
 
     def append(self, edits: EditSet, trial: Trial, state: AnyState, kept: Mapping[str, Tensor]) -> None:
-        """Commit a trial: its batch is in force, and the state advances by it."""
+        """Commit a trial: its batch is in force, and the state advances by it.
+
+        Whatever the state raises is raised with weights and state as before."""
         trial.commit()
         self._trials.append(trial)
         self._batches.append(_Batch(edits, kept))
 
-        self._store_state(state)
-        state.take_in(kept)
+        try:
+            self._store_state(state)
+            state.take_in(kept)
+        except BaseException:
+            self._take_back(trial, state)
+            raise
+
+    def _take_back(self, trial: Trial, state: AnyState) -> None:
+        """Undo the last batch, which the state did not take in, or only a part of it."""
+        oldest = self._batches[len(self._batches) - self.undoable] if self._trials else None
+        try:
+            if oldest is not None and oldest.before is not None:
+                self._return_state(state, 1)
+            else:
+                # The state could not be stored, so it has not changed, and memory cannot return to an older one.
+                self._trials.clear()
+        finally:
+            # A state that fails again still leaves the weights as before.
+            del self._batches[-1]
+            if self._trials:
+                self._trials.pop()
+            trial.rollback()
 
     def undo(self, n_batches: int, state: AnyState) -> None:
         """Take the last batches back, weights and state, bit for bit.
@@ -67,16 +89,19 @@ class CommittedBatches:
         if n_batches > self.undoable:
             raise ValueError(f"undo: {self.undoable} batches are in memory, asked for {n_batches}")
 
+        self._return_state(state, n_batches)
+        del self._batches[-n_batches:]
+        for _ in range(n_batches):
+            self._trials.pop().rollback()
+
+    def _return_state(self, state: AnyState, n_batches: int) -> None:
+        """Bring the state to what it was before the last batches."""
         oldest, remaining = len(self._batches) - self.undoable, len(self._batches) - n_batches
         before = self._batches[oldest].before or {}
         # Cloned: batches that remain can still be undone from it.
         state.load({name: tensor.clone() for name, tensor in before.items()})
         for batch in self._batches[oldest:remaining]:
             state.take_in(batch.kept or {})
-
-        del self._batches[remaining:]
-        for _ in range(n_batches):
-            self._trials.pop().rollback()
 
     def _store_state(self, state: AnyState) -> None:
         """Keep the state as it was before the oldest batch that can be undone. `state` lacks the last batch still."""

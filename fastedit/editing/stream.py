@@ -22,7 +22,7 @@ from fastedit.editing.committed import CommittedBatches
 from fastedit.editing.guard import Guard, GuardTripped
 from fastedit.editing.outcome import missed_edits
 from fastedit.editing.retry import with_less_memory
-from fastedit.methods.base import AnyMethod, AnyStart, AnyState, Progress, Result, Start
+from fastedit.methods.base import AnyMethod, AnyStart, AnyState, Progress, Result, Start, check_result
 from fastedit.methods.closed_form.solver import NotPositiveDefinite
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
@@ -30,6 +30,7 @@ from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.log import Record, RunError, check_new, is_run
 from fastedit.runs.recorder import Recorder, Settings, describe_run
 from fastedit.runs.reports import BatchRejected, BatchReport, Missed, Watcher
+from fastedit.runs.streams import Plan
 from fastedit.runtime.free_memory import give_back_freed
 from fastedit.runtime.interrupts import Interrupts
 from fastedit.runtime.progress import track
@@ -111,7 +112,7 @@ class Stream:
         if self._state is None:
             state = self.method.prepare(self.start)
             if self.recorder is not None:
-                state.adopt(self.recorder.header["prepared"])
+                self._adopt(state, self.recorder)
                 self.recorder.replay_state(state, len(self.committed))
             self._state = state
         return self._state
@@ -132,22 +133,22 @@ class Stream:
         resume: bool,
         verify: bool,
     ) -> tuple[list[BatchReport], list[Edit], tuple[Missed, ...] | None]:
-        """Write batches, or with `resume` those of them that the run directory lacks.
+        """Write batches, or with `resume` what of them the run directory lacks, see `runs.streams`.
 
         verify: look at every committed edit after the last batch
         Returns the reports, the committed edits, and those of them that did not take (None without `verify`).
         Raises BatchRejected, RunError, WeightsChanged, EditorBusy, and KeyboardInterrupt after a Ctrl-C."""
         with self._alone(), self._recording(run_dir, resume) as recorder:
-            reports: list[BatchReport] = []
-            committed: list[Edit] = []
+            plan = Plan(batches, range(len(batches)))
             if recorder is not None:
-                settings = {"batch_size": batch_size, "on_error": on_error}
-                reports, committed = recorder.begin(batches, settings, resume)
+                plan = recorder.plan(batches, batch_size, resume)
 
-            for report in self._write_from(len(reports), batches, on_error, watchers, guard):
+            reports, committed = list(plan.reports), list(plan.committed)
+            about = {"batch_size": batch_size, "on_error": on_error}
+            for report in self._write_from(plan, about, watchers, guard):
                 reports.append(report)
                 if report.error is None:
-                    committed.extend(batches[report.batch])
+                    committed.extend(plan.batches[report.batch])
 
             missed = None
             if verify:
@@ -170,8 +171,9 @@ class Stream:
 
         token_budget: in place of the config's
         rewrite: the batch was recorded before; its new record stays pending until a rewind names it
-        Raises RejectedUpdate, NotPositiveDefinite or GuardTripped, with everything rolled back; WeightsChanged where
-        something else wrote into the model since the last write."""
+        Raises RejectedUpdate, NotPositiveDefinite or GuardTripped; WeightsChanged where something else wrote into the
+        model since the last write; ValueError for a result that does not fit the batch. Whatever is raised, by the
+        method too, weights, state and the batches of the run are as before."""
         started = time.perf_counter()
         state, trial = self.state, Trial(self.weights)
 
@@ -180,6 +182,7 @@ class Stream:
             start = replace(self.start, config=self.method.with_token_budget(self.config, budget))
             known = None if rewrite is None else rewrite.known
             result = self.method.write_batch(start, state, batch, trial, progress, known)
+            check_result(self.method.name, result, len(batch))
             return result, guard.check(self.adapter, self.weights, trial.touched)
 
         with self.weights.writing(), Notes() as notes, trial, torch.no_grad():
@@ -202,13 +205,27 @@ class Stream:
                     edit.case_id for edit, written in zip(batch, result.is_written.tolist(), strict=True) if not written
                 ),
             )
-            kept = state.kept(result)
-            if self.recorder is not None:
-                replaced = None if rewrite is None else rewrite.record
-                self.recorder.commit(number, batch, trial, kept, result.tensors(), asdict(report), replaced)
-            self.committed.append(batch, trial, state, kept)
+            self._commit(report, batch, trial, result, rewrite)
 
         return report
+
+    def _commit(
+        self, report: BatchReport, batch: EditSet, trial: Trial, result: Result, rewrite: Rewrite | None
+    ) -> None:
+        """Record a batch and bring it into force. Nothing of it is in force when this raises."""
+        recorder, state = self.recorder, self.state
+        kept = state.kept(result)
+        if recorder is not None:
+            replaced = None if rewrite is None else rewrite.record
+            recorder.commit(report.batch, batch, trial, kept, result.tensors(), asdict(report), replaced)
+
+        try:
+            self.committed.append(batch, trial, state, kept)
+        except BaseException:
+            # A pending record is in force only when a rewind names it.
+            if recorder is not None and rewrite is None:
+                recorder.rewind(len(recorder.live) - 1)
+            raise
 
     def undo(self, n_batches: int) -> None:
         """Take the last batches back, weights and state, bit for bit.
@@ -241,7 +258,7 @@ class Stream:
 
         recorder.check(self.adapter, self.weights, self._settings())
         if prepare or self._state is not None:
-            self.state.adopt(recorder.header["prepared"])
+            self._adopt(self.state, recorder)
 
         self.recorder = recorder
         self._token_budget = recorder.token_budget
@@ -312,6 +329,16 @@ class Stream:
         """Batches in force that were not written here, so that memory cannot undo them."""
         return CommittedBatches(self.undo_depth, batches)
 
+    def _adopt(self, state: AnyState, recorder: Recorder) -> None:
+        """Take over what the run prepared. Raises RunError where it was prepared from something else."""
+        try:
+            state.adopt(recorder.header["prepared"])
+        except ValueError as error:
+            folder = recorder.log.folder
+            again = f"Editor.resume({str(folder)!r}, moments=...)"
+            hint = f"; tensors that were given are given again in Python, {again}, whose forget and edit then work"
+            raise RunError(f"{folder}: {error}{hint if self.method.uses_second_moments else ''}") from error
+
     def _settings(self) -> Settings:
         return {"method": self.method.name, "config": self.config, "seed": self.seed}
 
@@ -347,15 +374,12 @@ class Stream:
         self.recorder = Recorder.create(run_dir, header)
 
     def _write_from(
-        self,
-        first: int,
-        batches: Sequence[EditSet],
-        on_error: OnError,
-        watchers: Sequence[Watcher],
-        guard: Guard,
+        self, plan: Plan, about: Mapping[str, Any], watchers: Sequence[Watcher], guard: Guard
     ) -> Iterator[BatchReport]:
-        """Write the batches from number `first` on; a report of each."""
-        state = self.state
+        """Write the batches of a plan that are not behind the run; a report of each.
+
+        about: batch_size and on_error, for the record of a new stream"""
+        first, batches, state = len(plan.reports), plan.batches, self.state
         guard.begin(self.adapter, self.weights)
         for watcher in watchers:
             watcher.begin()
@@ -369,9 +393,13 @@ class Stream:
                 advance(n)
 
             for number, batch in enumerate(batches[first:], first):
-                report = self._try_batch(number, batch, guard, progress)
+                if self.recorder is not None and number == plan.opens:
+                    self.recorder.begin(batches[number:], about)
+
+                in_stream = plan.numbers[number]
+                report = self._try_batch(in_stream, batch, guard, progress).numbered(number)
                 if report.error is not None:
-                    self._reject(report, on_error)
+                    self._reject(report, in_stream, about["on_error"])
                 elif self.recorder is not None:
                     self.recorder.snapshot_if_due(self.weights, state)
 
@@ -391,7 +419,8 @@ class Stream:
                 report = self.write_batch(number, batch, guard, progress, self._token_budget)
                 self._token_budget = report.token_budget
             except RejectedUpdate as error:
-                blamed = tuple(case_ids[row] for row in error.rows)
+                # A method of the user's own may name rows that the batch does not have.
+                blamed = tuple(case_ids[row] for row in error.rows if 0 <= row < len(batch)) or case_ids
                 report = BatchReport(batch=number, case_ids=blamed, seconds=0.0, error=str(error))
             except (NotPositiveDefinite, GuardTripped) as error:
                 report = BatchReport(batch=number, case_ids=case_ids, seconds=0.0, error=str(error))
@@ -399,10 +428,13 @@ class Stream:
         give_back_freed()
         return replace(report, seconds=time.perf_counter() - started, notes=tuple(notes.lines))
 
-    def _reject(self, report: BatchReport, on_error: OnError) -> None:
-        """Record a batch that was rolled back. Raises BatchRejected where the stream is to stop."""
+    def _reject(self, report: BatchReport, in_stream: int, on_error: OnError) -> None:
+        """Record a batch that was rolled back. Raises BatchRejected where the call is to stop.
+
+        in_stream: its number in its stream of the run"""
         if self.recorder is not None:
-            self.recorder.reject(report.batch, asdict(report), skipped=on_error == "skip")
+            plain = asdict(report.numbered(in_stream))
+            self.recorder.reject(in_stream, plain, skipped=on_error == "skip")
         if on_error == "stop":
             raise BatchRejected(report.batch, list(report.case_ids), str(report.error))
 

@@ -89,8 +89,28 @@ class Result(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """What writing some of these edits again can start from, by name, one row per edit.
 
-        `Method.write_batch` takes rows of it as `known`."""
+        `Method.write_batch` takes rows of it as `known`. Another number of rows is a ValueError when the batch is
+        written."""
         ...
+
+
+def check_result(method: str, result: Result, n_edits: int) -> None:
+    """Raise ValueError unless `is_written` and every tensor of a result have one row per edit of the batch.
+
+    method: its name, for the error"""
+    rows = {"is_written": result.is_written}
+    rows |= {f"tensors()[{name!r}]": tensor for name, tensor in result.tensors().items()}
+
+    for name, tensor in rows.items():
+        given: object = tensor
+        if isinstance(given, Tensor) and given.ndim and len(given) == n_edits:
+            continue
+
+        shape = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"type {type(given).__name__}"
+        raise ValueError(
+            f"{method}: {name} of its result has {shape}, wanted a tensor with one row for each of the {n_edits} edits"
+            " of the batch"
+        )
 
 
 class State(Protocol[R_contra]):
@@ -197,7 +217,9 @@ class Method(ABC, Generic[C, S]):
 
         progress: called with the number of edits finished since the last call; with 0 where the batch may be abandoned
         known: the rows of these edits in `Result.tensors` of an earlier write
-        Raises RejectedUpdate or NotPositiveDefinite; the trial is then rolled back."""
+        Raises RejectedUpdate or NotPositiveDefinite for a batch that cannot be written: it is rolled back, recorded as
+        rejected, and the stream stops or goes on, as `on_error` says. Any other exception is a fault of the method. It
+        rolls the batch back too, but always leaves `Editor.edit`, and nothing is recorded."""
 
     def template_tokens(self, config: C) -> int:
         """Tokens that the method puts around a prompt and its target."""

@@ -2,12 +2,14 @@
 
     log.jsonl            one line per record: its body, the SHA-256 of its file, a hash chained over all lines before
     000012.safetensors   record 12: its tensors, and in the metadata its body, the chain before it, a hash of both
+    head.json            how many records were written, and the chain over them; may be older than the log
     lock                 held by the one process that writes
 
 A record is written to a file of another name, synced and renamed, and the folder is synced: now it is committed. Then
 its line is appended and synced. A file without its line counts as well, and the next writer adds the line, so a log
-that was cut short or lost is rebuilt from the files. Any other difference is damage, and the error names the file. No
-file is a pickle.
+that was cut short or lost is rebuilt from the files. Then the head is written, in one step too: records that it counts
+and that have neither file nor line are missing. Any other difference is damage, and the error names the file. No file
+is a pickle.
 
 Reading takes no lock and writes nothing. A damaged run can be read up to the damage (`up_to_damage`), and a writer can
 set aside what is damaged and go on from there (`writing(rescue=True)`).
@@ -38,6 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fastedit.runs.head import HEAD, Head
 from fastedit.runtime.hashing import canonical, tensors_hash
 
 log = logging.getLogger(__name__)
@@ -132,6 +135,7 @@ class RunLog:
         # Records that have a line, and bytes of the log up to the end of the last one.
         self._n_lines = 0
         self._size = 0
+        self._head: Head | None = None
         self._opened = opened
         self._refused: str | None = None
         self._held: _Held | None = None
@@ -224,6 +228,7 @@ class RunLog:
         self.records.append(record)
         self._n_lines += 1
         self._held.names.update((path.name, LOG))
+        self._write_head()
         return record
 
     def _check_held(self, held: _Held) -> None:
@@ -246,6 +251,8 @@ class RunLog:
         head: dict[str, Any] = {"record": number, "kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         if number == 0:
             head["format"] = FORMAT
+            # That a head is written; runs of fastedit 0.1.0 have none.
+            head["head"] = True
 
         text = canonical({**head, **body, "tensors_sha256": tensors_hash(tensors)})
         about = {"format": _format_text(self.format), "body": text, "previous": self.chain}
@@ -287,8 +294,10 @@ class RunLog:
         self.records = []
         self.damage = None
         self._size = self._n_lines = 0
+        # First: a writer may add records while they are read.
+        self._head = self._read_head()
 
-        for read in (self._read_lines, self._take_up):
+        for read in (self._read_lines, self._take_up, self._compare_head):
             try:
                 read()
             except DamagedRun as error:
@@ -327,12 +336,57 @@ class RunLog:
                 follows = f"; {_some(kept)} cannot be read without it" if kept else ""
                 raise DamagedRun(f"{error}{follows}; {REPAIR}") from None
 
-        if self.records and self._n_lines == 0 and self.damage is None:
-            log.warning(
-                "%s: is lost or empty, read from the record files up to %s; later ones, if there were any, are lost",
-                self.folder / LOG,
-                self.path(len(self.records) - 1).name,
+    def _read_head(self) -> Head | None:
+        """What the head file says; None where there is none that can be read."""
+        path = self.folder / HEAD
+        if not path.is_file():
+            return None
+
+        try:
+            head = Head.parse(_read(path))
+        except DamagedRun:
+            head = None
+        if head is None:
+            log.warning("%s: is damaged, and not used; the next writer writes it anew", path)
+        return head
+
+    def _compare_head(self) -> None:
+        """Raise DamagedRun when the head counts records that are missing. Warn where a missing head or log hides it."""
+        if self.damage is not None or not self.records:
+            return
+
+        head, path, count = self._head, self.folder / HEAD, len(self.records)
+        if self._n_lines == 0:
+            log.warning("%s: is lost or empty, read from the record files up to %06d", self.folder / LOG, count - 1)
+        if head is None:
+            if self._n_lines == 0 or (self.records[0].body.get("head") and count > 1):
+                log.warning("%s: no head counts the records; later ones, if there were any, are lost", self.folder)
+            return
+
+        if head.records > count:
+            missing = [self.path(number).name for number in range(count, head.records)]
+            raise DamagedRun(
+                f"{self.folder}: {_some(missing)} and their lines in {LOG} are missing, {path.name} counts"
+                f" {head.records} records; {REPAIR}"
             )
+        if self.records[head.records - 1].chain != head.chain:
+            raise DamagedRun(f"{path}: counts other records than these; {REPAIR}")
+
+    def _write_head(self) -> None:
+        """Say how far the log has come. A failure is a warning: the record is on the disk, and an older head is right
+        too."""
+        path = self.folder / HEAD
+        partial = path.with_suffix(".partial")
+        head = Head(len(self.records), self.chain)
+        try:
+            _write_synced(partial, head.payload)
+            partial.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            log.warning("%s: not written (%s); that the last record is lost would not be seen", path, error.strerror)
+            return
+        self._head = head
 
     def _files_after_lines(self) -> list[str]:
         """Names of the record files after the records read so far, in order."""
@@ -381,6 +435,9 @@ class RunLog:
         for partial in self.folder.glob("*.partial"):
             partial.unlink()
 
+        if self.records and (self._head is None or self._head.records != len(self.records)):
+            self._write_head()
+
     def _set_aside(self, rescue: bool) -> None:
         """Go on before the damage: rebuild a damaged log from the files, move files that cannot be read into a folder.
 
@@ -396,6 +453,9 @@ class RunLog:
 
         self.reload()
         moved = self._files_after_lines() if self.damage is not None else []
+        if self.damage is not None and (self.folder / HEAD).is_file():
+            moved.append(HEAD)
+            self._head = None
         for name in reversed(moved):
             (self.folder / name).rename(aside / name)
 
@@ -520,7 +580,12 @@ def _chain(previous: str, text: str, file_sha256: str) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        # A pipe would be waited for.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise DamagedRun(f"{path}: cannot be read (no plain file)")
+            return file.read()
     except OSError as error:
         raise DamagedRun(f"{path}: cannot be read ({error.strerror})") from error
 

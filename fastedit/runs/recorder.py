@@ -14,7 +14,6 @@ A live batch is one that is in force: committed, and not taken back since.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.fields import completed, recorded
 from fastedit.runs.identity import check_model, compare_machine, identity, machine, machine_changes
 from fastedit.runs.log import DamagedRun, Record, RunError, RunLog
-from fastedit.runs.reports import BatchReport
+from fastedit.runs.streams import Plan, Streams, describe_stream, edit_hash
 from fastedit.runtime.hashing import canonical
 from fastedit.weights.trial import Trial, replay
 
@@ -159,15 +158,13 @@ class Recorder:
         """Records of the streams."""
         return [record for record in self.log.records if record.kind == "stream"]
 
-    @property
-    def reached(self) -> dict[int, Record]:
-        """Batch number -> its record, of all batches of the last stream that are behind it, also those taken back
-        since. A batch that stopped the stream is tried again."""
-        stream = self.streams[-1].number
+    def reached(self, stream: Record) -> dict[int, Record]:
+        """Batch number -> its record, of all batches of a stream that are behind it, also those taken back since. A
+        batch that stopped the stream is tried again."""
         return {
             record.body["batch"]: record
             for record in self.log.records
-            if record.kind in ("batch", "rejected") and record.body["stream"] == stream
+            if record.kind in ("batch", "rejected") and record.body["stream"] == stream.number
             if not record.body["pending" if record.kind == "batch" else "stopped"]
         }
 
@@ -177,41 +174,18 @@ class Recorder:
         budgets = [record.body["report"]["token_budget"] for record in self.log.records if record.kind == "batch"]
         return budgets[-1] if budgets else None
 
-    def begin(
-        self, batches: Sequence[EditSet], about: Mapping[str, Any], resume: bool
-    ) -> tuple[list[BatchReport], list[Edit]]:
-        """Start a stream, or with `resume` continue the last one when its edits are the same.
+    def plan(self, batches: Sequence[EditSet], batch_size: int, resume: bool) -> Plan:
+        """What a call with these batches writes: a new stream, or with `resume` what the streams of the run lack.
 
-        Returns the reports of the batches that it has behind it, and their edits that are in force.
-        Raises RunError when the last stream has other edits and is not at its end."""
-        content = stream_hash(batches)
+        Raises RunError for edits that do not fit the run, see `Streams.resumed`."""
+        if not resume:
+            return Plan(batches, range(len(batches)), opens=0)
+        return Streams(self.log, self.reached, self.live).resumed(batches, batch_size)
 
-        if resume and self.streams:
-            last = self.streams[-1]
-            if last.body["edits_sha256"] == content:
-                return self._continued(batches)
-            self._check_at_end(last)
-
-        self.log.append("stream", {"edits_sha256": content, "n_batches": len(batches), **about})
-        return [], []
-
-    def _continued(self, batches: Sequence[EditSet]) -> tuple[list[BatchReport], list[Edit]]:
-        """The reports of the batches of the last stream so far, and their edits that are in force."""
-        reached = self.reached
-        numbers = sorted(reached)
-        case_ids = {edit["case_id"] for record in self.live for edit in record.body["edits"]}
-
-        reports = [BatchReport.from_record(reached[number].body["report"]) for number in numbers]
-        return reports, [edit for number in numbers for edit in batches[number] if edit.case_id in case_ids]
-
-    def _check_at_end(self, stream: Record) -> None:
-        n_reached = len(self.reached)
-        n_batches = stream.body["n_batches"]
-        if n_reached < n_batches:
-            raise RunError(
-                f"{self.log.folder}: stopped before batch {n_reached} of {n_batches} of other edits, or the same ones"
-                " in batches of another size; resume it with those"
-            )
+    def begin(self, batches: Sequence[EditSet], about: Mapping[str, Any]) -> None:
+        """Start a stream of these batches. about: its batch_size and on_error"""
+        body, tensors = describe_stream(batches)
+        self.log.append("stream", {**body, **about}, tensors)
 
     def check(self, model: ModelAdapter, weights: EditableWeights, settings: Settings) -> None:
         """Raise WrongModel for another model, RunError for other settings, DamagedRun for other bytes."""
@@ -220,11 +194,11 @@ class Recorder:
         compare_machine(self.header)
         self.verify()
 
-    def verify(self) -> None:
-        """Check every byte of every record. Raises DamagedRun naming the first file that differs and is needed by what
-        is in force; one that nothing needs is a warning."""
+    def verify(self, upto: int | None = None) -> None:
+        """Check every byte of every record. Raises DamagedRun naming the first file that differs and is needed by the
+        first `upto` live batches (None = all); one that nothing there needs is a warning."""
         live = self.live
-        needed = [self.log.records[0].number, *(record.number for record in live)]
+        needed = [self.log.records[0].number, *(record.number for record in live[:upto])]
         damaged = self.log.damaged()
 
         for number in needed:
@@ -268,7 +242,8 @@ class Recorder:
         kept: what the state keeps of it
         values: `Result.tensors`, from which the batch can be solved again
         replaced: the record of an earlier batch; this one takes its place with the next `rewind`, and is pending until
-            then"""
+            then
+        Raises TypeError, with nothing written, for what is no dense tensor."""
         tensors = {f"written/{name}": tensor for name, tensor in trial.written().items()}
         tensors |= {f"kept/{name}": tensor for name, tensor in kept.items()}
         tensors |= {f"values/{name}": tensor for name, tensor in values.items()}
@@ -285,7 +260,7 @@ class Recorder:
         changes = machine_changes(self.header)
         if changes:
             body["made_with"] = {name: now for name, (now, _) in changes.items()}
-        return self.log.append("batch", body, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        return self.log.append("batch", body, _storable(tensors))
 
     def reject(self, number: int, report: Mapping[str, Any], skipped: bool) -> None:
         """Record a batch that was rolled back. skipped: the stream continues without it."""
@@ -311,16 +286,16 @@ class Recorder:
         if self._bytes_since_snapshot() < SNAPSHOT_SHARE * _snapshot_size(weights, changed, carried):
             return
 
-        tensors = {f"state/{name}": tensor.cpu().contiguous() for name, tensor in carried.items()}
+        tensors = {f"state/{name}": tensor for name, tensor in carried.items()}
         for layer, index in changed.items():
-            tensors[f"weight/{layer}"] = weights.stored(layer, index).cpu().contiguous()
+            tensors[f"weight/{layer}"] = weights.stored(layer, index)
             if index is not None:
-                tensors[f"columns/{layer}"] = index.cpu()
+                tensors[f"columns/{layer}"] = index
 
         live = self.live
         try:
-            self.log.append("snapshot", {"live": len(live), "last": live[-1].number}, tensors)
-        except OSError as error:
+            self.log.append("snapshot", {"live": len(live), "last": live[-1].number}, _storable(tensors))
+        except (OSError, TypeError) as error:
             log.warning("no snapshot: %s", error)
 
     def _bytes_since_snapshot(self) -> int:
@@ -419,17 +394,6 @@ def describe_run(
     }
 
 
-def edit_hash(edit: Edit) -> str:
-    """SHA-256 of an edit's fields, those left out that have the value from before they were added."""
-    return hashlib.sha256(canonical(recorded(edit)).encode()).hexdigest()
-
-
-def stream_hash(batches: Sequence[Sequence[Edit]]) -> str:
-    """SHA-256 over all edits and the batches they are in."""
-    hashes = [[edit_hash(edit) for edit in batch] for batch in batches]
-    return hashlib.sha256(canonical(hashes).encode()).hexdigest()
-
-
 def _snapshot_size(
     weights: EditableWeights, changed: Mapping[int, Tensor | None], carried: Mapping[str, Tensor]
 ) -> int:
@@ -466,6 +430,26 @@ def _flat(data: Any, place: str = "") -> dict[str, Any]:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a record's file takes them: on the CPU, dense, and no two in one piece of memory.
+
+    Raises TypeError naming what is no dense tensor."""
+    storable: dict[str, Tensor] = {}
+    used: set[int] = set()
+
+    for name, tensor in tensors.items():
+        given: object = tensor
+        if not isinstance(given, Tensor) or given.layout != torch.strided:
+            what = f"a tensor of layout {given.layout}" if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"{name}: a record holds dense tensors only, got {what}")
+
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        storable[name] = plain.clone() if memory in used else plain
+        used.add(memory)
+    return storable
 
 
 def _as_tensor(text: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from fastedit.records.edit import CaseId, EditSet, Problem
@@ -54,6 +54,10 @@ class BatchReport:
     notes: tuple[str, ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
     unwritten: tuple[CaseId, ...] = ()
+
+    def numbered(self, batch: int) -> BatchReport:
+        """The report with another number of its batch."""
+        return replace(self, batch=batch)
 
     @classmethod
     def from_record(cls, plain: Mapping[str, Any]) -> BatchReport:

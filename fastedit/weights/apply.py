@@ -9,7 +9,8 @@ from fastedit.weights.trial import Trial
 
 
 class RejectedUpdate(ValueError):
-    """An update that would leave NaN or Inf in a weight.
+    """An update that must not be written, such as one that would leave NaN or Inf in a weight. The batch is rolled back
+    and counts as rejected; a method of your own may raise it too.
 
     layer: the layer of the weight; rows: positions in the batch of the edits that the update came from"""
 

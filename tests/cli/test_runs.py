@@ -12,8 +12,18 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from fastedit.cli.main import app
+from fastedit.config import MomentConfig
+from fastedit.editing.export import delta
+from fastedit.editor import Editor
+from fastedit.methods.closed_form.config import NSEConfig
+from fastedit.methods.closed_form.nse import nse
+from fastedit.methods.closed_form.recipe import ClosedFormMethod
+from fastedit.methods.closed_form.second_moments import second_moments
+from fastedit.methods.closed_form.solver import RidgeSolver
 from fastedit.methods.registry import METHODS
-from fastedit.model.load import load_transformers
+from fastedit.model.background_text import Source
+from fastedit.model.load import load_model, load_transformers
+from fastedit.records.load import load_edits
 from fastedit.runs.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +127,85 @@ def test_one_edit_taken_back(folder: str) -> None:
     wrong = run("undo", folder, "--edit", "nobody")
     assert wrong.exit_code == 2
     assert "no edit with case_id 'nobody'" in wrong.output
+
+
+def test_undo_leaves_no_run_that_cannot_be_replayed(folder: str, tmp_path: Path) -> None:
+    """The first of three batches is damaged: no batch may stay."""
+    path = Path(folder) / "000002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = Path(folder, "log.jsonl").read_bytes()
+    for choice in (["--last", "1"], ["--to", "1"]):
+        refused = run("undo", folder, *choice)
+        assert refused.exit_code == 2
+        assert "000002.safetensors" in refused.output
+        assert "fastedit undo --to 0" in refused.output
+    assert Path(folder, "log.jsonl").read_bytes() == before
+
+    assert asked("undo", folder, "--to", "0") == {"batches": 0, "taken_back": 3}
+    assert asked("replay", folder, "--save", str(tmp_path / "none"))["edits"] == 0
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> tuple[Editor, dict[int, torch.Tensor]]:
+    """An editor with a run of three batches, whose second moments were given as tensors; and these."""
+    adapter = load_model(MODEL)
+    config = {"layers": [2, 3], "covariance_weight": 100, "value": {"steps": 4, "lr": 0.1}, "residual_min": 0.1}
+    source, windows = Source(Path(TEXT)), MomentConfig(tokens=4096, window=64)
+    moments = second_moments(adapter, [2, 3], source, windows, tmp_path / "moments", show=False)
+    editor = Editor(adapter, OWN, config, moments, progress=False)
+    editor.edit(load_edits(FACTS, limit=6), 2, run_dir=tmp_path / "given")
+    return editor, moments
+
+
+OWN = ClosedFormMethod(
+    name="own", config_class=NSEConfig, recipe=nse, solver=lambda moment, config: RidgeSolver(moment, 90.0)
+)
+
+
+def test_a_run_of_a_method_of_ones_own(given: tuple[Editor, dict[int, torch.Tensor]], tmp_path: Path) -> None:
+    editor, moments = given
+    folder = str(tmp_path / "given")
+    assert asked("log", folder, "--verify")["edits"] == 6
+
+    for to, edits in ((None, 6), (1, 2)):
+        told = asked("diff", folder, *([] if to is None else ["--to", str(to)]))
+        if to is not None:
+            editor.undo(to=to)
+        assert told["edits"] == edits
+        norms = {str(layer): float(delta(editor.weights, layer).norm()) for layer in (2, 3)}
+        assert {layer: found["norm"] for layer, found in told["layers"].items()} == norms
+
+    case = str(editor.edits[0].case_id)
+    refused = run("undo", folder, "--edit", case)
+    assert refused.exit_code == 2
+    assert f"pass it as method= in Python, Editor.resume('{folder}', method=...)" in refused.output
+    again = Editor.resume(folder, load_model(MODEL), OWN, moments, progress=False)
+    assert again.forget(editor.edits[0].case_id).batches == 1
+    assert asked("undo", folder, "--last", "1") == {"batches": 0, "taken_back": 1}
+
+
+def test_an_edit_of_a_run_whose_second_moments_were_given_as_tensors(
+    given: tuple[Editor, dict[int, torch.Tensor]], tmp_path: Path
+) -> None:
+    """There is no option for tensors: the error says how it is done in Python, and that works."""
+    own, moments = given
+    folder = str(tmp_path / "tensors")
+    editor = Editor(load_model(MODEL), "nse", own.config, moments, progress=False)
+    editor.edit(load_edits(FACTS, limit=6), 2, run_dir=folder)
+    before = Path(folder, "log.jsonl").read_bytes()
+
+    refused = run("undo", folder, "--edit", "3")
+    assert refused.exit_code == 2
+    assert "second moments of layers 2, 3 are not those that the run began with" in refused.output
+    assert f"in Python, Editor.resume('{folder}', moments=...), whose forget and edit then work" in refused.output
+    assert Path(folder, "log.jsonl").read_bytes() == before
+
+    again = Editor.resume(folder, load_model(MODEL), moments=moments, progress=False)
+    fingerprint = again.weights.fingerprint()
+    assert fingerprint == editor.weights.fingerprint()
+    assert again.forget(3).batches == 2
+    assert again.weights.fingerprint() != fingerprint
+    assert len(asked("log", folder)["records"]) > len(before.splitlines())
 
 
 def test_export(folder: str, tmp_path: Path) -> None:

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from fastedit.editing.guard import GuardTripped
 from fastedit.editor import Editor
+from fastedit.methods.registry import METHODS
 from fastedit.records.edit import EditSet
+from fastedit.runs.head import HEAD, Head
 from fastedit.runs.log import LOG, DamagedRun, LockedRun, RunError, RunLog, RunWriteError
 from fastedit.runs.reports import BatchRejected
+from fastedit.runs.streams import describe_stream
 
 Make = Callable[..., Editor]
 
@@ -37,10 +41,13 @@ def stopped_after(folder: Path, n_batches: int, copy: Path) -> Path:
     for path in copy.glob("*.safetensors"):
         if int(path.stem) >= keep:
             path.unlink()
+
+    kept = RunLog(copy, up_to_damage=True)
+    (copy / HEAD).write_bytes(Head(keep, kept.chain).payload)
     return copy
 
 
-@pytest.mark.parametrize("method", ["nse", "memit", "alphaedit", "fine", "kne", "kn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     method: str, fast_editor: Make, stream: EditSet, tmp_path: Path
 ) -> None:
@@ -168,6 +175,130 @@ def test_stopping_and_skipping_batches(
     assert prints(mended) == prints(plain)
 
 
+class TestOtherEdits:
+    """A run that is resumed with a longer, a shorter or another file of records."""
+
+    def kinds(self, folder: Path) -> list[str]:
+        return [record.kind for record in RunLog(folder).records if record.kind in ("stream", "batch")]
+
+    def test_the_same_edits_are_nothing_to_do(
+        self, finished: Path, fast_editor: Make, stream: EditSet, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        before = (finished / LOG).read_bytes()
+        # In batches of any size, since none is left to write.
+        for size in (BATCH, 7):
+            editor = fast_editor()
+            run = editor.edit(stream, size, run_dir=finished, resume=True)
+            assert "5 batches with 15 edits are written already; nothing to do" in caplog.text
+            assert [report.batch for report in run.batches] == [0, 1, 2, 3, 4]
+            assert len(run.edits) == len(editor.edits) == 15
+        assert (finished / LOG).read_bytes() == before
+
+    def test_a_longer_file_on_a_finished_run(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fast_editor().edit(stream[:7], BATCH, run_dir=tmp_path / "run")
+        editor = fast_editor()
+        run = editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
+        assert "3 batches with 7 edits are written already; going on with the 8 edits that follow" in caplog.text
+        # The batches of the first call stay as they were cut, and the new ones end where they would have.
+        assert [report.case_ids for report in run.batches] == [
+            tuple(edit.case_id for edit in stream[start:end])
+            for start, end in [(0, 3), (3, 6), (6, 7), (7, 9), (9, 12), (12, 15)]
+        ]
+        assert [report.batch for report in run.batches] == [0, 1, 2, 3, 4, 5]
+        assert self.kinds(tmp_path / "run") == ["stream", *3 * ["batch"], "stream", *3 * ["batch"]]
+        assert [edit.case_id for edit in editor.edits] == [edit.case_id for edit in stream]
+
+        plain = fast_editor()
+        for part in (stream[:7], stream[7:9], stream[9:]):
+            plain.edit(part, BATCH)
+        assert prints(editor) == prints(plain)
+
+        # The longer file once more is nothing to do, and so is the first one.
+        caplog.clear()
+        again = fast_editor()
+        assert len(again.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True).edits) == 15
+        assert len(again.edit(stream[:7], BATCH, run_dir=tmp_path / "run", resume=True).edits) == 7
+        assert caplog.text.count("nothing to do") == 2
+        assert prints(again) == prints(plain)
+
+    def test_a_longer_file_on_an_unfinished_run(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fast_editor().edit(stream[:8], BATCH, run_dir=tmp_path / "run")
+        cut = stopped_after(tmp_path / "run", 1, tmp_path / "cut")
+        editor = fast_editor()
+        run = editor.edit(stream, BATCH, run_dir=cut, resume=True)
+        assert (
+            "3 batches with 8 edits began; 2 batches are left and written first, then the 7 edits that follow, which"
+            " are new" in caplog.text
+        )
+        assert [len(report.case_ids) for report in run.batches] == [3, 3, 2, 1, 3, 3]
+        assert [record.body["batch"] for record in RunLog(cut).records if record.kind == "batch"] == [0, 1, 2, 0, 1, 2]
+
+        # Killed in the second part, it goes on with the same longer file.
+        half = stopped_after(cut, 4, tmp_path / "half")
+        again = fast_editor()
+        assert len(again.edit(stream, BATCH, run_dir=half, resume=True).edits) == 15
+        assert prints(again) == prints(editor)
+        assert again.forget(stream[9].case_id).batches == 2
+
+    def test_a_batch_of_the_new_part_that_is_rejected(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fast_editor().edit(stream[:6], BATCH, run_dir=tmp_path / "run")
+        with monkeypatch.context() as broken:
+            broken.setattr("fastedit.editing.guard.Guard.check", raise_guard)
+            with pytest.raises(BatchRejected, match="batch 2 rolled back"):
+                fast_editor().edit(stream[:12], BATCH, run_dir=tmp_path / "run", resume=True)
+        editor = fast_editor()
+        run = editor.edit(stream[:12], BATCH, run_dir=tmp_path / "run", resume=True)
+        assert [report.batch for report in run.batches] == [0, 1, 2, 3]
+        assert len(editor.edits) == 12
+
+    def test_other_edits_on_a_finished_run(self, fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
+        fast_editor().edit(stream[:6], BATCH, run_dir=tmp_path / "run")
+        log = (tmp_path / "run" / LOG).read_bytes()
+        editor = fast_editor()
+
+        changed = [stream[0], stream[1].model_copy(update={"target_new": "another"}), *stream[2:8]]
+        named = r"5 of these 8 edits are in force \(case_id 0 first\), .* the new ones alone \(case_id 1 first\)"
+        with pytest.raises(RunError, match=named):
+            editor.edit(changed, BATCH, run_dir=tmp_path / "run", resume=True)
+        with pytest.raises(RunError, match=r"2 of these 2 edits are in force .*, none is new, and nothing was written"):
+            editor.edit(stream[1:3], BATCH, run_dir=tmp_path / "run", resume=True)
+        assert (tmp_path / "run" / LOG).read_bytes() == log
+
+        # Edits of which the run holds none, and those that were taken back, are written.
+        editor.edit(stream[6:9], BATCH, run_dir=tmp_path / "run", resume=True)
+        editor.undo(to=1)
+        editor.edit(stream[4:6], BATCH, run_dir=tmp_path / "run", resume=True)
+        assert [edit.case_id for edit in editor.edits] == [edit.case_id for edit in (*stream[:3], *stream[4:6])]
+
+    def test_a_run_of_0_1_0_that_holds_no_hashes_of_its_edits(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as older:
+            older.setattr("fastedit.runs.recorder.describe_stream", lambda batches: (describe_stream(batches)[0], {}))
+            fast_editor().edit(stream[:8], BATCH, run_dir=tmp_path / "run")
+        cut = stopped_after(tmp_path / "run", 1, tmp_path / "cut")
+
+        editor = fast_editor()
+        with pytest.raises(RunError, match=rf"before batch 1 of 3; edit 1 \(case_id {stream[1].case_id}\) is another"):
+            editor.edit(stream[1:], BATCH, run_dir=cut, resume=True)
+        with pytest.raises(RunError, match="before batch 1 of 3; these edits are others than then, from edit 4 on or"):
+            editor.edit([*stream[:5], *stream[6:8]], BATCH, run_dir=cut, resume=True)
+        with pytest.raises(RunError, match="batches of another size, 4; resume it with batches of 3"):
+            editor.edit(stream[:8], 4, run_dir=cut, resume=True)
+        run = editor.edit(stream, BATCH, run_dir=cut, resume=True)
+        assert [len(report.case_ids) for report in run.batches] == [3, 3, 2, 1, 3, 3]
+
+
+def raise_guard(*arguments: object) -> None:
+    raise GuardTripped("refused by the test")
+
+
 class TestRefused:
     """What does not belong to a run is refused before a weight is touched."""
 
@@ -203,10 +334,22 @@ class TestRefused:
         self, finished: Path, fast_editor: Make, stream: EditSet, tmp_path: Path
     ) -> None:
         cut = stopped_after(finished, 3, tmp_path / "cut")
-        with pytest.raises(RunError, match="stopped before batch 3 of 5 of other edits"):
-            fast_editor().edit(stream[:3], BATCH, run_dir=cut, resume=True)
-        with pytest.raises(RunError, match="batches of another size"):
-            fast_editor().edit(stream, 5, run_dir=cut, resume=True)
+        editor, log = fast_editor(), (cut / LOG).read_bytes()
+        with pytest.raises(RunError, match="stopped before batch 3 of 5; got only the first 3 of its 15 edits"):
+            editor.edit(stream[:3], BATCH, run_dir=cut, resume=True)
+        with pytest.raises(RunError, match="batches of another size, 5; resume it with batches of 3"):
+            editor.edit(stream, 5, run_dir=cut, resume=True)
+
+        # The first is behind the run already, the second is not.
+        for place in (4, 13):
+            others = [*stream]
+            others[place] = others[place].model_copy(update={"target_new": "another"})
+            named = (
+                rf"before batch 3 of 5; edit {place + 1} \(case_id {stream[place].case_id}\) is another one than then"
+            )
+            with pytest.raises(RunError, match=named):
+                editor.edit(others, BATCH, run_dir=cut, resume=True)
+        assert (cut / LOG).read_bytes() == log
 
     def test_edits_that_no_run_would_know(self, fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
         editor = fast_editor()

@@ -152,5 +152,5 @@ def test_the_token_budget_is_the_setting_that_the_method_names() -> None:
 
 def test_which_methods_read_text() -> None:
     reading = {name for name, method in METHODS.items() if method.reads_text(load_preset(name, "smollm2-135m"))}
-    assert reading == {"nse", "memit", "alphaedit"}
+    assert reading == {name for name, method in METHODS.items() if isinstance(method, ClosedFormMethod)} >= {"nse"}
     assert METHODS["fine"].reads_text(load_preset("fine", "smollm2-135m", common_share=0.02))

@@ -13,6 +13,7 @@ import pytest
 
 from fastedit.editor import Editor
 from fastedit.records.edit import EditSet
+from fastedit.runs.head import HEAD
 from fastedit.runs.log import LOCK, LOG, DamagedRun, RunError, RunLog
 from fastedit.runs.recorder import Recorder
 
@@ -68,20 +69,96 @@ class TestNeverShorter:
         with pytest.raises(RunError, match="holds a run already"):
             RunLog.create(folder)
 
-    def test_a_lost_log_is_told_because_the_last_records_may_be_lost_too(
-        self, folder: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        (folder / LOG).unlink()
-        record(folder, 5).unlink()
+    @pytest.mark.parametrize("lines", [5, 3, 0, None], ids=["last line", "three lines", "all lines", "no log"])
+    @pytest.mark.parametrize("gone", [[5], [4, 5]], ids=["one record", "two records"])
+    def test_the_last_records_with_their_lines(self, lines: int | None, gone: list[int], folder: Path) -> None:
+        """Nothing is wrong with what is left, but it is less than was written."""
+        lines = None if lines is None else min(lines, gone[0])
+        cut_log(folder, lines)
+        for number in gone:
+            record(folder, number).unlink()
+        before = contents(folder)
+
+        named = rf"{record(folder, gone[0]).name}.* are missing, {HEAD} counts 6 records; .*undo --to"
+        for read in (RunLog, mend):
+            with pytest.raises(DamagedRun, match=named):
+                read(folder)
+        assert contents(folder) == before
+
+        # Read up to the damage, and gone on from there.
+        log = RunLog(folder, up_to_damage=True)
+        assert [each.body["n"] for each in log.records] == list(range(gone[0]))
+        with log.writing(rescue=True):
+            log.append("batch", {"n": "new"})
+        assert [each.body["n"] for each in RunLog(folder).records] == [*range(gone[0]), "new"]
+        assert (folder / "damaged" / HEAD).is_file()
+
+    def test_another_run_in_its_place(self, folder: Path, tmp_path: Path) -> None:
+        other = RunLog.create(tmp_path / "other")
+        with other.writing():
+            for number in range(7):
+                other.append("batch", {"n": number})
+        shutil.copyfile(folder / HEAD, tmp_path / "other" / HEAD)
+        with pytest.raises(DamagedRun, match=f"{HEAD}: counts other records than these"):
+            RunLog(tmp_path / "other")
+
+    def test_a_lost_head_is_told_and_written_anew(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        good = (folder / HEAD).read_bytes()
+        (folder / HEAD).unlink()
         with caplog.at_level(logging.WARNING):
-            assert len(RunLog(folder).records) == 5
-        assert "is lost or empty, read from the record files up to 000004.safetensors" in caplog.text
+            assert len(RunLog(folder).records) == 6
+        assert "no head counts the records; later ones, if there were any, are lost" in caplog.text
+        mend(folder)
+        assert (folder / HEAD).read_bytes() == good
+
+    def test_a_lost_log_is_told(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (folder / LOG).unlink()
+        with caplog.at_level(logging.WARNING):
+            assert len(RunLog(folder).records) == 6
+        assert "is lost or empty, read from the record files up to 000005" in caplog.text
+        assert "are lost" not in caplog.text
+
+        (folder / HEAD).unlink()
+        record(folder, 5).unlink()
+        assert len(RunLog(folder).records) == 5
         assert "later ones, if there were any, are lost" in caplog.text
 
+    def test_an_older_head_is_right_too(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """After a kill before it was replaced, or after a version without one has written."""
+        older = (folder / HEAD).read_bytes()
+        log = RunLog(folder)
+        with log.writing():
+            log.append("batch", {"n": 6})
+            log.append("batch", {"n": 7})
+        newer = (folder / HEAD).read_bytes()
+        (folder / HEAD).write_bytes(older)
+        assert len(RunLog(folder).records) == 8
+        mend(folder)
+        assert (folder / HEAD).read_bytes() == newer
+        assert not caplog.records
 
-def mend(folder: Path) -> None:
-    with RunLog(folder).writing():
-        pass
+    @pytest.mark.parametrize("kind", ["folder", "link", "pipe", "dangling link"])
+    def test_what_stands_in_place_of_the_head(self, kind: str, folder: Path, tmp_path: Path) -> None:
+        (folder / HEAD).unlink()
+        mine = tmp_path / "mine.txt"
+        mine.write_text("mine")
+        place = {
+            "folder": lambda: (folder / HEAD).mkdir(),
+            "link": lambda: (folder / HEAD).symlink_to(mine),
+            "pipe": lambda: os.mkfifo(folder / HEAD),
+            "dangling link": lambda: (folder / HEAD).symlink_to(tmp_path / "nowhere"),
+        }
+        place[kind]()
+        assert len(mend(folder).records) == 6
+        assert mine.read_text() == "mine"
+        assert (folder / HEAD).is_dir() == (kind == "folder")
+        assert not (tmp_path / "nowhere").exists()
+
+
+def mend(folder: Path) -> RunLog:
+    log = RunLog(folder)
+    with log.writing():
+        return log
 
 
 def cut_log(folder: Path, lines: int | None) -> None:
@@ -161,21 +238,22 @@ def test_a_campaign_of_damage(seed: int, folder: Path, tmp_path: Path, caplog: p
         names = sorted(path.name for path in copy.iterdir() if path.name != LOCK)
         hit = chance.sample(names, chance.randint(1, 3)) + [LOG] * chance.randint(0, 1)
         kinds = [harm(copy / name, chance) for name in dict.fromkeys(hit) if (copy / name).stat().st_size]
-        before = {data for data in contents(copy).values() if data}
+        before = {data for name, data in contents(copy).items() if data and name != HEAD}
 
         wrong = opened(copy)
-        # Both the end of the log and the last files gone: told by the warning of a lost log, unless whole lines are
-        # left, which is a run that was shorter.
+        # The end of the log, the last files and the head gone: a warning says that no head counts the records.
         if wrong is None and [each.chain for each in RunLog(copy).records] != whole:
             assert LOG in hit, (hit, kinds)
-            assert caplog.text or not record(copy, 5).exists(), (hit, kinds)
+            assert HEAD in hit, (hit, kinds)
+            assert HEAD in caplog.text or "no head counts" in caplog.text, (hit, kinds)
 
         rescued = RunLog(copy, up_to_damage=True)
         with rescued.writing(rescue=True):
             rescued.append("rewind", {"keep": 0})
         chains = [each.chain for each in RunLog(copy).records]
         assert chains[:-1] == whole[: len(chains) - 1]
-        # What was in the folder before is there still, but for lines that were torn, which files replace.
+        # What was in the folder before is there still, but for the head, and for lines that were torn, which files
+        # replace.
         kept = set(contents(copy).values())
         lost = [data for data in before if data not in kept and not any(data[:40] == other[:40] for other in kept)]
         assert not lost, (hit, kinds)
@@ -249,6 +327,12 @@ class TestReaders:
         assert len(RunLog(folder).records) == 6
         with pytest.raises(RunError, match="no plain file"), RunLog(folder).writing():
             pytest.fail("wrote")
+
+    def test_a_pipe_in_place_of_a_record_does_not_hang(self, folder: Path) -> None:
+        record(folder, 2).unlink()
+        os.mkfifo(record(folder, 2))
+        with pytest.raises(DamagedRun, match=r"000002\.safetensors: cannot be read \(no plain file\)"):
+            RunLog(folder).verify()
 
 
 class TestUnderAWriter:

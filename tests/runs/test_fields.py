@@ -21,7 +21,8 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.records.edit import Edit, EditSet, Probe
 from fastedit.runs.fields import completed, declares_before, fields, recorded
 from fastedit.runs.log import RunError, RunLog
-from fastedit.runs.recorder import Recorder, edit_hash, stream_hash
+from fastedit.runs.recorder import Recorder
+from fastedit.runs.streams import edit_hash, stream_hash
 
 Make = Callable[[EditConfig], Editor]
 
@@ -285,7 +286,7 @@ class TestEdits:
         config = Recorder.open(stopped).config(NSEConfig)
         edits = [LaterEdit(**dict(edit), language="en") for edit in tiny_facts[:10]]
         german = [*edits[:9], LaterEdit(**dict(tiny_facts[9]))]
-        with pytest.raises(RunError, match="of other edits"):
+        with pytest.raises(RunError, match="these edits are others than then, from edit 5 on or later"):
             editor_with(config).edit(german, 2, run_dir=stopped, resume=True)
 
         editor = editor_with(config)

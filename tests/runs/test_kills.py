@@ -6,6 +6,7 @@ whole run takes, and one in three is killed again while it resumes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from fastedit.editor import Editor
 from fastedit.evaluation.metrics import evaluate
 from fastedit.records.edit import EditSet
+from fastedit.runs.head import HEAD, Head
 from fastedit.runs.log import LOG, RunLog, is_run
 
 BATCH = 3
@@ -118,6 +120,79 @@ def test_killed_between_the_steps_of_the_first_record(
     editor.edit(stream, BATCH, run_dir=tmp_path / "run", resume=True)
     plain.edit(stream, BATCH)
     assert editor.weights.fingerprint() == plain.weights.fingerprint()
+
+
+STEPS = ("_write_synced", "Path.replace", "_sync_folder", "RunLog._append_line", "RunLog._write_head")
+
+
+def appended(folder: Path, kill_at: int | None) -> int:
+    """Append five records in a forked child, which is killed before its step number `kill_at`, counted from 0.
+
+    Returns the number of records whose `append` had returned."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        import fastedit.runs.log as module
+
+        steps = itertools.count()
+
+        def killing(step: Callable[..., object]) -> Callable[..., object]:
+            def run(*arguments: object) -> object:
+                if next(steps) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(*arguments)
+
+            return run
+
+        for name in STEPS:
+            place, _, attribute = f"module.{name}".rpartition(".")
+            owner = {"module": module, "module.Path": Path, "module.RunLog": RunLog}[place]
+            setattr(owner, attribute, killing(getattr(owner, attribute)))
+
+        log = RunLog(folder) if is_run(folder) else RunLog.create(folder)
+        with log.writing():
+            for _ in range(5):
+                log.append("batch", {"n": len(log.records)})
+                os.write(writing, b".")
+        os._exit(0)
+
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        return len(pipe.read())
+
+
+def test_killed_before_every_step_of_every_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """File, name, folder, line, head: after a kill before any of them the records are those acknowledged, or one more.
+
+    A head is never ahead of the records, so none is taken for lost."""
+    finished = 0
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        n_acknowledged = appended(folder, step)
+        if not is_run(folder):
+            continue
+        records = RunLog(folder).records
+        assert n_acknowledged <= len(records) <= n_acknowledged + 1
+        counted = Head.parse((folder / HEAD).read_bytes()) if (folder / HEAD).exists() else None
+        assert len(records) - (0 if counted is None else counted.records) in (0, 1)
+        # Of a run with one record and nothing beside it, there may have been more.
+        assert ("lost" in caplog.text) == (len(records) == 1 and counted is None and not (folder / LOG).exists())
+        caplog.clear()
+
+        # Killed once more at the same step of the next writer, which mends first, and then finished.
+        n_more = appended(folder, step)
+        assert len(RunLog(folder).records) in (len(records) + n_more, len(records) + n_more + 1)
+        assert appended(folder, None) == 5
+        log = RunLog(folder)
+        log.verify()
+        assert [record.body["n"] for record in log.records] == list(range(len(log.records)))
+        assert Head.parse((folder / HEAD).read_bytes()) == Head(len(log.records), log.chain)
+
+        finished += n_acknowledged == 5
+        if finished:
+            break
+    assert step > 5 * len(STEPS)
 
 
 @pytest.fixture

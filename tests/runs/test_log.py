@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastedit.runs.log import FORMAT, LOG, DamagedRun, LockedRun, RunError, RunLog
+from fastedit.runs.head import HEAD
+from fastedit.runs.log import FORMAT, LOCK, LOG, DamagedRun, LockedRun, RunError, RunLog
 from fastedit.runtime.hashing import canonical, tensors_hash
 
 
@@ -98,15 +99,22 @@ def test_record_cut_before_its_rename_never_was(folder: Path) -> None:
     assert not list(folder.glob("*.partial"))
 
 
-def test_every_changed_byte_is_found_and_its_file_named(folder: Path) -> None:
+def test_every_changed_byte_is_found_and_its_file_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in sorted(folder.iterdir()):
-        if path.name == "lock":
+        if path.name == LOCK:
             continue
         good = path.read_bytes()
         # The last newline: without it the line counts as torn, and is rebuilt from its file.
         last = len(good) - 1 if path.name == LOG else len(good)
         for place in range(0, last, max(1, last // 60)):
             path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+            if path.name == HEAD:
+                # Nothing needs it: it is told, and written anew.
+                caplog.clear()
+                mend(folder).verify()
+                assert f"{HEAD}: is damaged" in caplog.text
+                assert path.read_bytes() == good
+                continue
             with pytest.raises(DamagedRun, match=path.name):
                 mend(folder).verify()
         path.write_bytes(good)

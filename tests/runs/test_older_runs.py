@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastedit.editor import Editor
+from fastedit.methods.registry import METHODS
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.edit import EditSet
 from fastedit.runs.log import RunLog
@@ -33,7 +34,7 @@ EXPECTED = json.loads((OLDER / "expected.json").read_text())
 RUNS: dict[str, dict[str, Any]] = EXPECTED["runs"]
 FINISHED = [name for name, about in RUNS.items() if "continued" in about["states"]]
 UNFINISHED = [name for name, about in RUNS.items() if "finished" in about["states"]]
-BY_COLUMN = ("fine", "kne", "kn")
+BY_COLUMN = {name for name, method in METHODS.items() if method.by_column}
 
 WEIGHT = "model.layers.{}.mlp.down_proj.weight"
 D_MODEL = 64

@@ -12,6 +12,7 @@ from fastedit import Edit, EditSet, evaluate
 from fastedit.editor import Editor
 from fastedit.methods.columns.fine import FINE
 from fastedit.methods.presets import load_preset, presets
+from fastedit.methods.registry import METHODS
 from fastedit.model.tokens import whole_sequences
 from fastedit.runs.reports import BatchRejected
 from fastedit.weights.trial import Trial
@@ -42,11 +43,12 @@ def weights_of(editor: Editor) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("method", "size"), [("fine", 1), ("kn", 1), ("kne", 1), ("nse", 100), ("alphaedit", 100)])
+@pytest.mark.parametrize("method", METHODS)
 def test_edits_of_columns_are_written_one_by_one_unless_said_otherwise(
-    method: str, size: int, tiny_editor: Callable[..., Editor], tiny_facts: EditSet
+    method: str, tiny_editor: Callable[..., Editor], tiny_facts: EditSet
 ) -> None:
     editor = tiny_editor(method)
+    size = 1 if editor.method.by_column else 100
     assert editor.method.batch_size == size
     run = editor.edit(tiny_facts[:2])
     assert [len(report.case_ids) for report in run.batches] == [min(size, 2)] * (2 // min(size, 2))
