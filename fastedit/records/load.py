@@ -17,7 +17,7 @@ from typing import Any
 
 from fastedit.records.check import OnInvalid, check_on_invalid, claim_case_id, with_case_id
 from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem, case_id_of, show, unknown_field
-from fastedit.records.files import read_plain
+from fastedit.records.files import not_text, read_plain
 from fastedit.records.forms import READERS, Reader
 
 # The similarity from which a name counts as a known one misspelt: `rephrse` does, `subject_id` does not.
@@ -51,9 +51,12 @@ def _read_file(source: str) -> bytes:
         message = "is a folder" if os.path.isdir(source) else f"cannot be read: {error.strerror}"
     else:
         if suffix not in (".jsonl", ".json"):
-            message = f"must be a .jsonl or .json file, got {suffix or 'no suffix'}"
+            what = not_text(data)
+            message = f"must be a .jsonl or .json file, got {suffix or 'no suffix'}{what and f', {what}'}"
         elif data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             message = "must be UTF-8, got UTF-16"
+        elif what := not_text(data):
+            message = f"must be JSON as UTF-8 text, and is {what}"
         elif not data.strip():
             message = "is empty"
 

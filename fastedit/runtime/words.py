@@ -6,3 +6,15 @@ from __future__ import annotations
 def counted(number: int, one: str, many: str | None = None) -> str:
     """1 batch, 2 batches. many: the plural; None = `one` with an s"""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def shown(value: object) -> str:
+    """`repr`, cut to 60 characters."""
+    text = repr(value)
+
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def grouped(number: float) -> str:
+    """16000 as 16 000, to the nearest whole number."""
+    return f"{number:,.0f}".replace(",", " ")
