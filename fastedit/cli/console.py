@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from safetensors import SafetensorError
 
 from fastedit.runtime.progress import Lines
 from fastedit.runtime.words import counted
@@ -54,7 +55,7 @@ def errors(console: Console) -> Iterator[None]:
     """Errors a user can cause become one message and an exit code; anything else is ours and keeps its traceback."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
         code = _exit_code(error)
         if code is None:
             raise
@@ -76,7 +77,7 @@ def _exit_code(error: Exception) -> int | None:
         if isinstance(error, BackendUnavailable):
             return 2
 
-    if isinstance(error, Unwritten):
+    if isinstance(error, (Unwritten, SafetensorError)):
         return 1
     return 2 if isinstance(error, (OSError, ValueError)) else None
 
@@ -111,6 +112,8 @@ def emit(as_json: bool, data: dict[str, Any], text: str) -> None:
 
 def _tell(console: Console, error: Exception) -> None:
     text = str(error) or type(error).__name__
+    if isinstance(error, SafetensorError):
+        text = f"a safetensors file could not be read or written: {text}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
 

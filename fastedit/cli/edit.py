@@ -31,6 +31,7 @@ from fastedit.cli.inputs import (
     choose,
     make_editor,
     open_model,
+    read_prose,
     read_records,
     tell_skipped,
 )
@@ -57,7 +58,6 @@ from fastedit.cli.options import (
     Text,
     WorkDir,
 )
-from fastedit.records.files import read_text
 from fastedit.runtime.progress import Lines
 from fastedit.runtime.words import counted
 
@@ -225,7 +225,7 @@ def edit(
 
         chosen = choose(method, preset, settings or [], moment_tokens, typed)
         _refuse_unused(typed, evaluation, watch is not None)
-        source, prose = background(moments, seed), None if text is None else read_text(text)
+        source, prose = background(moments, seed), read_prose(text)
         check_device(device)
         _tell_run(console, run_dir, resume)
         records = read_records(console, edits, reading)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fastedit.cli.console import refuse, say, stage
 from fastedit.cli.options import Dtype, OnInvalid
+from fastedit.records.files import read_text
 from fastedit.runtime.progress import Lines, Show
 
 if TYPE_CHECKING:
@@ -138,6 +139,17 @@ def background(path: Path | None, seed: int) -> Source:
     source = Source(path, seed)
     source.check()
     return source
+
+
+def read_prose(path: Path | None) -> str | None:
+    """The text whose perplexity is measured. Raises OSError or ValueError for a file that holds none."""
+    if path is None:
+        return None
+
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path}: no text to measure the perplexity of")
+    return text
 
 
 def check_device(device: str) -> None:

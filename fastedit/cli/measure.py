@@ -17,6 +17,7 @@ from fastedit.cli.inputs import (
     check_device,
     choose,
     open_model,
+    read_prose,
     read_records,
     tell_skipped,
 )
@@ -40,7 +41,6 @@ from fastedit.cli.options import (
     TargetField,
     Text,
 )
-from fastedit.records.files import read_text
 
 if TYPE_CHECKING:
     from fastedit.config import MomentConfig
@@ -73,7 +73,7 @@ def evaluate_command(
         from fastedit.records.check import check_edits
 
         check_device(device)
-        prose = None if text is None else read_text(text)
+        prose = read_prose(text)
         records = read_records(console, edits, Reading(start, limit, form, target_field, on_invalid, join))
         lines = open_lines(console)
         if meg is not None:

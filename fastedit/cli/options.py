@@ -7,9 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
+
+def _seed(seed: int) -> int:
+    """torch's generators take 64 bits."""
+    if not -(2**63) <= seed < 2**63:
+        raise typer.BadParameter(f"must be a whole number of 64 bits, got {seed}")
+    return seed
+
+
 Model = Annotated[str, typer.Argument(help="alias (smollm2-135m), hub id, folder or .gguf file")]
 Edits = Annotated[Path, typer.Argument(help="edit records, .jsonl or .json")]
-Seed = Annotated[int, typer.Option(help="seed of context templates and sampled text")]
+Seed = Annotated[int, typer.Option(help="seed of context templates and sampled text", callback=_seed)]
 Start = Annotated[int, typer.Option(min=0, help="first record")]
 Limit = Annotated[int | None, typer.Option(min=1, help="number of records")]
 Text = Annotated[Path | None, typer.Option(help="text file for perplexity")]

@@ -19,6 +19,7 @@ from fastedit.records.check import OnInvalid, check_on_invalid, claim_case_id, w
 from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem, case_id_of, show, unknown_field
 from fastedit.records.files import not_text, read_plain
 from fastedit.records.forms import READERS, Reader
+from fastedit.runtime.words import told_by
 
 # The similarity from which a name counts as a known one misspelt: `rephrse` does, `subject_id` does not.
 MISSPELT = 0.85
@@ -161,7 +162,7 @@ def _undecodable(error: Exception, line: int) -> Problem:
         message = f"must be UTF-8, got byte 0x{error.object[error.start]:02x} at byte {column} of the line"
         return Problem(message, line=line + before.count(b"\n"))
 
-    return Problem(f"cannot be read as JSON: {error}", line=line)
+    return Problem(f"cannot be read as JSON: {told_by(error)}", line=line)
 
 
 def load_edits(

@@ -55,7 +55,7 @@ class Lines:
     @contextlib.contextmanager
     def track(self, total: int, label: str, unit: str) -> Iterator[Callable[[float], None]]:
         """As the function `track`. A step that begins again and again, such as a measurement, is told once."""
-        beginning = f"{label}: {grouped(total)} {unit}"
+        beginning = f"{label}: {grouped(total)} {unit if total != 1 else unit.removesuffix('s')}"
         if beginning not in self._begun:
             self._begun.add(beginning)
             self.write(beginning)

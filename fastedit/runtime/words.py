@@ -18,3 +18,10 @@ def shown(value: object) -> str:
 def grouped(number: float) -> str:
     """16000 as 16 000, to the nearest whole number."""
     return f"{number:,.0f}".replace(",", " ")
+
+
+def told_by(error: BaseException) -> str:
+    """All that an error of a library says, on one line; its type where it says nothing.
+
+    Only the whole helps: transformers, safetensors and tokenizers put the cause behind the first line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -25,7 +25,7 @@ from fastedit.model.packed_attention import CausalPlan
 from fastedit.ops.gram_update import gram_update
 from fastedit.runtime.cache import cache_folder, store_in_cache
 from fastedit.runtime.progress import Show, track
-from fastedit.runtime.words import grouped
+from fastedit.runtime.words import grouped, told_by
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def load_moment(path: Path, d_ff: int, origin: dict[str, str] | None = None) -> 
             metadata = file.metadata() or {}
             lower = file.get_tensor("second_moment")
     except (SafetensorError, OSError) as error:
-        raise BadMoments(f"{path}: not a readable file of second moments ({error})") from error
+        raise BadMoments(f"{path}: not a readable file of second moments ({told_by(error)})") from error
 
     _check_file(path, metadata, lower, d_ff, origin or {})
     moment = _symmetric(lower, d_ff)
