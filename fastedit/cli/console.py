@@ -83,9 +83,12 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def open_console() -> Console:
-    """The console of the error stream, with warnings shown on it."""
+    """The console of the error stream, with warnings shown on it: in columns on a terminal, else one line for each."""
     console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    if console.is_terminal:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     return console
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,16 @@ def test_bars_stay_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_lines(open_console()) is not None
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert open_lines(open_console()) is None
+
+
+def test_a_warning_is_one_line(own: str) -> None:
+    """`own` keeps the cache out of the way: stored second moments are not computed again."""
+    command = [sys.executable, "-m", "fastedit", "stats", MODEL, "--layers", "1", "--moments", TEXT]
+    done = subprocess.run([*command, "--moment-tokens", "100"], capture_output=True, text=True, cwd=TINY.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("layer 1: trace ")
+    assert done.stderr.splitlines()[:2] == [
+        f"loading {MODEL}",
+        "WARNING: second moments of 100 tokens have no full rank, since d_ff is 192: systems may not be solvable; read"
+        " more",
+    ]
