@@ -14,7 +14,7 @@ from fastedit.config import EditConfig
 from fastedit.editing.guard import Guard
 from fastedit.editing.stream import OnError, Stream
 from fastedit.methods.base import AnyMethod, AnyState
-from fastedit.methods.presets import settings_for
+from fastedit.methods.presets import check_settings, settings_for
 from fastedit.methods.registry import METHODS, method_named
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
@@ -26,6 +26,7 @@ from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import RunError
 from fastedit.runs.recorder import Recorder
 from fastedit.runs.reports import Run, Watcher
+from fastedit.runtime.progress import Show
 from fastedit.runtime.words import counted
 from fastedit.weights.editable import EditableWeights
 
@@ -46,8 +47,8 @@ class Editor:
     moments: layer -> second moment (d_ff, d_ff), or a Source of text; default: text sampled from the model
     seed: of context templates and sampled text
     undo_depth: batches that can be undone from memory
-    progress: True or False shows or hides progress bars; None shows them on a terminal
-    preset: name of the preset to start from; default: the one made for this model
+    progress: True or False shows or hides progress bars, None shows them on a terminal; a `Lines` gets lines of text
+    preset: name or .yaml file of the preset to start from; default: the one made for this model
     Raises ValueError for an unknown method, settings that do not fit the model, or no preset for it; TypeError for the
     settings of another method.
     """
@@ -60,8 +61,8 @@ class Editor:
         moments: Mapping[int, Tensor] | Source | None = None,
         seed: int = 0,
         undo_depth: int = 3,
-        progress: bool | None = None,
-        preset: str | None = None,
+        progress: Show = None,
+        preset: str | Path | None = None,
     ) -> None:
         if not isinstance(adapter, ModelAdapter):
             raise TypeError(
@@ -79,18 +80,21 @@ class Editor:
         method: str | AnyMethod = "nse",
         config: EditConfig | Mapping[str, Any] | None = None,
         *,
-        preset: str | None = None,
+        preset: str | Path | None = None,
         dtype: Dtype = "float32",
         device: str | Mapping[str, int | str] = "cpu",
         families: Sequence[Family] = FAMILIES,
         moments: Mapping[int, Tensor] | Source | None = None,
         seed: int = 0,
         undo_depth: int = 3,
-        progress: bool | None = None,
+        progress: Show = None,
     ) -> Editor:
         """Load `source` (alias, hub id, folder or GGUF file) and make an editor for it.
 
         dtype, device, families: see :func:`fastedit.load_model`; the others: see `Editor`"""
+        method = method_named(method)
+        check_settings(method, preset, config)
+
         adapter = load_model(source, dtype, device, families)
         return cls(adapter, method, config, moments, seed, undo_depth, progress, preset)
 
@@ -102,12 +106,12 @@ class Editor:
         method: str | AnyMethod = "nse",
         config: EditConfig | Mapping[str, Any] | None = None,
         *,
-        preset: str | None = None,
+        preset: str | Path | None = None,
         families: Sequence[Family] = FAMILIES,
         moments: Mapping[int, Tensor] | Source | None = None,
         seed: int = 0,
         undo_depth: int = 3,
-        progress: bool | None = None,
+        progress: Show = None,
     ) -> Editor:
         """An editor for a model and tokenizer that are already loaded; the model is edited in place.
 
@@ -126,8 +130,9 @@ class Editor:
         method: str | AnyMethod | None = None,
         moments: Mapping[int, Tensor] | Source | None = None,
         undo_depth: int = 3,
-        progress: bool | None = None,
+        progress: Show = None,
         to: int | None = None,
+        device: str | Mapping[str, int | str] = "cpu",
     ) -> Editor:
         """The editor of a run directory with its batches written into the model, ready to go on.
 
@@ -136,6 +141,7 @@ class Editor:
         moments: default: computed from the text that the run names
         to: write only the first so many batches, which also opens a run whose later ones are damaged; the editor
             cannot record then
+        device: where the model is loaded to, see :func:`fastedit.load_model`; without use when `adapter` is given
         Raises RunError for no run, DamagedRun for a damaged one, WrongModel for another model."""
         recorder = Recorder.open(run_dir, to)
         if method is None and recorder.method_name not in METHODS:
@@ -149,7 +155,8 @@ class Editor:
         config = recorder.config(chosen.config_class)
         source = Source(recorder.text, recorder.seed) if moments is None else moments
 
-        editor = cls(adapter or recorder.load_model(), chosen, config, source, recorder.seed, undo_depth, progress)
+        model = adapter or recorder.load_model(device)
+        editor = cls(model, chosen, config, source, recorder.seed, undo_depth, progress)
         editor.stream.attach(recorder)
         return editor
 
@@ -215,8 +222,8 @@ class Editor:
         return self.stream.seed
 
     @property
-    def progress(self) -> bool | None:
-        """Whether progress bars are shown; None = on a terminal."""
+    def progress(self) -> Show:
+        """Whether progress bars are shown, None = on a terminal; or what gets lines of text in their place."""
         return self.stream.progress
 
     @property
@@ -342,7 +349,7 @@ class Editor:
         text: str | None = None,
         text_tokens: int = 20_000,
         fluency_prompts: int = 50,
-        show: bool | None = None,
+        show: Show = None,
     ) -> Evaluation:
         """Measure the model as it is and as it was before any edit; see :func:`fastedit.evaluate`.
 

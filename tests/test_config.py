@@ -3,8 +3,10 @@
 import pytest
 import yaml
 
-from fastedit.config import changed, parse_changes
+from fastedit.config import WrongSettings, changed, check_changes, layer_list, parse_changes
 from fastedit.methods.closed_form.config import ClosedFormConfig, NSEConfig, TemplateConfig, ValueConfig
+from fastedit.methods.columns.config import KNEConfig
+from fastedit.methods.meg.config import CONFIGS, MegConfig
 from fastedit.methods.presets import load_preset, preset_for, presets
 from fastedit.methods.registry import METHODS
 
@@ -118,3 +120,112 @@ def test_a_setting_without_a_name_is_refused(wrong):
 def test_a_part_set_as_a_whole_and_in_detail_is_refused():
     with pytest.raises(ValueError, match="set twice"):
         parse_changes(["value=3", "value.steps=3"])
+
+
+# One sentence for each problem: the setting, what was wanted, what was given.
+PROBLEMS = [
+    ({"rounds": 0}, "rounds must be a whole number, at least 1, got 0"),
+    ({"rounds": True}, "rounds must be a whole number, at least 1, got True"),
+    ({"rounds": {"x": 1}}, "rounds must be a whole number, at least 1, got {'x': 1}"),
+    ({"mass": float("nan")}, "mass must be a number, above 0 and at most 1, got nan"),
+    ({"value": {"lr": "fast"}}, "value.lr must be a number, above 0, got 'fast'"),
+    ({"value": {"dtype": "float64"}}, "value.dtype must be one of auto, model, float32, bfloat16, got 'float64'"),
+    ({"value": {"stop_after_top1": 0}}, "value.stop_after_top1 must be a whole number or null, at least 1, got 0"),
+    ({"as_released": "maybe"}, "as_released must be true or false, got 'maybe'"),
+    ({"templates": {"seeds": "The"}}, "templates.seeds must be a list of texts, got 'The'"),
+    ({"layers": "8-4"}, "layers must be a list of layers (4-8 or 4,6,8), got '8-4'"),
+    ({"layers": []}, "layers must be a list of layers (4-8 or 4,6,8), got []"),
+    ({"layers": [3, 2]}, "layers must be ascending, without repeats, from 0 on, got [3, 2]"),
+    ({"stpes": 3}, "unknown setting stpes; did you mean value.steps?"),
+    ({"steps": 3}, "unknown setting steps; did you mean value.steps?"),
+    ({"value": {"stpes": 3}}, "unknown setting value.stpes; did you mean value.steps?"),
+    ({1: 2}, "unknown setting 1; there are layers, value, templates, moments, rewind_values, covariance_weight,"),
+    ({"moments": {"quux": 1}}, "unknown setting moments.quux; there are moments.tokens, moments.window,"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), PROBLEMS, ids=lambda value: str(value)[:30])
+def test_a_problem_is_one_sentence_in_our_words(changes, sentence):
+    config = load_preset("nse", "smollm2-135m")
+    for judge in (lambda: changed(config, changes), lambda: check_changes(NSEConfig, changes)):
+        with pytest.raises(ValueError, match=r"^") as wrong:
+            judge()
+        assert str(wrong.value).startswith(sentence)
+        assert len(str(wrong.value).splitlines()) == 1
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(WrongSettings) as wrong:
+        NSEConfig(rouds=1, mass=7, value={"steps": 1, "lr": 0})
+    assert str(wrong.value).splitlines() == [
+        "layers is missing, and has no default",
+        "value.steps must be a whole number, at least 2, got 1",
+        "value.lr must be a number, above 0, got 0",
+        "covariance_weight is missing, and has no default",
+        "mass must be a number, above 0 and at most 1, got 7",
+        "unknown setting rouds; did you mean rounds?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: KNEConfig(fixed=True, ensemble="own"), "ensemble 'own' is located edit by edit and cannot be fixed"),
+        (lambda: KNEConfig(key_layers="x"), "key_layers must be a whole number or a list of layers (4-8 or 4,6,8) or"),
+        (lambda: changed(CONFIGS["meg"], {"fit": {"template": "x"}}), "fit.template must hold {} once and not end in"),
+        (lambda: MegConfig(gate={"knd": "cosine"}), "unknown setting gate.knd; did you mean gate.kind?"),
+        (
+            lambda: setattr(load_preset("nse", "smollm2-135m"), "rounds", 3),
+            "rounds: settings are frozen; ",
+        ),
+    ],
+    ids=["of two settings", "either type", "of a part", "unknown in a part", "frozen"],
+)
+def test_no_word_of_a_library_leaks(make, sentence):
+    with pytest.raises(ValueError, match=r"^") as wrong:
+        make()
+    assert str(wrong.value).startswith(sentence)
+    assert "pydantic" not in str(wrong.value)
+    assert "validation error" not in str(wrong.value)
+
+
+def test_what_may_stand_in_the_preset_is_judged_later():
+    check_changes(NSEConfig, {"rounds": 3})
+    check_changes(KNEConfig, {"fixed": True, "ensemble": "own"})
+
+
+@pytest.mark.parametrize(
+    ("given", "layers"),
+    [("4-8", [4, 5, 6, 7, 8]), ("4,6,8", [4, 6, 8]), (" 2, 4 - 6 ", [2, 4, 5, 6]), (4, [4]), ([1, 2], [1, 2])],
+)
+def test_layers_are_written_in_short(given, layers):
+    assert layer_list(given) == layers
+    assert NSEConfig(layers=given, covariance_weight=1).layers == tuple(layers)
+    assert list(changed(load_preset("nse", "smollm2-135m"), {"layers": given}).layers) == layers
+
+
+def test_a_number_of_layers_stays_a_number():
+    assert KNEConfig(key_layers=4).key_layers == 4
+    assert KNEConfig(key_layers="4-5").key_layers == (4, 5)
+
+
+def test_settings_are_plain_yaml():
+    for text, message in (
+        ("rounds=!!python/object:os.system 2", "rounds='!!python/object:os.system 2' holds a tag"),
+        ("rounds=&a 2", "rounds='&a 2' holds an anchor or alias"),
+        ("fit.template={} says", "fit.template='{} says' is not YAML"),
+    ):
+        with pytest.raises(ValueError, match=r"^") as wrong:
+            parse_changes([text])
+        assert str(wrong.value).startswith(message)
+        assert "\n" not in str(wrong.value)
+
+
+def test_a_setting_is_set_once():
+    assert parse_changes(["rounds=2", "rounds=2"]) == {"rounds": 2}
+    with pytest.raises(ValueError, match=r"^") as wrong:
+        parse_changes(["rounds=2", "rounds=3", "lr"])
+    assert str(wrong.value).splitlines() == [
+        "'rounds' is set twice, the second time by 'rounds=3'",
+        "a setting must look like rounds=2 or value.steps=10, got 'lr'",
+    ]

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import sys
 from collections.abc import Collection, Iterator, Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from safetensors import SafetensorError
+
+from fastedit.runtime.progress import Lines
+from fastedit.runtime.words import counted
+
+if TYPE_CHECKING:
+    from fastedit.runs.reports import BatchReport
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
@@ -19,32 +28,80 @@ class Unwritten(RuntimeError):
     """Edits were asked for, and nothing was written for any of them."""
 
 
+class BatchLines:
+    """Tells of each batch that was committed in one line; a watcher for `Editor.edit`.
+
+    n_batches: how many there are in all"""
+
+    def __init__(self, lines: Lines, n_batches: int) -> None:
+        self._lines = lines
+        self._n_batches = n_batches
+
+    def begin(self) -> None:
+        """Nothing was written yet."""
+
+    def after_batch(self, report: BatchReport, last: bool) -> None:
+        """A rejected batch is told elsewhere, as a warning or an error."""
+        if report.error is None:
+            edits = counted(len(report.case_ids), "edit")
+            # A method that optimises nothing has no loss.
+            loss = "" if report.loss is None else f", loss {report.loss:.3g}"
+            batch = f"batch {report.batch + 1} of {self._n_batches}"
+            self._lines.write(f"{batch}: {edits}{loss}, {report.seconds:.1f} s")
+
+
 @contextlib.contextmanager
 def errors(console: Console) -> Iterator[None]:
     """Errors a user can cause become one message and an exit code; anything else is ours and keeps its traceback."""
-    from fastedit.methods.closed_form.second_moments import BadMoments
-    from fastedit.model.families import UnsupportedModel
-    from fastedit.model.load import ModelNotFound
-    from fastedit.records.edit import InvalidEdits
-    from fastedit.runs.log import RunWriteError
-    from fastedit.runs.reports import BatchRejected
-    from fastedit.runtime.places import NotSaved
-
     try:
         yield
-    except (BatchRejected, NotSaved, RunWriteError, Unwritten) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
         _tell(console, error)
-        raise typer.Exit(1) from error
-    except (InvalidEdits, ModelNotFound, UnsupportedModel, BadMoments, OSError, ValueError) as error:
-        _tell(console, error)
-        raise typer.Exit(2) from error
+        raise typer.Exit(code) from error
+
+
+def _exit_code(error: Exception) -> int | None:
+    """1 for what was asked for and failed, 2 for wrong input, None for an error of ours."""
+    # What imports torch was imported already, or did not raise: a mistyped setting is told before torch is there.
+    if "torch" in sys.modules:
+        from fastedit.ops._dispatch import BackendUnavailable
+        from fastedit.runs.log import RunWriteError
+        from fastedit.runs.reports import BatchRejected
+        from fastedit.runtime.free_memory import is_out_of_memory
+        from fastedit.runtime.places import NotSaved
+
+        if isinstance(error, (BatchRejected, NotSaved, RunWriteError)) or is_out_of_memory(error):
+            return 1
+        if isinstance(error, BackendUnavailable):
+            return 2
+
+    if isinstance(error, (Unwritten, SafetensorError)):
+        return 1
+    return 2 if isinstance(error, (OSError, ValueError)) else None
 
 
 def open_console() -> Console:
-    """The console of the error stream, with warnings shown on it."""
+    """The console of the error stream, with warnings shown on it: in columns on a terminal, else one line for each."""
     console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    if console.is_terminal:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     return console
+
+
+def open_lines(console: Console) -> Lines | None:
+    """What tells of progress where the error stream is no terminal; None where bars do."""
+    return None if console.is_terminal else Lines(functools.partial(say, console))
+
+
+def stage(lines: Lines | None, text: str) -> None:
+    """Tell that something begins, where that is told in lines."""
+    if lines is not None:
+        lines.write(text)
 
 
 def say(console: Console, text: str) -> None:
@@ -58,7 +115,13 @@ def emit(as_json: bool, data: dict[str, Any], text: str) -> None:
 
 
 def _tell(console: Console, error: Exception) -> None:
-    console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    text = str(error) or type(error).__name__
+    if isinstance(error, SafetensorError):
+        text = f"a safetensors file could not be read or written: {text}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+
+    console.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def given(context: typer.Context) -> set[str]:

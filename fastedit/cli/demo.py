@@ -15,6 +15,7 @@ from fastedit.editor import Editor
 from fastedit.model.sampling import sample_background
 from fastedit.records.edit import Edit, EditSet
 from fastedit.records.load import load_edits
+from fastedit.runtime.progress import Lines
 
 SHOWN = 6
 MOMENT_TOKENS = 16_000
@@ -26,13 +27,18 @@ def demo_edits(limit: int | None = None) -> EditSet:
         return load_edits(path, limit=limit)
 
 
-def run_demo(source: str, n_edits: int, seed: int, console: Console) -> tuple[dict[str, Any], str]:
-    """Edit `source` with the shipped facts; returns the data and the closing text. Steps go to `console`."""
+def run_demo(
+    source: str, n_edits: int, seed: int, console: Console, device: str = "cpu", lines: Lines | None = None
+) -> tuple[dict[str, Any], str]:
+    """Edit `source` with the shipped facts; returns the data and the closing text. Steps go to `console`.
+
+    lines: what tells of progress in place of bars"""
     started = time.perf_counter()
     edits = demo_edits(n_edits)
 
     console.print(f"loading {source} ...")
-    editor = Editor.from_pretrained(source, config={"moments": {"tokens": MOMENT_TOKENS}}, seed=seed)
+    config = {"moments": {"tokens": MOMENT_TOKENS}}
+    editor = Editor.from_pretrained(source, config=config, seed=seed, device=device, progress=lines)
 
     console.print(
         f"preparing: {MOMENT_TOKENS:,} tokens of the model's own text give the second moments (once, then stored) ..."
@@ -47,7 +53,7 @@ def run_demo(source: str, n_edits: int, seed: int, console: Console) -> tuple[di
 
     console.print("measuring ...")
     text = str(editor.tokenizer.decode(_own_text(editor, seed)))
-    evaluation = editor.evaluate(run.edits, text, fluency_prompts=10)
+    evaluation = editor.evaluate(run.edits, text, fluency_prompts=10, show=lines)
 
     seconds = time.perf_counter() - started
     data = {

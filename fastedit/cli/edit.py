@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,13 +10,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fastedit.cli.console import AsJson, Unwritten, emit, errors, given, open_console, refuse, say
-from fastedit.cli.inputs import account, make_editor, read_records, tell_skipped
+from fastedit.cli.console import (
+    AsJson,
+    BatchLines,
+    Unwritten,
+    emit,
+    errors,
+    given,
+    open_console,
+    open_lines,
+    refuse,
+    say,
+    stage,
+)
+from fastedit.cli.inputs import (
+    Reading,
+    account,
+    background,
+    check_device,
+    choose,
+    make_editor,
+    open_model,
+    read_prose,
+    read_records,
+    tell_skipped,
+)
 from fastedit.cli.options import (
+    Device,
     Dtype,
     Edits,
     Fluency,
     Form,
+    Join,
     Limit,
     Method,
     Model,
@@ -33,7 +59,7 @@ from fastedit.cli.options import (
     WorkDir,
 )
 from fastedit.cli.saving import Force, Save, SaveDtype, SaveFormat, Saving
-from fastedit.records.files import read_text
+from fastedit.runtime.progress import Lines
 from fastedit.runtime.words import counted
 
 if TYPE_CHECKING:
@@ -41,7 +67,7 @@ if TYPE_CHECKING:
     from fastedit.editing.watch import Watch
     from fastedit.editor import Editor
     from fastedit.records.edit import EditSet
-    from fastedit.runs.reports import Run
+    from fastedit.runs.reports import Run, Watcher
 
 MEG_METHODS = ("meg", "meg-lookup")
 MISSED_SHOWN = 10
@@ -55,15 +81,10 @@ UNUSED_WITHOUT_EVAL_AND_WATCH = {
 def _edit_meg(
     console: Console,
     typed: set[str],
-    model: str,
-    dtype: Dtype,
+    model: tuple[str, Dtype, str],
     method: str,
     path: Path,
-    start: int,
-    limit: int | None,
-    form: str,
-    target_field: str | None,
-    on_invalid: OnInvalid,
+    reading: Reading,
     others: Path | None,
     settings: Sequence[str],
     seed: int,
@@ -73,21 +94,23 @@ def _edit_meg(
     force: bool,
     as_json: bool,
 ) -> None:
-    """`edit --method meg`: nothing is written into a weight, so the flags about weights are refused."""
+    """`edit --method meg`: nothing is written into a weight, so the flags about weights are refused.
+
+    model: what `open_model` takes"""
     from fastedit.cli import meg
-    from fastedit.config import parse_changes
-    from fastedit.model.load import load_model
+    from fastedit.methods.meg.config import method_name
+    from fastedit.methods.meg.editor import MeG
 
     refuse(typed, meg.UNUSED_BY_EDIT)
     place = meg.check_save(save, force, typed)
-    records = read_records(console, path, start, limit, form, target_field, on_invalid)
-    beside = [] if others is None else read_records(console, others, 0, None, "auto", None, on_invalid)
+    config = meg.settings(method, settings)
+    check_device(model[2])
+    records = read_records(console, path, reading)
+    beside = [] if others is None else read_records(console, others, Reading(on_invalid=reading.on_invalid))
 
-    changes, adapter = parse_changes(settings), load_model(model, dtype)
-    emit(
-        as_json,
-        *meg.edit(adapter, method, records, beside, changes, seed, work_dir, on_invalid, evaluation, place, force),
-    )
+    lines = open_lines(console)
+    editor = MeG(open_model(*model, lines), method_name(method), config, seed, lines)
+    emit(as_json, *meg.edit(editor, records, beside, work_dir, reading.on_invalid, evaluation, place, force))
 
 
 def _tell_run(console: Console, run_dir: Path | None, resume: bool) -> None:
@@ -150,6 +173,15 @@ def _watching(editor: Editor, records: EditSet, every: int | None, text: str | N
     return None if every is None else Watch(editor, records[:50], every, text)
 
 
+def _watchers(
+    editor: Editor, records: EditSet, size: int | None, lines: Lines | None, watching: Watch | None
+) -> list[Watcher]:
+    """What is called after each batch. The line of a batch comes first: what follows may take long."""
+    n_batches = math.ceil(len(records) / (size or editor.method.batch_size))
+    told = None if lines is None else BatchLines(lines, n_batches)
+    return [watcher for watcher in (told, watching) if watcher is not None]
+
+
 def edit(
     context: typer.Context,
     model: Model,
@@ -158,6 +190,7 @@ def edit(
     preset: Preset = None,
     settings: Settings = None,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     batch_size: Annotated[int | None, typer.Option(min=1, help="edits written together; default: the method's")] = None,
     start: Start = 0,
     limit: Limit = None,
@@ -166,6 +199,7 @@ def edit(
     moment_tokens: MomentTokens = None,
     form: Form = "auto",
     target_field: TargetField = None,
+    join: Join = None,
     on_invalid: OnInvalid = "refuse",
     on_error: OnError = "stop",
     evaluation: Annotated[bool, typer.Option("--eval/--no-eval", help="measure before and after")] = True,
@@ -187,43 +221,55 @@ def edit(
     """Write edits into a model, measure it, and save it."""
     console = open_console()
     with errors(console):
-        from fastedit.cli import meg
-
         typed = given(context)
+        reading = Reading(start, limit, form, target_field, on_invalid, join)
         if method in MEG_METHODS:
             return _edit_meg(
-                console, typed, model, dtype, method, edits, start, limit, form, target_field, on_invalid,
-                others, settings or [], seed, work_dir, evaluation, save, force, as_json,
+                console, typed, (model, dtype, device), method, edits, reading, others, settings or [], seed, work_dir,
+                evaluation, save, force, as_json,
             )  # fmt: skip
 
-        refuse(typed, meg.ONLY_FOR_MEG)
-        if not evaluation:
-            refuse(typed, UNUSED_WITHOUT_EVAL if watch is not None else UNUSED_WITHOUT_EVAL_AND_WATCH)
+        chosen = choose(method, preset, settings or [], moment_tokens, typed)
+        _refuse_unused(typed, evaluation, watch is not None)
+        source, prose = background(moments, seed), read_prose(text)
         saving = Saving(save, save_format, save_dtype, force)
         saving.check(model, typed)
-        prose = None if text is None else read_text(text)
-
+        check_device(device)
         _tell_run(console, run_dir, resume)
-        records = read_records(console, edits, start, limit, form, target_field, on_invalid)
-        editor = make_editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, typed)
-
-        saving.check_loaded(editor)
-
-        watching = _watching(editor, records, watch, prose)
+        records = read_records(console, edits, reading)
         guard = _guard(records, canaries, max_growth)
-        run = editor.edit(records, batch_size, on_error, on_invalid, watching or (), run_dir, resume, guard)
+
+        lines = open_lines(console)
+        adapter = open_model(model, dtype, device, lines)
+        editor = make_editor(adapter, chosen, source, seed, typed, lines)
+        saving.check_loaded(editor)
+        watching = _watching(editor, records, watch, prose)
+        watchers = _watchers(editor, records, batch_size, lines, watching)
+        run = editor.edit(records, batch_size, on_error, on_invalid, watchers, run_dir, resume, guard)
 
         tell_skipped(console, run.skipped)
-        data, lines = _told(records, run, watching)
-        not_saved = saving.save(console, editor, data, lines)
+        data, told = _told(records, run, watching)
+        if save is not None:
+            stage(lines, f"saving to {save}")
+        not_saved = saving.save(console, editor, data, told)
         try:
             if evaluation and len(run.edits):
-                evaluated = editor.evaluate(run.edits, prose, fluency_prompts=fluency_prompts)
+                stage(lines, "measuring")
+                evaluated = editor.evaluate(run.edits, prose, fluency_prompts=fluency_prompts, show=lines)
                 data["evaluation"] = evaluated.to_dict()
-                lines.append(str(evaluated))
+                told.append(str(evaluated))
         finally:
-            emit(as_json, data, "\n".join(lines))
+            emit(as_json, data, "\n".join(told))
 
         _warn_of_missed(console, run)
         if not_saved is not None:
             raise not_saved
+
+
+def _refuse_unused(typed: set[str], evaluation: bool, watched: bool) -> None:
+    """Raise ValueError for options of `edit` that this run would not use."""
+    from fastedit.cli import meg
+
+    refuse(typed, meg.ONLY_FOR_MEG)
+    if not evaluation:
+        refuse(typed, UNUSED_WITHOUT_EVAL if watched else UNUSED_WITHOUT_EVAL_AND_WATCH)

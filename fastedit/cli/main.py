@@ -10,18 +10,51 @@ from typing import Annotated
 
 import typer
 
+from fastedit import __version__
 from fastedit.cli import runs
-from fastedit.cli.console import AsJson, emit, errors, open_console
+from fastedit.cli.console import AsJson, emit, errors, open_console, open_lines
 from fastedit.cli.edit import edit
+from fastedit.cli.inputs import check_device
 from fastedit.cli.measure import evaluate_command, locate, stats
-from fastedit.cli.options import Seed
+from fastedit.cli.options import Device, Seed
 
 app = typer.Typer(
     help="Edit facts inside transformer language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    typer.echo(f"fastedit {__version__}, torch {version_of('torch')}, transformers {version_of('transformers')}")
+    raise typer.Exit()
+
+
+@app.callback()
+def fastedit(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_tell_version,
+            is_eager=True,
+            help="versions of fastedit, torch, transformers",
+        ),
+    ] = False,
+) -> None:
+    """Edit facts inside transformer language models."""
+
+
 app.command()(edit)
 app.command("eval")(evaluate_command)
 app.command()(stats)
@@ -34,14 +67,16 @@ def demo(
     model: Annotated[str, typer.Option(help="alias, hub id, folder or .gguf file")] = "smollm2-135m",
     n_edits: Annotated[int, typer.Option(min=1, help="how many of the shipped facts")] = 50,
     seed: Seed = 0,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Edit a real model with the facts that ship with fastedit, and show what changed and what did not."""
     console = open_console()
     with errors(console):
+        check_device(device)
         from fastedit.cli.demo import run_demo
 
-        data, text = run_demo(model, n_edits, seed, console)
+        data, text = run_demo(model, n_edits, seed, console, device, open_lines(console))
         emit(as_json, data, text)
 
 
@@ -58,4 +93,5 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Entry point of the `fastedit` command."""
-    app()
+    # The name by which `python -m fastedit` would go otherwise is that of a file.
+    app(prog_name="fastedit")

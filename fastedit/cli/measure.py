@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastedit.cli.console import AsJson, emit, errors, given, open_console, refuse
-from fastedit.cli.inputs import account, make_editor, read_records, tell_skipped
+from fastedit.cli.console import AsJson, emit, errors, given, open_console, open_lines, refuse, stage
+from fastedit.cli.inputs import (
+    Chosen,
+    Reading,
+    account,
+    background,
+    check_device,
+    choose,
+    open_model,
+    read_prose,
+    read_records,
+    tell_skipped,
+)
 from fastedit.cli.options import (
+    Device,
     Dtype,
     Edits,
     Fluency,
     Form,
+    Join,
     Limit,
     MegStore,
     Model,
@@ -28,7 +41,10 @@ from fastedit.cli.options import (
     TargetField,
     Text,
 )
-from fastedit.records.files import read_text
+
+if TYPE_CHECKING:
+    from fastedit.config import MomentConfig
+    from fastedit.model.adapter import ModelAdapter
 
 
 def evaluate_command(
@@ -41,30 +57,35 @@ def evaluate_command(
     limit: Limit = None,
     form: Form = "auto",
     target_field: TargetField = None,
+    join: Join = None,
     on_invalid: OnInvalid = "refuse",
     seed: Seed = 0,
     text: Text = None,
     fluency_prompts: Fluency = 50,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on edit records, beside the unedited one."""
     console = open_console()
     with errors(console):
         from fastedit.evaluation.metrics import compare
-        from fastedit.model.load import load_model
         from fastedit.records.check import check_edits
 
-        records = read_records(console, edits, start, limit, form, target_field, on_invalid)
-        prose = None if text is None else read_text(text)
+        check_device(device)
+        prose = read_prose(text)
+        records = read_records(console, edits, Reading(start, limit, form, target_field, on_invalid, join))
+        lines = open_lines(console)
         if meg is not None:
             from fastedit.cli import meg as command
+            from fastedit.methods.meg.editor import MeG
 
             refuse(given(context), command.UNUSED_BY_EVAL)
-            return emit(as_json, *command.evaluate(load_model(model, dtype), meg, records))
+            opened = MeG(open_model(model, dtype, device, lines), progress=lines)
+            return emit(as_json, *command.evaluate(opened, meg, records))
 
-        after = load_model(model, dtype)
-        before = after if unedited is None else load_model(unedited, dtype)
+        after = open_model(model, dtype, device, lines)
+        before = after if unedited is None else open_model(unedited, dtype, device, lines)
         limits = {
             "tokenizer": after.tokenizer,
             "max_positions": after.max_positions,
@@ -73,7 +94,8 @@ def evaluate_command(
         batches, skipped = check_edits(records, 1, **limits, on_invalid=on_invalid, needs_subject=False)
         tell_skipped(console, skipped)
         asked = [edit for batch in batches for edit in batch]
-        measured = compare(before, after, asked, text=prose, fluency_prompts=fluency_prompts, seed=seed)
+        stage(lines, "measuring")
+        measured = compare(before, after, asked, prose, fluency_prompts=fluency_prompts, seed=seed, show=lines)
         emit(as_json, {**measured.to_dict(), **account(records, skipped)}, str(measured))
 
 
@@ -85,6 +107,7 @@ def stats(
     preset: Preset = None,
     settings: Settings = None,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     seed: Seed = 0,
     moments: MomentText = None,
     moment_tokens: MomentTokens = None,
@@ -94,39 +117,61 @@ def stats(
     console = open_console()
     with errors(console):
         from fastedit.methods.closed_form.second_moments import second_moments
-        from fastedit.methods.registry import method_named
-        from fastedit.model.background_text import Source
         from fastedit.runtime.cache import cache_folder
 
-        if not method_named(method).uses_second_moments:
+        asked = None if layers is None else _layers(layers)
+        chosen = choose(method, preset, settings or [], moment_tokens, given(context))
+        if not chosen.method.uses_second_moments:
             raise ValueError(f"{method} uses no second moments")
-        typed = given(context)
-        editor = make_editor(model, dtype, method, preset, settings or [], seed, moments, moment_tokens, typed)
-        wanted = _layers(layers, editor.adapter.n_layers) if layers else list(editor.weights.layers)
+        source = background(moments, seed)
+
+        lines = open_lines(console)
+        adapter = open_model(model, dtype, device, lines)
+        if asked is not None and asked[-1] >= adapter.n_layers:
+            raise ValueError(f"--layers must lie in 0-{adapter.n_layers - 1}, got {layers}")
+        wanted, windows = _asked_of(chosen, adapter, asked)
 
         started = time.perf_counter()
-        windows = editor.method.text_config(editor.config)
-        assert windows is not None
         # Named, the folder must take them; otherwise a cache that cannot be written is only a warning.
         folder = cache_folder() / "moments"
-        made = second_moments(editor.adapter, wanted, Source(moments, seed), windows, folder)
+        made = second_moments(adapter, wanted, source, windows, folder, show=lines)
         seconds = time.perf_counter() - started
 
         traces = {layer: float(moment.trace()) for layer, moment in made.items()}
-        lines = [f"layer {layer}: trace {trace:.1f}" for layer, trace in traces.items()]
+        told = [f"layer {layer}: trace {trace:.1f}" for layer, trace in traces.items()]
         data = {"seconds": seconds, "trace": traces, "folder": str(folder)}
-        emit(as_json, data, "\n".join([*lines, f"{seconds:.1f} s; stored in {folder}"]))
+        emit(as_json, data, "\n".join([*told, f"{seconds:.1f} s; stored in {folder}"]))
 
 
-def _layers(text: str, n_layers: int) -> list[int]:
+def _layers(text: str) -> list[int]:
+    """Ascending layers, each once. Raises ValueError for text that is no list of layers."""
+    from fastedit.config import layer_list
+
     try:
-        first, dash, last = text.partition("-")
-        layers = list(range(int(first), int(last) + 1)) if dash else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--layers must look like 4-8 or 4,6,8, got {text!r}") from None
-    if not layers or any(not 0 <= layer < n_layers for layer in layers):
-        raise ValueError(f"--layers must lie in 0-{n_layers - 1}, got {text!r}")
-    return layers
+        return sorted(set(layer_list(text)))
+    except ValueError as error:
+        raise ValueError(f"--layers {error}") from None
+
+
+def _asked_of(chosen: Chosen, model: ModelAdapter, layers: list[int] | None) -> tuple[list[int], MomentConfig]:
+    """The layers, and how much text is read for them.
+
+    layers: None = those of the preset, which is then needed
+    Raises ValueError where layers are neither given nor in a preset."""
+    from fastedit.config import MomentConfig, settings_from
+    from fastedit.methods.presets import NoPreset, settings_for
+
+    try:
+        config = settings_for(chosen.method, model, chosen.preset, chosen.changes)
+    except NoPreset as error:
+        named = chosen.changes.get(chosen.method.text_setting or "", {})
+        if layers is None:
+            raise ValueError(f"{error.reason}: say which layers, as --layers 4-8") from None
+        return layers, settings_from(MomentConfig, named)
+
+    windows = chosen.method.text_config(config)
+    assert windows is not None
+    return list(chosen.method.layers(model, config)) if layers is None else layers, windows
 
 
 def locate(
@@ -138,18 +183,19 @@ def locate(
     plot: Annotated[Path | None, typer.Option(help="PNG for a heat map over the layers")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace a PNG that stands there")] = False,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Show the neurons that FiNE would write for one edit, and the tokens that they promote."""
     console = open_console()
     with errors(console):
         from fastedit.methods.columns.neuron_report import locate_neurons
-        from fastedit.model.load import load_model
         from fastedit.runtime.places import check_file, new_file
 
         if plot is not None:
             check_file(plot, force)
-        report = locate_neurons(load_model(model, dtype), prompt, target, neurons, frozen_layers)
+        adapter = open_model(model, dtype, device, open_lines(console))
+        report = locate_neurons(adapter, prompt, target, neurons, frozen_layers)
         if plot is not None:
             with new_file(plot, force) as file:
                 report.plot(file)

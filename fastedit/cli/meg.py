@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from fastedit.cli.console import refuse
 from fastedit.cli.saving import UNUSED_WITHOUT_SAVE
-from fastedit.methods.meg.config import method_name
+from fastedit.config import changed, parse_changes
+from fastedit.methods.meg.config import CONFIGS, MegConfig, method_name
 from fastedit.methods.meg.editor import MeG
 from fastedit.methods.meg.metrics import NAMES, SixMetrics
-from fastedit.model.adapter import ModelAdapter
+from fastedit.records.check import OnInvalid
 from fastedit.records.edit import Edit, listing
 from fastedit.runtime.places import check_file
 
@@ -19,6 +20,7 @@ from fastedit.runtime.places import check_file
 UNUSED_BY_EDIT = {
     "preset": "--preset: meg has no presets, its settings are changed with --set",
     "batch_size": "--batch-size: meg learns all edits together, not in batches",
+    "join": "--join: meg puts its template, the setting fit.template, between prompt and target",
     "moments": "--moments: meg needs no second moments, so no text for them",
     "moment_tokens": "--moment-tokens: meg needs no second moments",
     "on_error": "--on-error: meg has no batch that could fail; edits that could not be fitted are named in the result",
@@ -36,6 +38,7 @@ UNUSED_BY_EDIT = {
 # The same for `eval --meg`.
 UNUSED_BY_EVAL = {
     "unedited": "--unedited: with --meg MODEL itself is the unedited model",
+    "join": "--join: meg puts its template, the setting fit.template, between prompt and target",
     "text": "--text: meg writes no weight, so the model's perplexity does not change",
     "fluency_prompts": "--fluency-prompts: --meg measures its six numbers, and fluency is not among them",
     "seed": "--seed: with --meg nothing is sampled",
@@ -47,6 +50,11 @@ ONLY_FOR_MEG = {
     "work_dir": "--work-dir: only meg and meg-lookup have stages to keep; --run-dir records the run of a method that"
     " writes weights",
 }
+
+
+def settings(method: str, assignments: Sequence[str]) -> MegConfig:
+    """The method's own settings with these changes. Raises ValueError with all that is wrong with them."""
+    return changed(CONFIGS[method_name(method)], parse_changes(assignments))
 
 
 def check_save(save: Path | None, force: bool, typed: Collection[str]) -> Path | None:
@@ -63,23 +71,18 @@ def check_save(save: Path | None, force: bool, typed: Collection[str]) -> Path |
 
 
 def edit(
-    model: ModelAdapter,
-    method: str,
+    meg: MeG,
     edits: Sequence[Edit],
     others: Sequence[Edit],
-    changes: Mapping[str, object],
-    seed: int,
     work_dir: Path | None,
-    on_invalid: str,
+    on_invalid: OnInvalid,
     evaluation: bool,
     save: Path | None,
     force: bool,
 ) -> tuple[dict[str, Any], str]:
     """Edit, save, measure; (data, text). save: the store's file; force: replace one that stands there"""
-    meg = MeG(model, method_name(method), changes, seed)
-    # Checked with the edits.
-    run = meg.edit(edits, others, work_dir, cast(Literal["refuse", "skip"], on_invalid))
-    data = {"method": method, **run.to_dict()}
+    run = meg.edit(edits, others, work_dir, on_invalid)
+    data = {"method": meg.method, **run.to_dict()}
 
     total = sum(run.seconds.values())
     lines = [f"{len(run.edits)} edits, {total / len(run.edits):.2f} s per edit: {stage_line(run.seconds)}"]
@@ -101,9 +104,8 @@ def edit(
     return data, "\n".join(lines)
 
 
-def evaluate(model: ModelAdapter, path: Path, edits: Sequence[Edit]) -> tuple[dict[str, Any], str]:
+def evaluate(meg: MeG, path: Path, edits: Sequence[Edit]) -> tuple[dict[str, Any], str]:
     """Measure a saved store on records; (data, text)."""
-    meg = MeG(model)
     meg.load(path)
     before, after = meg.measure(edits)
     return {"unedited": before.to_dict(), "edited": after.to_dict()}, table(before, after)

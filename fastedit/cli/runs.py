@@ -6,21 +6,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
-from fastedit.cli.console import AsJson, emit, errors, open_console
+from fastedit.cli.console import AsJson, emit, errors, given, open_console, open_lines, refuse, stage
+from fastedit.cli.inputs import check_device, open_model
+from fastedit.cli.options import Device
 from fastedit.cli.saving import Force, SaveDtype
 from fastedit.runtime.words import counted
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor
+    from fastedit.model.adapter import ModelAdapter
     from fastedit.records.edit import CaseId
     from fastedit.runs.log import Record
     from fastedit.runs.recorder import Recorder
+    from fastedit.runtime.progress import Lines
     from fastedit.weights.editable import EditableWeights
 
 RunDir = Annotated[Path, typer.Argument(help="run directory, as given to edit --run-dir")]
 To = Annotated[int | None, typer.Option("--to", min=0, help="only the first so many batches, before a damaged one")]
 Onto = Annotated[str | None, typer.Option("--onto", help="the unedited model; default: where it was loaded from")]
+
+# Options of `undo` that only --edit uses: whole batches are taken back in the log alone.
+UNUSED_WITHOUT_A_MODEL = {
+    "onto": "--onto: only undo --edit loads the model",
+    "device": "--device: only undo --edit loads the model",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -95,15 +106,15 @@ def _short(items: list[Any]) -> str:
     return ", ".join(map(str, items[:3])) + (f", ... {items[-1]}" if len(items) > 3 else "")
 
 
-def diff(run_dir: RunDir, to: To = None, onto: Onto = None, as_json: AsJson = False) -> None:
+def diff(run_dir: RunDir, to: To = None, onto: Onto = None, device: Device = "cpu", as_json: AsJson = False) -> None:
     """Say what the edits in force changed: per layer the norm of the change, and the neurons it touches."""
     with errors(open_console()):
         from fastedit.editing.recorded import recorded_weights
-        from fastedit.model.load import load_model
         from fastedit.runs.recorder import Recorder
 
+        check_device(device)
         recorder = Recorder.open(run_dir, to)
-        model = None if onto is None else load_model(onto, recorder.header["model"]["dtype"])
+        model = _model(recorder, onto, device, open_lines(Console(stderr=True)))
         weights = recorded_weights(recorder, model)
         layers: dict[int, dict[str, Any]] = {}
         lines = [f"{'layer':>5}  {'|change|':>9}  {'share':>7}  {'neurons':>8}  most changed"]
@@ -137,19 +148,23 @@ def _change_line(layer: int, change: dict[str, Any]) -> str:
 
 
 def undo(
+    context: typer.Context,
     run_dir: RunDir,
     last: Annotated[int | None, typer.Option(min=1, help="take the last batches back")] = None,
     to: Annotated[int | None, typer.Option(min=0, help="keep so many batches, from the first on")] = None,
     case: Annotated[str | None, typer.Option("--edit", help="take one edit back, by its case id")] = None,
     onto: Onto = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Take batches of a run back, exactly, or one edit, by solving the batches from its own on again without it."""
     with errors(open_console()):
         if sum(choice is not None for choice in (last, to, case)) != 1:
             raise ValueError("undo: say one of --last N, --to BATCH, --edit CASE_ID")
+        if case is None:
+            refuse(given(context), UNUSED_WITHOUT_A_MODEL)
         if case is not None:
-            editor = _editor(run_dir, onto)
+            editor = _editor(run_dir, onto, device)
             forgotten = editor.forget(_case_id(editor, case))
             emit(as_json, forgotten.to_dict(), str(forgotten))
             return
@@ -182,12 +197,13 @@ def replay(
     force: Force = False,
     to: To = None,
     onto: Onto = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Write the edits in force into the unedited model once more, and save it."""
     with errors(open_console()):
         _check_place(run_dir, onto, save, force)
-        editor = _editor(run_dir, onto, to)
+        editor = _editor(run_dir, onto, device, to)
         exported = editor.save_pretrained(save, save_dtype, force)
 
         n_edits = len(editor.edits)
@@ -210,6 +226,7 @@ def export(
     force: Force = False,
     to: To = None,
     onto: Onto = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Write the edits in force in a form that others read."""
@@ -218,7 +235,7 @@ def export(
 
         check_options(form, rank, dtype)
         _check_place(run_dir, onto, folder, force)
-        exported = _editor(run_dir, onto, to).export(folder, form, rank, dtype, force)
+        exported = _editor(run_dir, onto, device, to).export(folder, form, rank, dtype, force)
         emit(as_json, exported.to_dict(), str(exported))
 
 
@@ -232,12 +249,22 @@ def _check_place(run_dir: Path, onto: str | None, folder: Path, force: bool) -> 
     check_folder(folder, force, keep=[run_dir, *([] if source is None else [resolve(source)])])
 
 
-def _editor(run_dir: Path, onto: str | None, to: int | None = None) -> Editor:
+def _editor(run_dir: Path, onto: str | None, device: str, to: int | None = None) -> Editor:
+    """The editor of a run. onto: the unedited model, None = where it was loaded from; device: for the model"""
     from fastedit.editor import Editor
-    from fastedit.model.load import load_model
     from fastedit.runs.recorder import Recorder
 
-    if onto is None:
-        return Editor.resume(run_dir, to=to)
-    recorder: Recorder = Recorder.open(run_dir, to)
-    return Editor.resume(run_dir, load_model(onto, recorder.header["model"]["dtype"]), to=to)
+    check_device(device)
+    lines = open_lines(Console(stderr=True))
+    model = _model(Recorder.open(run_dir, to), onto, device, lines)
+    return Editor.resume(run_dir, model, progress=lines, to=to)
+
+
+def _model(recorder: Recorder, onto: str | None, device: str, lines: Lines | None) -> ModelAdapter:
+    """The unedited model of a run. onto: None = from where it was loaded"""
+    about = recorder.header["model"]
+    if onto is not None:
+        return open_model(onto, about["dtype"], device, lines)
+
+    stage(lines, f"loading {about['source']}")
+    return recorder.load_model(device)

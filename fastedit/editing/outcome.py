@@ -8,11 +8,11 @@ from fastedit.evaluation.answers import answer
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.edit import Edit
 from fastedit.runs.reports import BatchReport, Missed
-from fastedit.runtime.progress import track
+from fastedit.runtime.progress import Show, track
 
 
 def missed_edits(
-    model: ModelAdapter, edits: Sequence[Edit], reports: Iterable[BatchReport], show: bool | None
+    model: ModelAdapter, edits: Sequence[Edit], reports: Iterable[BatchReport], show: Show
 ) -> tuple[Missed, ...]:
     """The edits that did not take, in one pass over all of them.
 
@@ -23,7 +23,7 @@ def missed_edits(
     latest = list({(edit.prompt, edit.subject): edit for edit in edits}.values())
 
     with track(len(latest), "looking at the edits", "edits", show) as advance:
-        answers = answer(model, [(edit.prompt, edit.target_new) for edit in latest], advance)
+        answers = answer(model, [(edit.prompt, edit.target_new, edit.join) for edit in latest], advance)
 
     return tuple(
         Missed(

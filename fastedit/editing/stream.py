@@ -33,7 +33,7 @@ from fastedit.runs.reports import BatchRejected, BatchReport, Missed, Watcher
 from fastedit.runs.streams import Plan
 from fastedit.runtime.free_memory import give_back_freed
 from fastedit.runtime.interrupts import Interrupts
-from fastedit.runtime.progress import track
+from fastedit.runtime.progress import Show, track
 from fastedit.runtime.warnings_log import Notes
 from fastedit.weights.apply import RejectedUpdate
 from fastedit.weights.editable import ColumnWeights, EditableWeights
@@ -74,7 +74,7 @@ class Stream:
         moments: Mapping[int, Tensor] | Source | None,
         seed: int,
         undo_depth: int,
-        progress: bool | None,
+        progress: Show,
     ) -> None:
         self.adapter = adapter
         self.method = method

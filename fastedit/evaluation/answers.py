@@ -17,7 +17,7 @@ from fastedit.model.logits import LogitBuffer, score_rows
 from fastedit.model.packed_attention import CausalPlan
 from fastedit.model.packed_passes import TreePass, group_by_budget
 from fastedit.model.tokens import TokenSequence, target_sequences
-from fastedit.runtime.progress import track
+from fastedit.runtime.progress import Show, track
 
 # Tokens of the sequences that run together; shared rows count in each sequence.
 ROW_BUDGET = 2048
@@ -128,7 +128,7 @@ def _answers(sequences: Sequence[TokenSequence], log_probs: Sequence[float], bes
 
 
 @torch.no_grad()
-def perplexity(model: ModelAdapter, text: str, n_tokens: int = 20_000, show: bool | None = None) -> float:
+def perplexity(model: ModelAdapter, text: str, n_tokens: int = 20_000, show: Show = None) -> float:
     """exp of the mean negative log-probability of the tokens of a text, given those before them in their window.
 
     n_tokens: tokens of the text that are read; show: see `track`

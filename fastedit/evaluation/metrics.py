@@ -43,7 +43,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.sampling import sample_tokens
 from fastedit.model.tokens import encode
 from fastedit.records.edit import Edit, Probe
-from fastedit.runtime.progress import track
+from fastedit.runtime.progress import Show, track
 
 METRICS = (
     "efficacy",
@@ -119,7 +119,7 @@ class Edited(Protocol):
         ...
 
     @property
-    def progress(self) -> bool | None:
+    def progress(self) -> Show:
         """Whether progress bars are shown; None = on a terminal."""
         ...
 
@@ -134,7 +134,7 @@ def evaluate(
     text: str | None = None,
     text_tokens: int = 20_000,
     fluency_prompts: int = 50,
-    show: bool | None = None,
+    show: Show = None,
 ) -> Evaluation:
     """Measure the editor's model as it is and as it was before any edit.
 
@@ -159,7 +159,7 @@ def compare(
     text_tokens: int = 20_000,
     fluency_prompts: int = 50,
     seed: int = 0,
-    show: bool | None = None,
+    show: Show = None,
 ) -> Evaluation:
     """Like `evaluate`, for two models, which may be the same one."""
     options = (text, text_tokens, fluency_prompts, seed, show)
@@ -186,7 +186,7 @@ class Measurement:
         text_tokens: int,
         fluency_prompts: int,
         seed: int,
-        show: bool | None,
+        show: Show,
     ) -> Measurement:
         """Measure a model; the arguments are those of `evaluate` and `compare`."""
         pairs = list(dict.fromkeys(pair for edit in edits for pair in _questions(edit)))
@@ -270,7 +270,7 @@ class Measurement:
         return max(self.answers[prompt, target, edit.join].share for target in right) if right else None
 
 
-def _continued(model: ModelAdapter, prompts: Sequence[str], seed: int, show: bool | None) -> list[str]:
+def _continued(model: ModelAdapter, prompts: Sequence[str], seed: int, show: Show) -> list[str]:
     """The prompts with sampled continuations: 100 tokens in all, or twice the longest prompt."""
     if not prompts:
         return []

@@ -18,6 +18,7 @@ from fastedit.config import EditConfig, MomentConfig, changed
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.records.edit import Edit
+from fastedit.runtime.progress import Show
 from fastedit.weights.trial import Trial
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Start(Generic[C]):
     config: the method's settings
     moments: second moments by layer, (d_ff, d_ff) each, or the text to compute them from; None = the model's own text
     seed: of context templates and sampled text
-    progress: True or False shows or hides progress bars; None shows them on a terminal
+    progress: True or False shows or hides progress bars, None shows them on a terminal; a `Lines` gets lines of text
     """
 
     model: ModelAdapter
@@ -45,7 +46,7 @@ class Start(Generic[C]):
     config: C
     moments: Mapping[int, Tensor] | Source | None = None
     seed: int = 0
-    progress: bool | None = None
+    progress: Show = None
 
     @property
     def text(self) -> Source:

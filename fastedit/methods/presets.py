@@ -1,25 +1,53 @@
 """Presets, which ship as data beside their methods, and the settings that an editor starts from.
 
 A preset is a YAML file `<package>/presets/<method>/<name>.yaml`: `origin` says where its numbers come from, `model` is
-the shape it was made for, `config` the fields of the method's config; an unknown field is an error naming it.
+the shape it was made for, `config` the fields of the method's config. A preset of your own is such a file at any place,
+named by its path; it needs `config` only.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-import yaml
-from pydantic import ValidationError
-
-from fastedit.config import EditConfig, changed
+from fastedit.config import EditConfig, WrongSettings, changed, check_changes, settings_from
 from fastedit.methods.base import AnyMethod
 from fastedit.methods.registry import method_named
 from fastedit.model.adapter import ModelAdapter
+from fastedit.records.files import read_text
+from fastedit.runtime.plain_yaml import NotPlain, plain_yaml
+from fastedit.runtime.words import shown
 
 log = logging.getLogger(__name__)
+
+# Settings as they are given to an editor: whole, or changes to a preset.
+AnySettings: TypeAlias = EditConfig | Mapping[str, Any] | None
+
+PARTS = ("origin", "model", "config")
+SHAPE = ("n_layers", "d_model", "d_ff")
+
+
+class NoPreset(ValueError):
+    """No preset was made for a model of this shape. reason: that alone; advice: what to do"""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
+        self.advice = advice
+
+
+class Preset(NamedTuple):
+    """What a preset file holds.
+
+    path: of the file; model: the shape it was made for, None where the file does not say; config: the settings
+    """
+
+    path: Path
+    model: dict[str, int] | None
+    config: dict[str, Any]
 
 
 def presets(method: str | AnyMethod) -> list[str]:
@@ -28,89 +56,148 @@ def presets(method: str | AnyMethod) -> list[str]:
     return [] if folder is None else sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load_preset(method: str | AnyMethod, name: str, **changes: Any) -> EditConfig:
-    """The preset `name` of a method with `changes` applied, see `fastedit.config.changed`.
+def load_preset(method: str | AnyMethod, name: str | Path, **changes: Any) -> EditConfig:
+    """A preset of a method with `changes` applied, see `fastedit.config.changed`.
 
-    Raises ValueError for an unknown method, an unknown preset (listing those that ship) or a value that does not fit.
-    """
+    name: of a preset that ships, or the path of a .yaml file
+    Raises ValueError for an unknown method, an unknown preset (listing those that ship), a file that is no preset, or
+    values that do not fit; OSError for a file that cannot be read."""
     method = method_named(method)
-    if name not in presets(method):
-        names = ", ".join(presets(method)) or "none"
-        raise ValueError(f"{method.name}: no preset {name!r}; there are {names}")
-
-    return changed(method.config_class.model_validate(_read(method, name)["config"]), changes)
+    return changed(_settings_of(method, _read(_path_of(method, name))), changes)
 
 
 def preset_for(method: str | AnyMethod, n_layers: int, d_model: int, d_ff: int) -> EditConfig:
-    """The preset that was made for a model of this shape. Raises ValueError, listing the presets, when none was."""
+    """The preset that was made for a model of this shape. Raises NoPreset, listing the presets, when none was."""
     method = method_named(method)
     shape = {"n_layers": n_layers, "d_model": d_model, "d_ff": d_ff}
     for name in presets(method):
-        if _read(method, name)["model"] == shape:
-            return load_preset(method, name)
+        preset = _read(_path_of(method, name))
+        if preset.model == shape:
+            return _settings_of(method, preset)
 
     advice = "pass config="
     if presets(method):
         advice += f" or preset= one of {', '.join(presets(method))}"
-    raise ValueError(f"{method.name}: no preset was made for a model of {shape}; {advice}")
+    raise NoPreset(f"{method.name}: no preset was made for a model of {shape}", advice)
 
 
 def settings_for(
-    method: AnyMethod,
-    model: ModelAdapter,
-    preset: str | None = None,
-    config: EditConfig | Mapping[str, Any] | None = None,
+    method: AnyMethod, model: ModelAdapter, preset: str | Path | None = None, config: AnySettings = None
 ) -> EditConfig:
     """The settings of an editor.
 
-    preset: name of the preset to start from; default: the one made for a model of this shape
+    preset: name or file of the preset to start from; default: the one made for a model of this shape
     config: whole settings, taken as they are, or a mapping of changes to the preset, such as {"rounds": 2}; where no
         preset fits, the mapping must hold all settings without a default
-    Raises ValueError when no preset fits or a value does not; TypeError for the settings of another method."""
+    Raises NoPreset when no preset fits, ValueError when a value does not; TypeError for the settings of another method.
+    """
+    check_settings(method, preset, config)
     if isinstance(config, EditConfig):
-        if preset is not None:
-            raise ValueError(f"pass preset= or whole settings as config=, got both (preset {preset!r})")
-        if not isinstance(config, method.config_class):
-            raise TypeError(f"{method.name} needs a {method.config_class.__name__}, got {type(config).__name__}")
         return config
 
     changes = {} if config is None else config
     if preset is not None:
-        settings = load_preset(method, preset, **changes)
-        _warn_of_another_shape(method, preset, model)
-        return settings
+        _warn_of_another_shape(_read(_path_of(method, preset)), preset, model)
+        return load_preset(method, preset, **changes)
 
     try:
         base = preset_for(method, model.n_layers, model.d_model, model.d_ff)
-    except ValueError as error:
+    except NoPreset as error:
         if config is None:
             raise
-        return _whole(method, changes, str(error))
+        return _whole(method, changes, error)
     return changed(base, changes)
 
 
-def _whole(method: AnyMethod, fields: Mapping[str, Any], why: str) -> EditConfig:
+def check_settings(method: AnyMethod, preset: str | Path | None = None, config: AnySettings = None) -> None:
+    """Judge all that `settings_for` can judge without the model, and raise what it would raise."""
+    if isinstance(config, EditConfig):
+        if preset is not None:
+            raise ValueError(f"pass preset= or whole settings as config=, got both (preset {str(preset)!r})")
+        if not isinstance(config, method.config_class):
+            raise TypeError(f"{method.name} needs a {method.config_class.__name__}, got {type(config).__name__}")
+        return
+
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"config: wanted settings or a mapping of changes, got {type(config).__name__}")
+
+    changes = {} if config is None else config
+    check_changes(method.config_class, changes)
+    if preset is not None:
+        load_preset(method, preset, **changes)
+
+
+def _whole(method: AnyMethod, fields: Mapping[str, Any], why: NoPreset) -> EditConfig:
     """Settings from these fields and the defaults of the others. why: there is no preset to start from"""
     try:
-        settings: EditConfig = method.config_class.model_validate(dict(fields))
-    except ValidationError as error:
-        problems = error.errors()
-        if any(problem["type"] != "missing" for problem in problems):
+        settings: EditConfig = settings_from(method.config_class, fields)
+    except WrongSettings as error:
+        if any(problem.kind != "missing" for problem in error.problems):
             raise
-        missing = [".".join(map(str, problem["loc"])) for problem in problems]
-        raise ValueError(f"{why}; or whole settings: {', '.join(missing)} are missing") from None
+        missing = [".".join(problem.path) for problem in error.problems]
+        raise NoPreset(why.reason, f"{why.advice}; or whole settings: {', '.join(missing)} are missing") from None
     return settings
 
 
-def _warn_of_another_shape(method: AnyMethod, preset: str, model: ModelAdapter) -> None:
+def _warn_of_another_shape(preset: Preset, name: str | Path, model: ModelAdapter) -> None:
     """A preset's bounds are in units of its own model."""
-    made_for = _read(method, preset)["model"]
     shape = {"n_layers": model.n_layers, "d_model": model.d_model, "d_ff": model.d_ff}
-    if made_for != shape:
-        log.warning("preset %s was made for a model of %s, this one has %s", preset, made_for, shape)
+    if preset.model not in (None, shape):
+        log.warning("preset %s was made for a model of %s, this one has %s", name, preset.model, shape)
 
 
-def _read(method: AnyMethod, name: str) -> dict[str, Any]:
-    assert method.presets is not None
-    path: Path = method.presets / f"{name}.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+def _path_of(method: AnyMethod, name: str | Path) -> Path:
+    """The file of a preset. Raises ValueError for a name that is none of those that ship."""
+    if isinstance(name, Path) or name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
+        return Path(name)
+
+    if name in presets(method):
+        assert method.presets is not None
+        return method.presets / f"{name}.yaml"
+
+    close = difflib.get_close_matches(name, presets(method), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    if Path(f"{name}.yaml").is_file():
+        hint = f"; the file is named with its ending, {name}.yaml"
+    names = ", ".join(presets(method)) or "none"
+    raise ValueError(f"{method.name}: no preset {shown(name)}; there are {names}{hint}")
+
+
+def _settings_of(method: AnyMethod, preset: Preset) -> EditConfig:
+    """The settings of a preset. Raises ValueError naming the file and each field."""
+    try:
+        settings: EditConfig = settings_from(method.config_class, preset.config)
+    except WrongSettings as error:
+        raise ValueError("\n".join(f"{preset.path}: {line}" for line in str(error).splitlines())) from None
+    return settings
+
+
+def _read(path: Path) -> Preset:
+    """What a preset file holds. Raises ValueError naming the file and what is wrong in it, OSError as `read_text`."""
+    try:
+        data = plain_yaml(read_text(path))
+    except NotPlain as error:
+        place = "" if error.line is None else f":{error.line}:{error.column}"
+        raise ValueError(f"{path}{place}: {error}") from None
+
+    if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
+        wanted = "must hold a mapping `config`, and beside it `model` and `origin` or neither"
+        found = ", ".join(map(str, data)) if isinstance(data, dict) else shown(data)
+        raise ValueError(f"{path}: a preset {wanted}, got {found}")
+
+    unknown = [shown(name) for name in data if name not in PARTS]
+    if unknown:
+        raise ValueError(f"{path}: a preset has {', '.join(PARTS)}, and no {', '.join(unknown)}")
+
+    return Preset(path, _shape(path, data.get("model")), data["config"])
+
+
+def _shape(path: Path, shape: Any) -> dict[str, int] | None:
+    """The shape of the model that a preset was made for. Raises ValueError for anything but its three numbers."""
+    if shape is None:
+        return None
+
+    wrong = not isinstance(shape, dict) or set(shape) != set(SHAPE)
+    if wrong or not all(type(size) is int and size > 0 for size in shape.values()):
+        raise ValueError(f"{path}: model must hold {', '.join(SHAPE)}, three whole numbers, got {shown(shape)}")
+    return dict(shape)

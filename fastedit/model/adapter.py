@@ -37,6 +37,7 @@ from fastedit.model.logits import Head, LogitBuffer
 from fastedit.model.packed_attention import Plan, Rotary, plan_sequences
 from fastedit.ops.capture_keys import activate
 from fastedit.runtime.free_memory import is_out_of_memory
+from fastedit.runtime.words import told_by
 
 PACKED_ATTENTION = "fastedit_packed"
 
@@ -466,7 +467,7 @@ class ModelAdapter:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            cause = f"{type(error).__name__}: {told_by(error)}"
             raise UnsupportedModel(f"{type(self.model).__name__}: {what} ({cause})") from error
 
     def _check_finite(self) -> None:

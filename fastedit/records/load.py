@@ -17,8 +17,9 @@ from typing import Any
 
 from fastedit.records.check import OnInvalid, check_on_invalid, claim_case_id, with_case_id
 from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem, case_id_of, show, unknown_field
-from fastedit.records.files import read_plain
+from fastedit.records.files import not_text, read_plain
 from fastedit.records.forms import READERS, Reader
+from fastedit.runtime.words import told_by
 
 # The similarity from which a name counts as a known one misspelt: `rephrse` does, `subject_id` does not.
 MISSPELT = 0.85
@@ -51,9 +52,12 @@ def _read_file(source: str) -> bytes:
         message = "is a folder" if os.path.isdir(source) else f"cannot be read: {error.strerror}"
     else:
         if suffix not in (".jsonl", ".json"):
-            message = f"must be a .jsonl or .json file, got {suffix or 'no suffix'}"
+            what = not_text(data)
+            message = f"must be a .jsonl or .json file, got {suffix or 'no suffix'}{what and f', {what}'}"
         elif data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             message = "must be UTF-8, got UTF-16"
+        elif what := not_text(data):
+            message = f"must be JSON as UTF-8 text, and is {what}"
         elif not data.strip():
             message = "is empty"
 
@@ -158,7 +162,7 @@ def _undecodable(error: Exception, line: int) -> Problem:
         message = f"must be UTF-8, got byte 0x{error.object[error.start]:02x} at byte {column} of the line"
         return Problem(message, line=line + before.count(b"\n"))
 
-    return Problem(f"cannot be read as JSON: {error}", line=line)
+    return Problem(f"cannot be read as JSON: {told_by(error)}", line=line)
 
 
 def load_edits(

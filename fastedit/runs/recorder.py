@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from fastedit.config import EditConfig
@@ -120,9 +119,10 @@ class Recorder:
         Raises RunError naming the fields that `config_class` does not know or whose values it refuses."""
         whole = completed(config_class, self.header["settings"]["config"], "config", self.log.folder)
         try:
-            return config_class.model_validate(whole)
-        except ValidationError as error:
-            raise RunError(f"{self.log.folder}: settings that this version of fastedit refuses: {error}") from error
+            return config_class(**whole)
+        except ValueError as error:
+            problems = "; ".join(str(error).splitlines())
+            raise RunError(f"{self.log.folder}: settings that this version of fastedit refuses: {problems}") from error
 
     @property
     def seed(self) -> int:
@@ -135,12 +135,14 @@ class Recorder:
         text = self.header["moments_text"]
         return None if text is None else Path(text)
 
-    def load_model(self) -> ModelAdapter:
-        """The unedited model, from where it was loaded when the run began. Raises RunError when that is not known."""
+    def load_model(self, device: str | Mapping[str, int | str] = "cpu") -> ModelAdapter:
+        """The unedited model, from where it was loaded when the run began. Raises RunError when that is not known.
+
+        device: see :func:`fastedit.load_model`"""
         about = self.header["model"]
         if about["source"] is None:
             raise RunError(f"{self.log.folder}: its model was handed over loaded; hand it over again")
-        return load_model(about["source"], about["dtype"])
+        return load_model(about["source"], about["dtype"], device)
 
     @property
     def live(self) -> list[Record]:

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastedit.runtime.words import told_by
+
 log = logging.getLogger(__name__)
 
 
@@ -35,10 +37,10 @@ def store_in_cache(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         if required:
-            raise OSError(f"{path}: not written ({error})") from error
+            raise OSError(f"{path}: not written ({told_by(error)})") from error
         log.warning(
             "%s: not written (%s); going on without it, and what it would hold is computed again next time;"
             " FASTEDIT_CACHE names another folder for the cache",
             path,
-            error,
+            told_by(error),
         )

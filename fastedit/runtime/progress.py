@@ -1,4 +1,6 @@
-"""A progress bar with items per second and time left. It is shown on a terminal only, after two seconds."""
+"""How far a long step is: a bar on a terminal, or lines of text for whoever keeps the error stream in a file.
+
+A bar has items per second and time left. It is shown on a terminal only, after two seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import (
@@ -19,7 +22,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fastedit.runtime.words import grouped
+
 SHOW_AFTER_S = 2.0
+LINE_EVERY_S = 60.0
 
 
 class _RateColumn(TextColumn):
@@ -37,13 +43,54 @@ class _RateColumn(TextColumn):
         return Text(f"{number} {self._unit}/s")
 
 
+class Lines:
+    """Progress as lines of text: one when a step begins, and one every minute while it lasts.
+
+    write: called with each line, which has no line break"""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write = write
+        self._begun: set[str] = set()
+
+    @contextlib.contextmanager
+    def track(self, total: int, label: str, unit: str) -> Iterator[Callable[[float], None]]:
+        """As the function `track`. A step that begins again and again, such as a measurement, is told once."""
+        beginning = f"{label}: {grouped(total)} {unit if total != 1 else unit.removesuffix('s')}"
+        if beginning not in self._begun:
+            self._begun.add(beginning)
+            self.write(beginning)
+
+        started = told = time.monotonic()
+        done = 0.0
+
+        def advance(n: float) -> None:
+            nonlocal done, told
+            done += n
+
+            now = time.monotonic()
+            if now - told >= LINE_EVERY_S:
+                told = now
+                self.write(f"{label}: {grouped(done)} of {grouped(total)} {unit}, {now - started:.0f} s")
+
+        yield advance
+
+
+# Whether bars are shown, None = on a terminal; or what takes lines of text in their place.
+Show: TypeAlias = bool | Lines | None
+
+
 @contextlib.contextmanager
-def track(total: int, label: str, unit: str, show: bool | None = None) -> Iterator[Callable[[float], None]]:
+def track(total: int, label: str, unit: str, show: Show = None) -> Iterator[Callable[[float], None]]:
     """Show a progress bar on the error stream while the `with` block runs.
 
     total: number of items; label, unit: texts of the bar, the unit in the plural
-    show: whether to show the bar; None = only if the error stream is a terminal
+    show: whether to show the bar, None = only if the error stream is a terminal; `Lines` gets text in its place
     Yields a function that is called with the number of items finished since its last call."""
+    if isinstance(show, Lines):
+        with show.track(total, label, unit) as advance_lines:
+            yield advance_lines
+        return
+
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda n: None
         return

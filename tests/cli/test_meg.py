@@ -92,6 +92,7 @@ def test_unused_options_are_refused_with_a_sentence_each() -> None:
 VALUES = {
     "preset": "smollm2-135m",
     "batch_size": "2",
+    "join": "auto",
     "moments": FACTS,
     "moment_tokens": "9",
     "on_error": "skip",

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 from typer.testing import CliRunner
 
 from fastedit.cli.main import app
@@ -91,3 +93,39 @@ def test_text_is_read_as_before(tmp_path: Path) -> None:
         read_text(path)
     with pytest.raises(IsADirectoryError):
         read_plain(tmp_path)
+
+
+KINDS = {
+    "zip archive": b"PK\x03\x04\x14\x00",
+    "numpy array": b"\x93NUMPY\x01\x00",
+    "compressed with gzip": b"\x1f\x8b\x08\x00",
+    "Parquet table": b"PAR1\x15\x04",
+    "GGUF model": b"GGUF\x03\x00",
+    "Python pickle": b"\x80\x04\x95",
+    "text in UTF-16": "text".encode("utf-16"),
+    "safetensors file": save({"a": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_text_is_named(kind: str, tmp_path: Path) -> None:
+    for suffix in (".txt", ".jsonl", ".json"):
+        path = tmp_path / f"file{suffix}"
+        path.write_bytes(KINDS[kind])
+        with pytest.raises(ValueError, match=rf"file\{suffix}: must be UTF-8 text, and is .*{kind}"):
+            read_text(path)
+        if suffix != ".txt" and kind != "text in UTF-16":
+            with pytest.raises(InvalidEdits, match=rf"file\{suffix}: must be JSON as UTF-8 text, and is .*{kind}"):
+                load_edits(path)
+
+    path = tmp_path / "file.parquet"
+    path.write_bytes(KINDS[kind])
+    with pytest.raises(InvalidEdits, match=rf"must be a \.jsonl or \.json file, got \.parquet.*{kind}|UTF-16"):
+        load_edits(path)
+
+
+def test_zero_bytes_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_bytes(b"a\x00b")
+    with pytest.raises(ValueError, match=r"file\.txt: must be UTF-8 text, and is no text: it holds zero bytes"):
+        read_text(path)

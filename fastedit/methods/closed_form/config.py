@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from fastedit.config import Config, EditConfig, MomentConfig
+from fastedit.config import Config, EditConfig, Layers, MomentConfig
 
 
 class ValueConfig(Config):
@@ -58,7 +58,7 @@ class ClosedFormConfig(EditConfig):
     rewind_values: optimise values on the original weights throughout a stream; otherwise on the current weights
     """
 
-    layers: tuple[int, ...] = Field(min_length=1)
+    layers: Layers = Field(min_length=1)
     value: ValueConfig = ValueConfig()
     templates: TemplateConfig = TemplateConfig()
     moments: MomentConfig = MomentConfig()

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastedit.methods.closed_form.second_moments import BadMoments
 from fastedit.runtime.cache import cache_folder, store_in_cache
 from fastedit.runtime.hashing import tensors_hash
+from fastedit.runtime.words import told_by
 
 FORMAT = "fastedit eigenvectors 1"
 
@@ -66,7 +67,7 @@ def _load_eigenvectors(path: Path, moment: Tensor, digest: str) -> tuple[Tensor,
             eigenvalues = file.get_tensor("values")
             vectors = file.get_tensor("vectors")
     except (SafetensorError, OSError) as error:
-        raise BadMoments(f"{path}: not a readable file of eigenvectors ({error})") from error
+        raise BadMoments(f"{path}: not a readable file of eigenvectors ({told_by(error)})") from error
 
     if metadata.get("format") != FORMAT or metadata.get("moment") != digest or vectors.shape != moment.shape:
         raise BadMoments(f"{path}: does not hold the eigenvectors its name says; delete it to compute them again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ from fastedit.model.packed_attention import CausalPlan
 from fastedit.ops.gram_update import gram_update
 from fastedit.runtime.cache import cache_folder, store_in_cache
 from fastedit.runtime.places import check_room, check_writable
-from fastedit.runtime.progress import track
+from fastedit.runtime.progress import Show, track
+from fastedit.runtime.words import grouped, told_by
+
+log = logging.getLogger(__name__)
 
 FORMAT = "fastedit second moment 1"
 
@@ -39,7 +43,7 @@ def second_moments(
     source: Source,
     config: MomentConfig,
     folder: Path | None = None,
-    show: bool | None = None,
+    show: Show = None,
 ) -> dict[int, Tensor]:
     """Second moments by layer, each C (d_ff, d_ff) float32 on `ModelAdapter.device`.
 
@@ -63,7 +67,10 @@ def second_moments(
             check_room(folder, len(missing) * 4 * model.d_ff * (model.d_ff + 1) // 2)
         windows = source.windows(model, config, show)
         n_tokens = sum(len(window) for window in windows)
-        with track(n_tokens, "second moments", "tokens", show) as advance:
+        if n_tokens < model.d_ff:
+            _warn_of_few(n_tokens, model.d_ff)
+
+        with track(n_tokens, f"second moments of layers {_range(missing)}", "tokens", show) as advance:
             moments = accumulate(model, missing, windows, config.token_budget, advance)
         for layer in missing:
             origin = {**origins[layer], "tokens_used": str(n_tokens)}
@@ -74,6 +81,22 @@ def second_moments(
         if layer not in computed:
             computed[layer] = load_moment(paths[layer], model.d_ff, origins[layer])
     return {layer: computed[layer].to(model.device) for layer in layers}
+
+
+def _warn_of_few(n_tokens: int, d_ff: int) -> None:
+    log.warning(
+        "second moments of %s tokens have no full rank, since d_ff is %s: systems may not be solvable; read more",
+        grouped(n_tokens),
+        grouped(d_ff),
+    )
+
+
+def _range(layers: Sequence[int]) -> str:
+    """Ascending layers as 4-8 where none is left out, else as 4, 6, 8."""
+    first, last = layers[0], layers[-1]
+    if len(layers) > 1 and list(layers) == list(range(first, last + 1)):
+        return f"{first}-{last}"
+    return ", ".join(map(str, layers))
 
 
 @torch.no_grad()
@@ -171,7 +194,7 @@ def load_moment(path: Path, d_ff: int, origin: dict[str, str] | None = None) -> 
             metadata = file.metadata() or {}
             lower = file.get_tensor("second_moment")
     except (SafetensorError, OSError) as error:
-        raise BadMoments(f"{path}: not a readable file of second moments ({error})") from error
+        raise BadMoments(f"{path}: not a readable file of second moments ({told_by(error)})") from error
 
     _check_file(path, metadata, lower, d_ff, origin or {})
     moment = _symmetric(lower, d_ff)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fastedit.config import Config, EditConfig, MomentConfig
+from fastedit.config import Config, EditConfig, Layers, MomentConfig
 
 
 class TrainConfig(Config):
@@ -99,7 +99,7 @@ class KNEConfig(ColumnConfig):
     """
 
     share: float = Field(0.01, gt=0, lt=1)
-    key_layers: int | tuple[int, ...] | None = None
+    key_layers: int | Layers | None = None
     alpha: float | None = Field(None, gt=0)
     alpha_per: Literal["layer", "all"] = "layer"
     ensemble: Literal["shared", "union", "own"] = "shared"

@@ -21,6 +21,7 @@ from fastedit.model.families import FAMILIES, Family
 from fastedit.model.load import Dtype, load_model
 from fastedit.records.check import check_edits
 from fastedit.records.edit import Edit, EditSet, InvalidEdits, Problem
+from fastedit.runtime.progress import Show
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +83,7 @@ class MeG:
         method: MethodName = "meg",
         config: MegConfig | Mapping[str, object] | None = None,
         seed: int = 0,
-        progress: bool | None = None,
+        progress: Show = None,
     ) -> None:
         self.adapter = model
         self.method: MethodName = method_name(method)
@@ -109,12 +110,14 @@ class MeG:
         device: str | Mapping[str, int | str] = "cpu",
         families: Sequence[Family] = FAMILIES,
         seed: int = 0,
-        progress: bool | None = None,
+        progress: Show = None,
     ) -> MeG:
         """Load `source` (alias, hub id, folder or GGUF file) and make a MeG object for it.
 
         dtype, device, families: see :func:`fastedit.model.load.load_model`; the others: see `MeG`"""
-        return cls(load_model(source, dtype, device, families), method, config, seed, progress)
+        settings = _config(method_name(method), config)
+
+        return cls(load_model(source, dtype, device, families), method, settings, seed, progress)
 
     @classmethod
     def from_model(
@@ -125,7 +128,7 @@ class MeG:
         config: MegConfig | Mapping[str, object] | None = None,
         families: Sequence[Family] = FAMILIES,
         seed: int = 0,
-        progress: bool | None = None,
+        progress: Show = None,
     ) -> MeG:
         """For a transformers model and tokenizer that are already loaded.
 

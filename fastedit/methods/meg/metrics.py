@@ -31,7 +31,7 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer
 from fastedit.model.tokens import TokenSequence, prompt_ids, target_sequences
 from fastedit.records.edit import Edit
-from fastedit.runtime.progress import track
+from fastedit.runtime.progress import Show, track
 
 NAMES = ("reliability", "generality", "locality")
 
@@ -124,7 +124,7 @@ class Reference:
     answers: dict[str, list[str]]
 
 
-def ask_base(model: ModelAdapter, edits: Sequence[Edit], template: str, n_tokens: int, show: bool | None) -> Reference:
+def ask_base(model: ModelAdapter, edits: Sequence[Edit], template: str, n_tokens: int, show: Show) -> Reference:
     """Decode every question on the base model, at most n_tokens tokens each."""
     asked = questions(edits)
     total = sum(len(part.prompts) for part in asked.values())
@@ -145,7 +145,7 @@ def measure(
     template: str,
     n_tokens: int,
     layer: int,
-    show: bool | None = None,
+    show: Show = None,
 ) -> SixMetrics:
     """The six numbers of a server; None: those of the base model.
 
@@ -191,7 +191,7 @@ def _served_answers(
     decision: Decision,
     n_tokens: int,
     name: str,
-    show: bool | None,
+    show: Show,
 ) -> list[str]:
     """Answers of a server to texts: decoded for those inside the gate, the base model's for the others."""
     answers = list(base)

@@ -57,7 +57,7 @@ from fastedit.methods.meg.store import STAGE, BadStore, KnownNeurons, Store, rea
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.tokens import TokenSequence
 from fastedit.records.edit import Edit
-from fastedit.runtime.progress import track
+from fastedit.runtime.progress import Show, track
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Stages:
         config: MegConfig | None = None,
         seed: int = 0,
         folder: str | Path | None = None,
-        show: bool | None = None,
+        show: Show = None,
         earlier: Store | None = None,
     ) -> None:
         self.model = model

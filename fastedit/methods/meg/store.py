@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastedit.config import WrongSettings
 from fastedit.methods.meg.config import MegConfig
 from fastedit.methods.meg.neuron import NeuronForm
 from fastedit.records.edit import Edit, InvalidEdits
@@ -110,7 +110,7 @@ class Store:
                 for group in GROUPS
             }
             return cls(
-                config=MegConfig.model_validate(about["config"]),
+                config=MegConfig(**about["config"]),
                 layer=about["layer"],
                 form=NeuronForm((tensors["neurons"].shape[1] - about["bias"]) // 2, about["activation"], about["bias"]),
                 facts=[(case_id, prompt, target) for case_id, prompt, target in about["facts"]],
@@ -129,7 +129,7 @@ class Store:
                 encoder_key=about.get("encoder_key", ""),
                 n_others=about.get("n_others", 0),
             )
-        except (KeyError, pydantic.ValidationError, InvalidEdits) as error:
+        except (KeyError, WrongSettings, InvalidEdits) as error:
             raise BadStore(f"{path}: a store of version {VERSION} lacks or misnames {error}") from error
 
 
