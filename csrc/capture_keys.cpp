@@ -97,6 +97,8 @@ inline void add_up(const CaptureKeys &a, int64_t start, int64_t width) {
 
 template <class T, Activation A>
 void run(const CaptureKeys &a) {
+    // OpenMP divides by the step of a loop, which would be 0.
+    if (a.d_ff == 0) return;
     const int64_t tiles = ceil_div(a.d_ff, WIDTH);
     const int64_t part = ceil_div(ceil_div(a.d_ff, a.threads), LANES) * LANES;
 #pragma omp parallel num_threads(a.threads)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastedit.ops._check import require, require_dtype
+from fastedit.ops._check import require, require_dtype, require_float, require_one_device
 from fastedit.ops._dispatch import run
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -35,9 +35,9 @@ def capture_keys(
     weights: (n_templates,) float32, weight of each template in the mean
     activation: one of ACTIVATIONS
     active: (n_edits,) bool, the edits counted in the mass; None = all
-    Raises ValueError for shapes or an unknown activation, TypeError for mixed dtypes.
+    Raises ValueError for shapes, an unknown activation or tensors on several devices, TypeError for dtypes.
     """
-    args = CaptureKeys(gate, up, weights.to(gate.device), activation, active)
+    args = CaptureKeys(gate, up, weights, activation, active)
     check(args)
     return Keys(*run("capture_keys", args))
 
@@ -54,11 +54,14 @@ class CaptureKeys(NamedTuple):
 
 def check(args: CaptureKeys) -> None:
     """Raise ValueError or TypeError for arguments that `capture_keys` does not take."""
+    require_one_device("capture_keys", args)
     require("capture_keys", "gate", args.gate, (None, None, None))
+    require_float("capture_keys", "gate", args.gate)
     if args.up is not None:
         require("capture_keys", "up", args.up, args.gate.shape, args.gate)
 
     require("capture_keys", "weights", args.weights, args.gate.shape[1:2])
+    require_float("capture_keys", "weights", args.weights)
     if args.active is not None:
         require("capture_keys", "active", args.active, args.gate.shape[:1])
         # An int64 tensor would silently be taken as positions.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastedit.ops._check import require, require_dtype
+from fastedit.ops._check import require, require_dtype, require_one_device, require_writable
 from fastedit.ops._dispatch import run
 
 
@@ -45,11 +45,12 @@ def sparse_adam(
     step: number of this step, counted from 1
     decay: (n,) weight of the norm penalty per row, or None
     radius: (n,) largest norm of a row after the step, or None
-    Raises ValueError for wrong shapes or step < 1, TypeError for other or mixed dtypes.
+    Raises ValueError for wrong shapes, step < 1, tensors on several devices or state whose elements share memory,
+    TypeError for other or mixed dtypes.
     """
     args = SparseAdam(delta, grad, moment1, moment2, step, settings, decay, radius)
     check(args)
-    run("sparse_adam", args)
+    run("sparse_adam", args, written=(delta, moment1, moment2))
 
 
 class SparseAdam(NamedTuple):
@@ -68,6 +69,7 @@ class SparseAdam(NamedTuple):
 def check(args: SparseAdam) -> None:
     """Raise ValueError or TypeError for arguments that `sparse_adam` does not take."""
     delta = args.delta
+    require_one_device("sparse_adam", args)
     require("sparse_adam", "delta", delta, (None, None))
     require_dtype("sparse_adam", "delta", delta, torch.float32, torch.float64)
     require("sparse_adam", "grad", args.grad, delta.shape, delta)
@@ -80,6 +82,7 @@ def check(args: SparseAdam) -> None:
         require("sparse_adam", "radius", args.radius, delta.shape[:1], delta)
     if args.step < 1:
         raise ValueError(f"sparse_adam: step must be at least 1, got {args.step}")
+    require_writable("sparse_adam", args, "delta", "moment1", "moment2")
 
 
 def sparse_adam_ref(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops import _dispatch
-from fastedit.ops._check import require, require_dtype
+from fastedit.ops._check import require, require_dtype, require_one_device
 
 DELTA_DTYPES = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
@@ -40,8 +40,8 @@ def sparse_delta(
     index: (n_slots,) int64, columns in [0, d_ff)
     slot_starts: (n_samples + 1,) int64, likewise for slots; from 0 to n_slots
     delta: (n_slots, d_model) float32 or float64
-    Raises ValueError for shapes and, on the CPU, for starts or columns out of range (elsewhere the check would wait for
-    the device), TypeError for dtypes.
+    Raises ValueError for shapes, for tensors on several devices and, on the CPU, for starts or columns out of range
+    (elsewhere the check would wait for the device), TypeError for dtypes.
     """
     args = SparseDelta(activations, row_starts, index, slot_starts, delta, scale)
     check(args, "sparse_delta")
@@ -84,6 +84,7 @@ class SparseDelta(NamedTuple):
 def check(args: SparseDelta, function: str) -> None:
     """Raise ValueError or TypeError for arguments that `function` does not take; `grad` is not looked at."""
     activations, row_starts, index, slot_starts, delta, _, _ = args
+    require_one_device(function, args)
     require(function, "delta", delta, (None, None))
     require_dtype(function, "delta", delta, *DELTA_DTYPES)
     require(function, "activations", activations, (None, None))
@@ -94,8 +95,6 @@ def check(args: SparseDelta, function: str) -> None:
 
     for name, value in (("index", index), ("row_starts", row_starts), ("slot_starts", slot_starts)):
         require_dtype(function, name, value, torch.int64)
-        if value.device != delta.device:
-            raise ValueError(f"{function}: {name} must be on {delta.device}, got {value.device}")
 
     if delta.device.type == "cpu":
         _check_ranges(args, function)

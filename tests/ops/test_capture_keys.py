@@ -62,7 +62,9 @@ def test_every_activation_follows_its_formula_and_is_told_apart_from_the_others(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_hold_over_their_whole_range(activation, backend, device):
     gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 600.0, -600.0])])
-    found = capture_keys(gate.to(device)[None, None], None, torch.ones(1), activation).keys[0].double().cpu()
+    found = (
+        capture_keys(gate.to(device)[None, None], None, torch.ones(1, device=device), activation).keys[0].double().cpu()
+    )
     expected = gate.double().apply_(SCALAR[activation])
     assert float(((found - expected).abs() / (1 + expected.abs())).max()) <= 2e-6
 
@@ -71,7 +73,7 @@ def test_activations_hold_over_their_whole_range(activation, backend, device):
 def test_nan_reaches_its_own_neuron_only(activation, backend, device):
     gate = torch.ones(2, 3, 40, device=device)
     gate[1, 2, 7] = float("nan")
-    keys, mass = capture_keys(gate, gate, torch.ones(3), activation)
+    keys, mass = capture_keys(gate, gate, torch.ones(3, device=device), activation)
     assert keys.isnan().nonzero().tolist() == [[1, 7]]
     assert mass.isnan().nonzero().tolist() == [[7]]
 
