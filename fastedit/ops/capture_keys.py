@@ -18,6 +18,9 @@ from fastedit.ops._dispatch import run
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
+# Gates above which gelu is the identity in float32 and float64.
+IDENTITY = 1e30
+
 
 class Keys(NamedTuple):
     """keys: (n_edits, d_ff), one row per edit; mass: (d_ff,), summed |key| of the active edits."""
@@ -77,7 +80,11 @@ def capture_keys_ref(
 ) -> Keys:
     """The definition; computes in float32, or in float64 for float64 inputs."""
     working = torch.promote_types(gate.dtype, torch.float32)
-    product = activate(gate.to(working), activation)
+    wide = gate.to(working)
+    product = activate(wide, activation)
+    if activation == "gelu":
+        # Torch doubles the gate before it halves it, which overflows; up here the factor is 1.
+        product = torch.where(wide > IDENTITY, wide, product)
     if up is not None:
         product = product * up.to(working)
 
