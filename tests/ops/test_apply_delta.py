@@ -90,6 +90,14 @@ def test_repeated_indices_add_up(dtype, backend, device):
     assert_close(found, expected, torch_result.to(dtype), "apply_delta")
 
 
+def test_repeated_indices_of_a_float64_weight_add_up_in_float64(backend, device):
+    """In float32 the small parts of the column would vanish beside the large one."""
+    weight, chosen = torch.zeros(1, 2, dtype=torch.float64, device=device), torch.tensor([1, 1, 1], device=device)
+    solution = torch.tensor([[1.0], [2.0**-30], [2.0**-40]], device=device)
+    apply_delta(weight, torch.ones(1, 1, device=device), solution, chosen)
+    assert weight.tolist() == [[0.0, 1 + 2.0**-30 + 2.0**-40]]
+
+
 @pytest.mark.parametrize("chosen", [None, [1, 4, 11], [7, 2, 7, 7, 0, 2], []], ids=["all", "some", "repeated", "none"])
 @pytest.mark.parametrize("with_master", [True, False], ids=["master", "bare"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
