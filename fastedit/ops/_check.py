@@ -28,10 +28,7 @@ def require(op: str, name: str, value: Tensor, shape: Sequence[int | None], like
 
     Raises ValueError for the shape, TypeError for the dtype.
     """
-    fits = value.dim() == len(shape) and all(
-        size is None or size == got for size, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
+    if value.shape != shape and not _fits(value.shape, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} must be ({wanted}), got {tuple(value.shape)}")
 
@@ -41,8 +38,7 @@ def require(op: str, name: str, value: Tensor, shape: Sequence[int | None], like
 
 def require_one_device(op: str, args: NamedTuple) -> None:
     """Raise ValueError unless all tensors of an argument record are on the device of the first."""
-    reason = apart(args)
-    if reason is not None:
+    if (reason := apart(args)) is not None:
         raise ValueError(f"{op}: {reason}")
 
 
@@ -74,11 +70,16 @@ def require_writable(op: str, args: NamedTuple, *names: str) -> None:
     """Raise ValueError unless the named tensors (some may be None) can be written in place, element by element."""
     for name in names:
         value = getattr(args, name)
-        if value is None:
+        # Most are contiguous, so that no element can share memory with another.
+        if value is None or (value.is_contiguous() and not lazy(value) and not value.is_inference()):
             continue
         if lazy(value):
             raise ValueError(
                 f"{op}: {name} is written in place, got a lazily negated or zero tensor: pass its .clone()"
+            )
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{op}: {name} is written in place, got a tensor made in inference mode: pass its .clone()"
             )
         if _overlaps(value):
             shown = f"strides {value.stride()} of {tuple(value.shape)}"
@@ -88,6 +89,16 @@ def require_writable(op: str, args: NamedTuple, *names: str) -> None:
 def lazy(value: Tensor) -> bool:
     """Whether the memory of a tensor does not hold its elements: torch negates them when they are read, or has none."""
     return value.is_neg() or value._is_zerotensor()
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    # A loop, not `all` over a generator: an op has a few microseconds for all of its checks.
+    for size, want in zip(shape, wanted, strict=True):  # noqa: SIM110
+        if want is not None and want != size:
+            return False
+    return True
 
 
 def _names_apart(args: NamedTuple) -> str:

@@ -164,20 +164,30 @@ def _undisturbed(function: Callable[[NamedTuple], Any], args: NamedTuple) -> Any
             return _undisturbed(function, args)
 
     kind = args[0].device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _casts(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return function(args)
     return function(args)
 
 
+@cache
+def _casts(kind: str) -> bool:
+    """Whether there is autocast for a type of device."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def _resolved(args: Args) -> Args:
     """The record with lazily negated and zero tensors written out: a kernel reads memory."""
-    changes = {
-        name: value.resolve_neg().clone()
-        for name, value in zip(args._fields, args, strict=True)
-        if isinstance(value, Tensor) and lazy(value)
-    }
-    return args._replace(**changes) if changes else args
+    for value in args:
+        if isinstance(value, Tensor) and lazy(value):
+            break
+    else:
+        return args
+
+    given = zip(args._fields, args, strict=True)
+    return args._replace(
+        **{name: value.resolve_neg().clone() for name, value in given if isinstance(value, Tensor) and lazy(value)}
+    )
 
 
 def _not_plain(args: NamedTuple) -> str | None:

@@ -58,7 +58,8 @@ def check(args: SelectNeurons) -> None:
         raise ValueError("select_neurons: give exactly one of top_k, reaching, within")
 
     # A NaN is both the smallest and the largest: one pass answers for NaN, Inf and sign.
-    smallest, largest = (float(end) for end in score.aminmax()) if score.numel() else (0.0, 0.0)
+    ends = score.detach().aminmax() if score.numel() else (0.0, 0.0)
+    smallest, largest = (float(end) for end in ends)
     if not (isfinite(smallest) and isfinite(largest)):
         broken = int((~torch.isfinite(score)).sum())
         raise ValueError(f"select_neurons: scores must be finite, got {broken} NaN or Inf of {score.numel()}")

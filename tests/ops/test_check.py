@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops import _dispatch
-from fastedit.ops._check import apart, require_one_device
+from fastedit.ops._check import _overlaps, apart, require_one_device
 from fastedit.ops.sparse_adam import AdamSettings
 from fastedit.testing import Case, Factory
 
@@ -131,3 +131,151 @@ def test_tensors_on_one_device_are_not_apart():
     assert apart(Pair(torch.ones(1), torch.ones(2))) is None
     with pytest.raises(ValueError, match="pair: right must be on cpu, the device of left, got meta"):
         require_one_device("pair", Pair(torch.ones(1), torch.ones(2, device=ELSEWHERE)))
+
+
+def test_autocast_changes_nothing(call, backend, device):
+    expected = run(call, arguments(call, device=device))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = run(call, arguments(call, device=device))
+    assert_same_bits(found, expected)
+
+
+def test_autograd_records_nothing_whatever_the_grad_mode(call, backend, device):
+    """Only `sparse_delta` is differentiable. Leaves that require a gradient are written as others are."""
+    with torch.no_grad():
+        expected = run(call, arguments(call, device=device))
+    given = arguments(call, device=device)
+    for value in tensors(given).values():
+        value.requires_grad_(value.is_floating_point())
+    found = run(call, given)
+    assert_same_bits(found, expected)
+    given_ones = {id(value) for value in tensors(given).values()}
+    for one in found:
+        assert one.requires_grad is (call == "sparse_delta") or id(one) in given_ones
+
+
+def test_what_is_written_in_place_has_a_new_version_and_nothing_else(call, backend, device):
+    given = arguments(call, device=device)
+    before = {name: value._version for name, value in tensors(given).items()}
+    run(call, given)
+    for name, value in tensors(given).items():
+        assert (value._version > before[name]) is (name in WRITTEN.get(call, ()))
+
+
+def test_a_graph_that_has_saved_what_is_written_notices(call, backend, device):
+    for name in WRITTEN.get(call, ()):
+        given = arguments(call, device=device)
+        factor = torch.ones_like(given[name], requires_grad=True)
+        loss = (factor * given[name]).sum()
+        run(call, given)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_lazily_negated_inputs_are_read_negated(call, backend, device):
+    given = arguments(call, device=device)
+    expected = run(call, arguments(call, device=device))
+    for name in set(ordered(call, given)) - set(WRITTEN.get(call, ())):
+        if given[name].is_floating_point():
+            given[name] = torch._neg_view(-given[name])
+    assert_same_bits(run(call, given), expected)
+
+
+def test_zero_tensors_are_read_as_zeros(call, backend, device):
+    for name in ordered(call, arguments(call)):
+        given, zeros = arguments(call, device=device), arguments(call, device=device)
+        if name in WRITTEN.get(call, ()) or not given[name].is_floating_point():
+            continue
+        zeros[name] = torch.zeros_like(given[name])
+        given[name] = torch._efficientzerotensor(given[name].shape, dtype=given[name].dtype, device=device)
+        assert_same_bits(run(call, given), run(call, zeros))
+
+
+def test_expanded_inputs_are_read_as_their_copies(call, backend, device):
+    for name in ordered(call, arguments(call)):
+        for dim in range(arguments(call)[name].dim()):
+            given, copied = arguments(call, device=device), arguments(call, device=device)
+            if name in WRITTEN.get(call, ()) or not given[name].is_floating_point():
+                continue
+            given[name] = given[name].narrow(dim, 0, 1).expand_as(given[name])
+            copied[name] = given[name].clone(memory_format=torch.contiguous_format)
+            for one, other in zip(run(call, given), run(call, copied), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_with_gaps_between_them_are_read_and_written_as_whole_ones(call, backend, device):
+    """A history of more rows than are used, the columns of a wider matrix: the row stride is not the width."""
+    expected = run(call, arguments(call, device=device))
+    given = arguments(call, device=device)
+    wide = {}
+    for name, value in tensors(given).items():
+        if value.is_floating_point() and value.dim() > 1:
+            wide[name] = value.new_full((*value.shape[:-1], value.shape[-1] + 3), float("nan"))
+            given[name] = wide[name][..., : value.shape[-1]].copy_(value)
+    for one, other in zip(run(call, given), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    for name, value in wide.items():
+        assert value[..., given[name].shape[-1] :].isnan().all()
+
+
+def shared_memory(value, kind):
+    """A tensor like `value` that cannot be written element by element."""
+    rows, columns = value.shape
+    if kind == "rows":
+        return value[:1].clone().expand(rows, columns)
+    if kind == "columns":
+        return value[:, :1].clone().expand(rows, columns)
+    if kind == "windows":
+        return value.new_zeros(rows + columns).as_strided((rows, columns), (1, 1))
+    if kind == "negated":
+        return torch._neg_view(value)
+    return torch._efficientzerotensor(value.shape, dtype=value.dtype, device=value.device)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "windows", "negated", "zero"])
+def test_what_cannot_be_written_in_place_is_refused_and_changes_nothing(kind, call, backend, device):
+    for name in WRITTEN.get(call, ()):
+        given = arguments(call, device=device)
+        given[name] = shared_memory(given[name], kind)
+        before = {key: value.clone() for key, value in tensors(given).items()}
+        with pytest.raises(ValueError, match=f"{call}: {name} is written in place, got"):
+            run(call, given)
+        assert all(torch.equal(value, before[key]) for key, value in tensors(given).items())
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "shared"),
+    [
+        ((3, 4), (4, 1), False),
+        ((3, 4), (1, 3), False),
+        ((3, 4), (5, 1), False),
+        ((3, 4), (3, 1), True),
+        ((3, 4), (2, 3), False),
+        ((4, 3), (2, 3), True),
+        ((2, 3), (3, 2), False),
+        ((1, 4), (0, 1), False),
+        ((2, 1), (0, 1), True),
+        ((2, 2), (0, 0), True),
+        ((0, 4), (0, 0), False),
+        ((1, 1), (0, 0), False),
+    ],
+)
+def test_shared_memory_is_seen_in_the_strides(shape, strides, shared):
+    value = torch.zeros(40).as_strided(shape, strides)
+    elements = [row * strides[0] + column * strides[1] for row in range(shape[0]) for column in range(shape[1])]
+    assert (len(set(elements)) < len(elements)) is shared
+    assert _overlaps(value) is shared
+
+
+@pytest.mark.parametrize("wrong", [-1, CASE.d_ff])
+def test_an_index_outside_of_the_layer_is_refused_and_changes_nothing(wrong, call, backend):
+    given = arguments(call)
+    if "index" not in given:
+        pytest.skip("no index")
+    given["index"] = given["index"].clone().index_fill_(0, torch.tensor([1]), wrong)
+    before = {key: value.clone() for key, value in tensors(given).items()}
+    error = ValueError if call.startswith("sparse_delta") else IndexError
+    wanted = "out of range" if backend == "triton" and error is IndexError else rf"{call}: index must be in \[0, 20\)"
+    with pytest.raises(error, match=wanted):
+        run(call, given)
+    assert all(torch.equal(value, before[key]) for key, value in tensors(given).items())
