@@ -381,6 +381,13 @@ def strided(value: Tensor) -> Tensor:
     return view
 
 
+def gaps(value: Tensor) -> Tensor:
+    """The same content in rows that are five elements longer, filled with NaN; the last dimension is contiguous."""
+    wide = value.new_full((*value.shape[:-1], value.shape[-1] + 5), float("nan"))
+
+    return wide[..., : value.shape[-1]].copy_(value)
+
+
 def in_float64(values: Iterable[Any]) -> tuple[Any, ...]:
     """CPU copies of tensors, floating-point ones in float64. Values that are not tensors are returned as they are."""
     return tuple(

@@ -51,6 +51,14 @@ def _length(square, wide, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _root(v, bias, DTYPE: tl.constexpr):
+    """sqrt(v / bias). The quotient of a large moment by a small bias overflows though its root does not: by 2^-64."""
+    down = tl.where(v > 1.0, 5.421010862427522e-20, 1.0).to(DTYPE)
+    up = tl.where(v > 1.0, 4294967296.0, 1.0).to(DTYPE)
+    return tl.sqrt(v * down / bias) * up
+
+
+@triton.jit
 def _adam_kernel(
     delta, grad, moment1, moment2, decay, radius, d,
     lr: tl.float64, beta1: tl.float64, beta2: tl.float64, rest1: tl.float64, rest2: tl.float64, eps: tl.float64,
@@ -90,10 +98,7 @@ def _adam_kernel(
         g = tl.load(grad + row * grad_row + column * grad_column, mask=inside, other=0.0) + pull * (x * lift)
         m = tl.full((), beta1, DTYPE) * tl.load(m_place, mask=inside, other=0.0) + tl.full((), rest1, DTYPE) * g
         v = tl.full((), beta2, DTYPE) * tl.load(v_place, mask=inside, other=0.0) + tl.full((), rest2, DTYPE) * g * g
-        # A quotient of a large moment by a small bias overflows though its root does not.
-        down = tl.where(v > 1.0, 5.421010862427522e-20, 1.0).to(DTYPE)
-        up = tl.where(v > 1.0, 4294967296.0, 1.0).to(DTYPE)
-        denominator = tl.sqrt(v * down / tl.full((), unbias2, DTYPE)) * up + tl.full((), eps, DTYPE)
+        denominator = _root(v, tl.full((), unbias2, DTYPE), DTYPE) + tl.full((), eps, DTYPE)
         step = tl.full((), lr, DTYPE) * (m / tl.full((), unbias1, DTYPE)) / denominator
 
         # Past the end the denominator is eps, which may be 0.
