@@ -99,6 +99,7 @@ def judges_of(path: str) -> list[str]:
     kind = "triton" if path.startswith("kernels") else "torch"
     name = OTHER.get(stem, stem)
     own = [f"tests/ops/test_{name}.py", "tests/ops/test_check.py"]
+    own += ["tests/kernels/test_triton.py"] if kind == "triton" else []
     # Tests without a backend judge the checks of the public functions.
     judged = f"not cpp and not triton and (check or dispatch or {name})" if kind == "torch" else f"triton and {name}"
     return [*own, "-k", f"({judged}) and not smollm2 and not million"]
@@ -111,6 +112,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     for folder in ("fastedit", "tests/ops"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    (copy / "tests/kernels").mkdir()
+    shutil.copy(ROOT / "tests/kernels/test_triton.py", copy / "tests/kernels")
     shutil.copytree(ROOT / "kernels/triton", copy / "fastedit/kernels", ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", copy)
     return copy
