@@ -40,10 +40,16 @@ void check(int isa, int threads) {
 }
 
 // The kernels would read or write outside of the matrix for an index that is out of range.
-void check_index(const int64_t *index, int64_t size, int64_t end) {
-    bool inside = true;
-    for (int64_t i = 0; index && i < size; ++i) inside &= 0 <= index[i] && index[i] < end;
-    if (!inside) throw py::index_error("an index lies outside of [0, " + std::to_string(end) + ")");
+void check_index(const char *op, const int64_t *index, int64_t size, int64_t end) {
+    if (!index || size == 0) return;
+    int64_t smallest = index[0], largest = index[0];
+    for (int64_t i = 1; i < size; ++i) {
+        smallest = index[i] < smallest ? index[i] : smallest;
+        largest = index[i] > largest ? index[i] : largest;
+    }
+    if (0 <= smallest && largest < end) return;
+    const auto range = std::to_string(smallest) + " to " + std::to_string(largest);
+    throw py::index_error(std::string(op) + ": index must be in [0, " + std::to_string(end) + "), got " + range);
 }
 
 template <class T>
@@ -75,7 +81,7 @@ PYBIND11_MODULE(_cpu, m) {
                             int64_t history_row, int64_t keys_row, int64_t keys_column, int moment_type,
                             int history_type, int keys_type, int out_type, int64_t d_ff) {
         check(isa, threads);
-        check_index(at<int64_t>(index), width, d_ff);
+        check_index("masked_gram", at<int64_t>(index), width, d_ff);
         const MaskedGram a{at<void>(moment), at<void>(history), at<void>(keys), at<int64_t>(index), at<void>(out),
                            weight, n_edits, width, moment_row, history_row, keys_row, keys_column,
                            static_cast<Type>(moment_type), static_cast<Type>(history_type),
@@ -106,7 +112,7 @@ PYBIND11_MODULE(_cpu, m) {
                             int64_t solution_row, int64_t solution_column, int type, int residual_type,
                             int solution_type, int64_t d_ff) {
         check(isa, threads);
-        check_index(at<int64_t>(index), width, d_ff);
+        check_index("apply_delta", at<int64_t>(index), width, d_ff);
         const ApplyDelta a{at<void>(weight), at<void>(master), at<void>(residual), at<void>(solution),
                            at<int64_t>(index), n_edits, d_model, width, weight_row, weight_column, residual_row,
                            residual_column, solution_row, solution_column, static_cast<Type>(type),
@@ -151,7 +157,7 @@ PYBIND11_MODULE(_cpu, m) {
                              int64_t n_slots, int64_t d_ff, int64_t d_model, int64_t activation_row, double scale,
                              int activation_type, int delta_type, bool forward) {
         check(isa, threads);
-        check_index(at<int64_t>(index), n_slots, d_ff);
+        check_index("sparse_delta", at<int64_t>(index), n_slots, d_ff);
         const SparseDelta a{at<void>(activations), at<void>(delta), at<void>(grad), at<int64_t>(row_starts),
                             at<int64_t>(slot_starts), at<int64_t>(index), at<void>(y), at<void>(grad_activations),
                             at<void>(grad_delta), n_samples, n_rows, n_slots, d_ff, d_model, activation_row, scale,

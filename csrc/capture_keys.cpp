@@ -9,16 +9,20 @@ namespace {
 // Columns of one tile: 8 KB of float32 per row, so that the sum over templates stays in the first-level cache.
 constexpr int64_t WIDTH = 2048;
 
+// Below this the factor of x, as small as e^x, is 0 in float32; `exponential` stops at e^-87, which times -3e38 is not 0.
+constexpr float LOWEST = -104.0f;
+
 template <Activation A>
 inline VecF activate(VecF x) {
     if constexpr (A == RELU) {
         // Written so that NaN passes.
         return x < 0.0f ? VecF{} : x;
     } else if constexpr (A == SILU) {
-        return x * inverse(exponential(-x) + 1.0f);
+        return x * (x < LOWEST ? VecF{} : inverse(exponential(-x) + 1.0f));
     } else if constexpr (A == GELU_TANH) {
         // x (1 + tanh u) / 2 = x / (1 + e^(-2u)),  2u = 2 sqrt(2 / pi) (x + 0.044715 x^3)
-        return x * inverse(exponential(-1.59576912f * (x + 0.044715f * x * x * x)) + 1.0f);
+        const VecF doubled = 1.59576912f * (x + 0.044715f * x * x * x);
+        return x * (x < LOWEST ? VecF{} : inverse(exponential(-doubled) + 1.0f));
     } else {
         // x Phi(x); Phi(-|x|) = erfc(z) / 2 with z = |x| / sqrt(2), erfc(z) = e^(-z^2) P(t), t = 1 / (1 + z / 2).
         // P: least squares of the relative error over z in [0, 10], 3.5e-8 at most.
@@ -35,7 +39,7 @@ inline VecF activate(VecF x) {
         p = p * t + 0.282196283f;
         p = p * t - 4.92599399e-06f;
         const VecF tail = 0.5f * p * exponential(-z * z);
-        return x * (x < 0.0f ? tail : 1.0f - tail);
+        return x * (x < LOWEST ? VecF{} : x < 0.0f ? tail : 1.0f - tail);
     }
 }
 
@@ -97,6 +101,8 @@ inline void add_up(const CaptureKeys &a, int64_t start, int64_t width) {
 
 template <class T, Activation A>
 void run(const CaptureKeys &a) {
+    // OpenMP divides by the step of a loop, which would be 0.
+    if (a.d_ff == 0) return;
     const int64_t tiles = ceil_div(a.d_ff, WIDTH);
     const int64_t part = ceil_div(ceil_div(a.d_ff, a.threads), LANES) * LANES;
 #pragma omp parallel num_threads(a.threads)

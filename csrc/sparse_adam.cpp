@@ -19,6 +19,9 @@ double norm(const T *row, int64_t d) {
     return __builtin_sqrt(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
 }
 
+// A power of two that takes lengths beyond 2^64 or below 2^-64 back to the middle of float32's range, else 1.
+inline double lift_of(double length) { return length > 0x1p64 ? 0x1p-64 : length < 0x1p-64 ? 0x1p64 : 1.0; }
+
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
 
@@ -37,17 +40,21 @@ void run(const SparseAdam &a) {
         T *__restrict moment1 = static_cast<T *>(a.moment1) + i * a.d;
         T *__restrict moment2 = static_cast<T *>(a.moment2) + i * a.d;
         const T *__restrict grad = static_cast<const T *>(a.grad) + i * a.d;
-        T pull = 0;
+        T pull = 0, lift = 1;
         if (a.decay) {
             const double length = norm(delta, a.d);
-            if (length > 0) pull = static_cast<T>(static_cast<const T *>(a.decay)[i] / length);
+            lift = static_cast<T>(lift_of(length));
+            if (length > 0) pull = static_cast<T>(static_cast<const T *>(a.decay)[i] / (length * lift));
         }
         for (int64_t j = 0; j < a.d; ++j) {
             // Without a penalty the gradient keeps its bits: 0 times an infinite delta would be NaN.
-            const T g = pull != 0 ? grad[j] + pull * delta[j] : grad[j];
+            const T g = pull != 0 ? grad[j] + pull * (delta[j] * lift) : grad[j];
             moment1[j] = beta1 * moment1[j] + rest1 * g;
             moment2[j] = beta2 * moment2[j] + rest2 * g * g;
-            delta[j] -= lr * (moment1[j] / unbias1) / (root(moment2[j] / unbias2) + eps);
+            // A quotient of a large moment by a small bias overflows though its root does not.
+            const bool large = moment2[j] > 1;
+            const T down = large ? T(0x1p-64) : T(1), up = large ? T(0x1p32) : T(1);
+            delta[j] -= lr * (moment1[j] / unbias1) / (root(moment2[j] * down / unbias2) * up + eps);
         }
         if (!a.radius) continue;
         const double length = norm(delta, a.d), radius = static_cast<const T *>(a.radius)[i];

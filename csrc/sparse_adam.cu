@@ -22,6 +22,14 @@ __device__ T block_sum(T value, T* memory) {
   return sum;
 }
 
+// The root of a sum of squares over the block; where they vanish or overflow in T, of the sum in float64.
+template <class T>
+__device__ T block_length(T squares, double wide, T* memory, double* wide_memory) {
+  const T sum = block_sum(squares, memory);
+  if (sum > T(1e-30) && sum < T(1e36)) return sqrt(sum);
+  return static_cast<T>(sqrt(block_sum(wide, wide_memory)));
+}
+
 template <class T>
 __device__ T& element(const Matrix& of, std::int64_t row, std::int64_t column) {
   return static_cast<T*>(of.data)[row * of.row + column * of.column];
@@ -30,6 +38,7 @@ __device__ T& element(const Matrix& of, std::int64_t row, std::int64_t column) {
 template <class T>
 __global__ void __launch_bounds__(kAdamThreads) sparse_adam_kernel(SparseAdam in) {
   __shared__ T memory[kAdamThreads / kWarpSize];
+  __shared__ double wide_memory[kAdamThreads / kWarpSize];
   const std::int64_t row = blockIdx.x;
   const T beta1 = static_cast<T>(in.beta1), beta2 = static_cast<T>(in.beta2);
   const T rest1 = static_cast<T>(1 - in.beta1), rest2 = static_cast<T>(1 - in.beta2);
@@ -39,13 +48,16 @@ __global__ void __launch_bounds__(kAdamThreads) sparse_adam_kernel(SparseAdam in
   if (in.decay.data != nullptr) {
     decay = static_cast<const T*>(in.decay.data)[row * in.decay.stride];
     T squares = 0;
+    double wide = 0;
     for (int column = threadIdx.x; column < in.d; column += kAdamThreads) {
       const T value = element<T>(in.delta, row, column);
       squares += value * value;
+      wide += static_cast<double>(value) * value;
     }
-    norm = sqrt(block_sum(squares, memory));
+    norm = block_length(squares, wide, memory, wide_memory);
   }
   T squares = 0;
+  double wide = 0;
   for (int column = threadIdx.x; column < in.d; column += kAdamThreads) {
     T& delta = element<T>(in.delta, row, column);
     T& moment1 = element<T>(in.moment1, row, column);
@@ -54,15 +66,18 @@ __global__ void __launch_bounds__(kAdamThreads) sparse_adam_kernel(SparseAdam in
     if (norm > 0) grad += decay * delta / norm;
     const T mean = beta1 * moment1 + rest1 * grad;
     const T spread = beta2 * moment2 + rest2 * grad * grad;
-    const T value = delta - lr * (mean / bias1) / (sqrt(spread / bias2) + eps);
+    // A quotient of a large moment by a small bias overflows though its root does not.
+    const T down = spread > T(1) ? T(0x1p-64) : T(1), up = spread > T(1) ? T(0x1p32) : T(1);
+    const T value = delta - lr * (mean / bias1) / (sqrt(spread * down / bias2) * up + eps);
     moment1 = mean;
     moment2 = spread;
     delta = value;
     squares += value * value;
+    wide += static_cast<double>(value) * value;
   }
   if (in.radius.data == nullptr) return;
   const T radius = static_cast<const T*>(in.radius.data)[row * in.radius.stride];
-  const T after = sqrt(block_sum(squares, memory));
+  const T after = block_length(squares, wide, memory, wide_memory);
   if (!(after > radius)) return;
   for (int column = threadIdx.x; column < in.d; column += kAdamThreads) {
     element<T>(in.delta, row, column) *= radius / after;

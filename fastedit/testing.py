@@ -326,11 +326,11 @@ class Factory:
         """A sample per edit, of 0 to 2 n_templates rows and 0 to 6 slots; every fourth slot names neuron 0 again."""
         case = self.case
         wide = self.dtype if self.dtype == torch.float64 else torch.float32
-        rows, slots = (
-            torch.randint(most + 1, (case.n_edits,), generator=self.generator) for most in (2 * case.n_templates, 6)
-        )
+        # Where there are no columns, no slot can name one.
+        mosts = 2 * case.n_templates, 6 if case.d_ff else 0
+        rows, slots = (torch.randint(most + 1, (case.n_edits,), generator=self.generator) for most in mosts)
         n_rows, n_slots = int(rows.sum()), int(slots.sum())
-        index = torch.randint(case.d_ff, (n_slots,), generator=self.generator)
+        index = torch.randint(max(case.d_ff, 1), (n_slots,), generator=self.generator)
         index[::4] = 0
         zero = torch.zeros(1, dtype=torch.int64)
         return SparseInputs(
@@ -379,6 +379,13 @@ def strided(value: Tensor) -> Tensor:
     view.copy_(value)
 
     return view
+
+
+def gaps(value: Tensor) -> Tensor:
+    """The same content in rows that are five elements longer, filled with NaN; the last dimension is contiguous."""
+    wide = value.new_full((*value.shape[:-1], value.shape[-1] + 5), float("nan"))
+
+    return wide[..., : value.shape[-1]].copy_(value)
 
 
 def in_float64(values: Iterable[Any]) -> tuple[Any, ...]:

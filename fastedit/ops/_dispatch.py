@@ -29,10 +29,13 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from fastedit.ops._check import lazy
 
 # Kind of backend -> its package, in the order in which the automatic choice tries them.
 PACKAGES = {
@@ -42,6 +45,8 @@ PACKAGES = {
 }
 
 BACKENDS = (*PACKAGES, "torch")
+
+Args = TypeVar("Args", bound=NamedTuple)
 
 _chosen: ContextVar[str | None] = ContextVar("fastedit_backend", default=None)
 
@@ -67,12 +72,15 @@ def wanted() -> str | None:
     return _chosen.get() or _known(os.environ.get("FASTEDIT_BACKEND") or None)
 
 
-def run(op: str, args: NamedTuple, function: str | None = None) -> Any:
+def run(op: str, args: NamedTuple, function: str | None = None, *, written: tuple[Tensor | None, ...] = ()) -> Any:
     """Run `op` on the requested backend, or on the automatic choice.
 
+    Autograd records nothing and autocast changes nothing inside, on any backend.
     args: the op's argument record, checked; function: the op's second function, None for the op itself
+    written: the tensors that are changed in place; a graph that has saved one of them notices it
     Raises BackendUnavailable if the requested backend cannot run the op on these arguments.
     """
+    args = _resolved(args)
     name = wanted()
     if name is None:
         name = automatic(op, args)
@@ -82,7 +90,11 @@ def run(op: str, args: NamedTuple, function: str | None = None) -> Any:
             raise BackendUnavailable(f"{op}: backend {name!r} was requested, but {reason}; able: {', '.join(able)}")
         name = "torch"
 
-    return _function(op, name, function or op)(args)
+    result = _undisturbed(_function(op, name, function or op), args)
+    for value in written:
+        if value is not None:
+            torch.autograd.graph.increment_version(value)
+    return result
 
 
 def automatic(op: str, args: NamedTuple) -> str:
@@ -143,6 +155,39 @@ def _function(op: str, name: str, function: str) -> Callable[[NamedTuple], Any]:
         function += "_parts" if has_parts(op) else "_torch"
     run_it: Callable[[NamedTuple], Any] = getattr(module_of(op, name), function)
     return run_it
+
+
+def _undisturbed(function: Callable[[NamedTuple], Any], args: NamedTuple) -> Any:
+    """function(args) without autograd and autocast. Both are off as a rule, and a block that switches costs 2 us."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _undisturbed(function, args)
+
+    kind = args[0].device.type
+    if _casts(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return function(args)
+    return function(args)
+
+
+@cache
+def _casts(kind: str) -> bool:
+    """Whether there is autocast for a type of device."""
+    return torch.amp.is_autocast_available(kind)
+
+
+def _resolved(args: Args) -> Args:
+    """The record with lazily negated and zero tensors written out: a kernel reads memory."""
+    for value in args:
+        if isinstance(value, Tensor) and lazy(value):
+            break
+    else:
+        return args
+
+    given = zip(args._fields, args, strict=True)
+    return args._replace(
+        **{name: value.resolve_neg().clone() for name, value in given if isinstance(value, Tensor) and lazy(value)}
+    )
 
 
 def _not_plain(args: NamedTuple) -> str | None:

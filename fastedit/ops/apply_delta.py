@@ -11,7 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastedit.ops._check import require, require_dtype
+from fastedit.ops._check import (
+    require,
+    require_dtype,
+    require_float,
+    require_in_range,
+    require_one_device,
+    require_writable,
+)
 from fastedit.ops._dispatch import run
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -24,13 +31,14 @@ def apply_delta(
 
     weight: (d_model, d_ff) float32, float64, bf16 or fp16
     residual: (n_edits, d_model); solution: (k, n_edits), float32 or float64
-    index: (k,) int64 selected neurons, or None for all; repeated indices add up
+    index: (k,) int64 selected neurons in [0, d_ff), or None for all; repeated indices add up
     master: (d_model, d_ff) float32 or float64, or None
-    Raises ValueError for shapes, TypeError for dtypes.
+    Raises ValueError for shapes, for tensors on several devices and for a weight or master whose elements share memory,
+    TypeError for dtypes, IndexError for an index out of range.
     """
     args = ApplyDelta(weight, residual, solution, index, master)
     check(args)
-    run("apply_delta", args)
+    run("apply_delta", args, written=(weight, master))
 
 
 class ApplyDelta(NamedTuple):
@@ -46,7 +54,9 @@ class ApplyDelta(NamedTuple):
 def check(args: ApplyDelta) -> None:
     """Raise ValueError or TypeError for arguments that `apply_delta` does not take."""
     weight, residual, solution, index, master = args
+    require_one_device("apply_delta", args)
     require("apply_delta", "residual", residual, (None, None))
+    require_float("apply_delta", "residual", residual)
     n_edits, d_model = residual.shape
     require("apply_delta", "weight", weight, (d_model, None))
     require_dtype("apply_delta", "weight", weight, *WEIGHT_DTYPES)
@@ -56,10 +66,12 @@ def check(args: ApplyDelta) -> None:
         require_dtype("apply_delta", "index", index, torch.int64)
     width = weight.shape[1] if index is None else index.shape[0]
     require("apply_delta", "solution", solution, (width, n_edits))
+    require_float("apply_delta", "solution", solution)
 
     if master is not None:
         require("apply_delta", "master", master, weight.shape)
         require_dtype("apply_delta", "master", master, torch.float32, torch.float64)
+    require_writable("apply_delta", args, "weight", "master")
 
 
 def apply_delta_ref(weight: Tensor, residual: Tensor, solution: Tensor, index: Tensor | None = None) -> Tensor:
@@ -74,6 +86,8 @@ def apply_delta_ref(weight: Tensor, residual: Tensor, solution: Tensor, index: T
 def apply_delta_torch(args: ApplyDelta) -> None:
     """The update in place, in plain torch."""
     weight, residual, solution, index, master = args
+    if index is not None:
+        require_in_range("apply_delta", "index", index, weight.shape[1])
     new = apply_delta_ref(weight if master is None else master, residual, solution, index)
     if master is not None:
         master.copy_(new)
@@ -82,4 +96,4 @@ def apply_delta_torch(args: ApplyDelta) -> None:
     if index is None:
         weight.copy_(new)
     else:
-        weight[:, index] = new[:, index].to(weight.dtype)
+        weight[:, index] = new.index_select(1, index).to(weight.dtype)

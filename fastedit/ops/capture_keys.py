@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastedit.ops._check import require, require_dtype
+from fastedit.ops._check import require, require_dtype, require_float, require_one_device
 from fastedit.ops._dispatch import run
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+# Gates above which gelu is the identity in float32 and float64.
+IDENTITY = 1e30
 
 
 class Keys(NamedTuple):
@@ -35,9 +38,9 @@ def capture_keys(
     weights: (n_templates,) float32, weight of each template in the mean
     activation: one of ACTIVATIONS
     active: (n_edits,) bool, the edits counted in the mass; None = all
-    Raises ValueError for shapes or an unknown activation, TypeError for mixed dtypes.
+    Raises ValueError for shapes, an unknown activation or tensors on several devices, TypeError for dtypes.
     """
-    args = CaptureKeys(gate, up, weights.to(gate.device), activation, active)
+    args = CaptureKeys(gate, up, weights, activation, active)
     check(args)
     return Keys(*run("capture_keys", args))
 
@@ -54,11 +57,14 @@ class CaptureKeys(NamedTuple):
 
 def check(args: CaptureKeys) -> None:
     """Raise ValueError or TypeError for arguments that `capture_keys` does not take."""
+    require_one_device("capture_keys", args)
     require("capture_keys", "gate", args.gate, (None, None, None))
+    require_float("capture_keys", "gate", args.gate)
     if args.up is not None:
         require("capture_keys", "up", args.up, args.gate.shape, args.gate)
 
     require("capture_keys", "weights", args.weights, args.gate.shape[1:2])
+    require_float("capture_keys", "weights", args.weights)
     if args.active is not None:
         require("capture_keys", "active", args.active, args.gate.shape[:1])
         # An int64 tensor would silently be taken as positions.
@@ -74,7 +80,11 @@ def capture_keys_ref(
 ) -> Keys:
     """The definition; computes in float32, or in float64 for float64 inputs."""
     working = torch.promote_types(gate.dtype, torch.float32)
-    product = activate(gate.to(working), activation)
+    wide = gate.to(working)
+    product = activate(wide, activation)
+    if activation == "gelu":
+        # Torch doubles the gate before it halves it, which overflows; up here the factor is 1.
+        product = torch.where(wide > IDENTITY, wide, product)
     if up is not None:
         product = product * up.to(working)
 

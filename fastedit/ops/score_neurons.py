@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastedit.ops._check import require, require_dtype
+from fastedit.ops._check import require, require_dtype, require_one_device
 from fastedit.ops._dispatch import run
 
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ def score_neurons(
     All of one dtype, one of SCORE_DTYPES; products and sums are taken in the dtype of the result.
     top_k: signed, in [1, d_ff]; smallest index first among equal scores; a NaN ranks before every number. The scores
         of all slots are then never held at once.
-    Raises ValueError for shapes or top_k, TypeError for dtypes.
+    Raises ValueError for shapes, top_k or tensors on several devices, TypeError for dtypes.
     """
     args = ScoreNeurons(activations, weight, directions, top_k)
     check(args)
@@ -63,6 +63,7 @@ class ScoreNeurons(NamedTuple):
 def check(args: ScoreNeurons) -> None:
     """Raise ValueError or TypeError for arguments that `score_neurons` does not take."""
     activations, weight, directions, top_k = args
+    require_one_device("score_neurons", args)
     require("score_neurons", "weight", weight, (None, None))
     require_dtype("score_neurons", "weight", weight, *SCORE_DTYPES)
 

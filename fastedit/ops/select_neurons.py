@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastedit.ops._check import require
+from fastedit.ops._check import require, require_float
 from fastedit.ops._dispatch import run
 
 
@@ -27,7 +27,8 @@ def select_neurons(
     """Indices of the selected neurons, (n_selected,) int64, ascending.
 
     score: (d_ff,) float, finite and not negative (negative scores are allowed with top_k)
-    Raises ValueError for NaN or Inf scores, a share outside (0, 1], k outside [1, d_ff], or not exactly one rule.
+    Raises ValueError for NaN or Inf scores, a share outside (0, 1], k outside [1, d_ff], or not exactly one rule,
+    TypeError for scores that are not floating-point.
     """
     args = SelectNeurons(score, top_k, reaching, within)
     check(args)
@@ -49,14 +50,16 @@ class SelectNeurons(NamedTuple):
 
 
 def check(args: SelectNeurons) -> None:
-    """Raise ValueError for arguments that `select_neurons` does not take. Waits for the device of the scores."""
+    """Raise ValueError or TypeError for arguments that `select_neurons` does not take. Waits for the device."""
     score, top_k, reaching, within = args
     require("select_neurons", "score", score, (None,))
+    require_float("select_neurons", "score", score)
     if (top_k is None) + (reaching is None) + (within is None) != 2:
         raise ValueError("select_neurons: give exactly one of top_k, reaching, within")
 
     # A NaN is both the smallest and the largest: one pass answers for NaN, Inf and sign.
-    smallest, largest = (float(end) for end in score.aminmax()) if score.numel() else (0.0, 0.0)
+    ends = score.detach().aminmax() if score.numel() else (0.0, 0.0)
+    smallest, largest = (float(end) for end in ends)
     if not (isfinite(smallest) and isfinite(largest)):
         broken = int((~torch.isfinite(score)).sum())
         raise ValueError(f"select_neurons: scores must be finite, got {broken} NaN or Inf of {score.numel()}")

@@ -15,8 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastedit.ops._check import require, require_dtype
+from fastedit.ops._check import require, require_dtype, require_one_device, require_writable
 from fastedit.ops._dispatch import run
+
+# Norms between which the squares of a float32 row neither vanish nor overflow.
+SMALLEST, LARGEST = 1e-15, 1e18
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ def sparse_adam(
     step: number of this step, counted from 1
     decay: (n,) weight of the norm penalty per row, or None
     radius: (n,) largest norm of a row after the step, or None
-    Raises ValueError for wrong shapes or step < 1, TypeError for other or mixed dtypes.
+    Raises ValueError for wrong shapes, step < 1, tensors on several devices or state whose elements share memory,
+    TypeError for other or mixed dtypes.
     """
     args = SparseAdam(delta, grad, moment1, moment2, step, settings, decay, radius)
     check(args)
-    run("sparse_adam", args)
+    run("sparse_adam", args, written=(delta, moment1, moment2))
 
 
 class SparseAdam(NamedTuple):
@@ -68,6 +72,7 @@ class SparseAdam(NamedTuple):
 def check(args: SparseAdam) -> None:
     """Raise ValueError or TypeError for arguments that `sparse_adam` does not take."""
     delta = args.delta
+    require_one_device("sparse_adam", args)
     require("sparse_adam", "delta", delta, (None, None))
     require_dtype("sparse_adam", "delta", delta, torch.float32, torch.float64)
     require("sparse_adam", "grad", args.grad, delta.shape, delta)
@@ -80,6 +85,7 @@ def check(args: SparseAdam) -> None:
         require("sparse_adam", "radius", args.radius, delta.shape[:1], delta)
     if args.step < 1:
         raise ValueError(f"sparse_adam: step must be at least 1, got {args.step}")
+    require_writable("sparse_adam", args, "delta", "moment1", "moment2")
 
 
 def sparse_adam_ref(
@@ -94,16 +100,16 @@ def sparse_adam_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The step out of place, in the dtype of its inputs; returns (delta, moment1, moment2)."""
     if decay is not None:
-        norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+        norm = _lengths(delta)
         grad = grad + torch.where(norm > 0, decay[:, None] * delta / norm, torch.zeros_like(delta))
 
     moment1 = settings.beta1 * moment1 + (1 - settings.beta1) * grad
     moment2 = settings.beta2 * moment2 + (1 - settings.beta2) * grad * grad
-    denominator = (moment2 / (1 - settings.beta2**step)).sqrt() + settings.eps
+    denominator = _root(moment2, 1 - settings.beta2**step) + settings.eps
     delta = delta - settings.lr * (moment1 / (1 - settings.beta1**step)) / denominator
 
     if radius is not None:
-        norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+        norm = _lengths(delta)
         delta = torch.where(norm > radius[:, None], delta * (radius[:, None] / norm), delta)
     return delta, moment1, moment2
 
@@ -114,3 +120,19 @@ def sparse_adam_torch(args: SparseAdam) -> None:
     args.delta.copy_(delta)
     args.moment1.copy_(moment1)
     args.moment2.copy_(moment2)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """The norm of every row, (n, 1). Where squares overflow or vanish in float32 they are taken in float64."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if rows.dtype == torch.float64:
+        return norm
+
+    wide = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
+    return torch.where((norm > SMALLEST) & (norm < LARGEST), norm, wide)
+
+
+def _root(moment: Tensor, bias: float) -> Tensor:
+    """sqrt(moment / bias), also where only the quotient overflows."""
+    root = (moment / bias).sqrt()
+    return torch.where(root.isinf(), moment.sqrt() / bias**0.5, root)

@@ -2,7 +2,8 @@
 
 The sum runs over the slots r of the sample that row p belongs to. Every sample has its own list of columns and its own
 vectors, so many edits are trained in one pass over one weight. A column named twice counts twice. With FiNE every edit
-is a sample; KNE's ensemble, which a batch shares, is one sample that owns all rows and slots.
+is a sample; KNE's ensemble, which a batch shares, is one sample that owns all rows and slots. NaN and Inf of one sample
+reach no other: one edit may diverge while the others are trained.
 
 A backend has two functions, `sparse_delta` and `sparse_delta_grads`. Both take the record `SparseDelta`, whose `grad`
 is None for the first.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops import _dispatch
-from fastedit.ops._check import require, require_dtype
+from fastedit.ops._check import require, require_dtype, require_one_device
 
 DELTA_DTYPES = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
@@ -40,8 +41,8 @@ def sparse_delta(
     index: (n_slots,) int64, columns in [0, d_ff)
     slot_starts: (n_samples + 1,) int64, likewise for slots; from 0 to n_slots
     delta: (n_slots, d_model) float32 or float64
-    Raises ValueError for shapes and, on the CPU, for starts or columns out of range (elsewhere the check would wait for
-    the device), TypeError for dtypes.
+    Raises ValueError for shapes, for tensors on several devices and, on the CPU, for starts or columns out of range
+    (elsewhere the check would wait for the device), TypeError for dtypes.
     """
     args = SparseDelta(activations, row_starts, index, slot_starts, delta, scale)
     check(args, "sparse_delta")
@@ -84,6 +85,7 @@ class SparseDelta(NamedTuple):
 def check(args: SparseDelta, function: str) -> None:
     """Raise ValueError or TypeError for arguments that `function` does not take; `grad` is not looked at."""
     activations, row_starts, index, slot_starts, delta, _, _ = args
+    require_one_device(function, args)
     require(function, "delta", delta, (None, None))
     require_dtype(function, "delta", delta, *DELTA_DTYPES)
     require(function, "activations", activations, (None, None))
@@ -94,8 +96,6 @@ def check(args: SparseDelta, function: str) -> None:
 
     for name, value in (("index", index), ("row_starts", row_starts), ("slot_starts", slot_starts)):
         require_dtype(function, name, value, torch.int64)
-        if value.device != delta.device:
-            raise ValueError(f"{function}: {name} must be on {delta.device}, got {value.device}")
 
     if delta.device.type == "cpu":
         _check_ranges(args, function)
@@ -129,7 +129,8 @@ def sparse_delta_ref(
 
 def sparse_delta_torch(args: SparseDelta) -> Tensor:
     """The sum in plain torch: one product with the rows' activations at all slots, zero at those of other samples."""
-    return torch.mm(_at_slots(args), args.delta).mul_(args.scale)
+    own = _own_slots(args)
+    return _own_sums(_at_slots(args, own), own, args.delta).mul_(args.scale)
 
 
 def sparse_delta_grads_torch(args: SparseDelta) -> DeltaGrads:
@@ -138,10 +139,11 @@ def sparse_delta_grads_torch(args: SparseDelta) -> DeltaGrads:
     if grad is None:
         raise ValueError("sparse_delta_grads: grad is missing")
 
-    at_slots = _at_slots(args)
-    pulled = torch.mm(grad, args.delta.T).mul_(args.scale).masked_fill_(~_own_slots(args), 0)
+    own = _own_slots(args)
+    pulled = torch.mm(grad, args.delta.T).mul_(args.scale).masked_fill_(~own, 0)
     of_activations = grad.new_zeros(activations.shape).index_add_(1, args.index, pulled)
-    return DeltaGrads(of_activations.to(activations.dtype), torch.mm(at_slots.T, grad).mul_(args.scale))
+    of_delta = _own_sums(_at_slots(args, own).T, own.T, grad).mul_(args.scale)
+    return DeltaGrads(of_activations.to(activations.dtype), of_delta)
 
 
 class _SparseDelta(torch.autograd.Function):
@@ -162,14 +164,40 @@ class _SparseDelta(torch.autograd.Function):
         grad = grads[0].contiguous()
         args = SparseDelta(activations, row_starts, index, slot_starts, delta, ctx.scale, grad)
         with contextlib.nullcontext() if ctx.backend is None else _dispatch.backend(ctx.backend):
-            of_activations, of_delta = _dispatch.run("sparse_delta", args, "sparse_delta_grads")
+            of_activations, of_delta = _SparseDeltaGrads.apply(*args)  # type: ignore[no-untyped-call]
         return of_activations, None, None, None, of_delta, None
 
 
-def _at_slots(args: SparseDelta) -> Tensor:
+class _SparseDeltaGrads(torch.autograd.Function):
+    """The gradients, which have none themselves. Takes the fields of SparseDelta."""
+
+    @staticmethod
+    def forward(ctx: Any, *fields: Any) -> tuple[Tensor, Tensor]:
+        of_activations, of_delta = _dispatch.run("sparse_delta", SparseDelta(*fields), "sparse_delta_grads")
+        return of_activations, of_delta
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("sparse_delta: has first derivatives only, a gradient of its gradient was wanted")
+
+
+def _own_sums(factors: Tensor, own: Tensor, vectors: Tensor) -> Tensor:
+    """factors @ vectors, where factors (n, m) are 0 where `own` (n, m) is False: a row is of another sample.
+
+    0 times Inf is NaN, so vectors (m, d) that are not finite are left out, and the rows that own one become NaN. On a
+    GPU nothing waits for the device."""
+    finite = vectors.isfinite()
+    if vectors.device.type == "cpu" and bool(finite.all()):
+        return torch.mm(factors, vectors)
+
+    broken = (own & ~finite.all(1)).any(1, keepdim=True)
+    return torch.mm(factors, torch.where(finite, vectors, 0)).masked_fill_(broken, float("nan"))
+
+
+def _at_slots(args: SparseDelta, own: Tensor) -> Tensor:
     """a[p, index[r]] where row p and slot r are of one sample, 0 elsewhere, (n_rows, n_slots)."""
     at_slots = args.activations.index_select(1, args.index).to(args.delta.dtype)
-    return at_slots.masked_fill_(~_own_slots(args), 0)
+    return at_slots.masked_fill_(~own, 0)
 
 
 def _own_slots(args: SparseDelta) -> Tensor:

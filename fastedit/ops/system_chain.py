@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops import capture_keys, masked_gram, select_neurons
-from fastedit.ops._check import require
+from fastedit.ops._check import require, require_dtype, require_float, require_one_device
 from fastedit.ops._dispatch import run
 
 
@@ -77,9 +77,7 @@ def system_chain(
     Raises ValueError and TypeError as the ops do; where nothing waits for a device, a mass that is NaN or Inf is an
     error only in `Chain.read`.
     """
-    args = SystemChain(
-        gate, up, weights.to(gate.device), activation, active, moment, weight, history, past, reaching, within, dtype
-    )
+    args = SystemChain(gate, up, weights, activation, active, moment, weight, history, past, reaching, within, dtype)
     check(args)
     return Chain(*run("system_chain", args))
 
@@ -120,13 +118,18 @@ def check(args: SystemChain) -> None:
     if share is None or not 0 < share <= 1 or (reaching is not None and within is not None):
         raise ValueError(f"system_chain: give reaching or within, in (0, 1], got {reaching} and {within}")
 
+    require_one_device("system_chain", args)
     capture_keys.check(args.capture())
+    masked_gram.check_dtype("system_chain", args.dtype)
     d_ff = args.gate.shape[2]
     require("system_chain", "moment", args.moment, (d_ff, d_ff))
+    require_float("system_chain", "moment", args.moment)
     if args.history is not None:
         require("system_chain", "history", args.history, (d_ff, d_ff))
+        require_float("system_chain", "history", args.history)
     if args.past is not None:
         require("system_chain", "past", args.past, (None, d_ff))
+        require_dtype("system_chain", "past", args.past, torch.float32)
 
 
 def system_chain_ref(
@@ -171,4 +174,4 @@ def _rows(keys: Tensor, active: Tensor | None, past: Tensor | None) -> Tensor:
 
 
 def _chain(keys: Tensor, mass: Tensor, index: Tensor, matrix: Tensor) -> Chain:
-    return Chain(keys, mass, index, torch.tensor([len(index), 0, 0]), matrix.view(-1))
+    return Chain(keys, mass, index, torch.tensor([len(index), 0, 0], device=keys.device), matrix.view(-1))

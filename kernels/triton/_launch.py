@@ -41,12 +41,19 @@ def unavailable(args: NamedTuple) -> str | None:
     """Why Triton cannot run on the tensors of an argument record; None if it can.
 
     Triton may be installed where no device is, so the tensors' device and an active driver are checked."""
+    tensors = {name: value for name, value in zip(args._fields, args, strict=True) if isinstance(value, Tensor)}
+    devices = {name: value.device for name, value in tensors.items()}
+    if len(set(devices.values())) > 1:
+        return (
+            f"the tensors are on several devices: {', '.join(f'{name} on {where}' for name, where in devices.items())}"
+        )
+
     if INTERPRETED:
         return None
     if not INSTALLED:
         return missing()
-    for name, value in zip(args._fields, args, strict=True):
-        if isinstance(value, Tensor) and not value.is_cuda:
+    for name, value in tensors.items():
+        if not value.is_cuda:
             return f"{name} is on {value.device}: Triton kernels run on CUDA devices, elsewhere with TRITON_INTERPRET=1"
     return driver_problem()
 

@@ -44,6 +44,21 @@ def config(d: int) -> Config:
 
 
 @triton.jit
+def _length(square, wide, DTYPE: tl.constexpr):
+    """The root of a sum of squares; where they vanish or overflow in DTYPE, of the sum in float64."""
+    inside = (square > 1e-30) & (square < 1e36)
+    return tl.where(inside, tl.sqrt(square), tl.sqrt(wide).to(DTYPE))
+
+
+@triton.jit
+def _root(v, bias, DTYPE: tl.constexpr):
+    """sqrt(v / bias). The quotient of a large moment by a small bias overflows though its root does not: by 2^-64."""
+    down = tl.where(v > 1.0, 5.421010862427522e-20, 1.0).to(DTYPE)
+    up = tl.where(v > 1.0, 4294967296.0, 1.0).to(DTYPE)
+    return tl.sqrt(v * down / bias) * up
+
+
+@triton.jit
 def _adam_kernel(
     delta, grad, moment1, moment2, decay, radius, d,
     lr: tl.float64, beta1: tl.float64, beta2: tl.float64, rest1: tl.float64, rest2: tl.float64, eps: tl.float64,
@@ -55,17 +70,23 @@ def _adam_kernel(
     """g = grad + decay x / ||x||; m, v; x -= lr (m / unbias1) / (sqrt(v / unbias2) + eps); x *= min(1, r / ||x||)."""
     row = tl.program_id(0).to(tl.int64)
     pull = tl.full((), 0.0, DTYPE)
+    lift = tl.full((), 1.0, DTYPE)
     if HAS_DECAY:
         square = tl.full((), 0.0, DTYPE)
+        wide = tl.full((), 0.0, tl.float64)
         for base in range(0, d, BLOCK):
             column = base + tl.arange(0, BLOCK)  # [BLOCK]
             x = tl.load(delta + row * delta_row + column * delta_column, mask=column < d, other=0.0)
             square += tl.sum(x * x, 0)
-        norm = tl.sqrt(square)
+            wide += tl.sum(x.to(tl.float64) * x.to(tl.float64), 0)
+        norm = _length(square, wide, DTYPE)
+        # A decay over a norm below 1e-38 would overflow: a power of two is moved from the row to it.
+        lift = tl.where(norm < 5.421010862427522e-20, 18446744073709551616.0, lift)
         # Not a division by a chosen 1 where the norm is 0: a NaN norm must come through.
-        pull = tl.where(norm == 0.0, 0.0, tl.load(decay + row * decay_stride) / norm)
+        pull = tl.where(norm == 0.0, 0.0, tl.load(decay + row * decay_stride) / (norm * lift))
 
     square = tl.full((), 0.0, DTYPE)
+    wide = tl.full((), 0.0, tl.float64)
     for base in range(0, d, BLOCK):
         column = base + tl.arange(0, BLOCK)  # [BLOCK]
         inside = column < d
@@ -74,10 +95,10 @@ def _adam_kernel(
         v_place = moment2 + row * moment2_row + column * moment2_column
 
         x = tl.load(x_place, mask=inside, other=0.0)
-        g = tl.load(grad + row * grad_row + column * grad_column, mask=inside, other=0.0) + pull * x
+        g = tl.load(grad + row * grad_row + column * grad_column, mask=inside, other=0.0) + pull * (x * lift)
         m = tl.full((), beta1, DTYPE) * tl.load(m_place, mask=inside, other=0.0) + tl.full((), rest1, DTYPE) * g
         v = tl.full((), beta2, DTYPE) * tl.load(v_place, mask=inside, other=0.0) + tl.full((), rest2, DTYPE) * g * g
-        denominator = tl.sqrt(v / tl.full((), unbias2, DTYPE)) + tl.full((), eps, DTYPE)
+        denominator = _root(v, tl.full((), unbias2, DTYPE), DTYPE) + tl.full((), eps, DTYPE)
         step = tl.full((), lr, DTYPE) * (m / tl.full((), unbias1, DTYPE)) / denominator
 
         # Past the end the denominator is eps, which may be 0.
@@ -86,9 +107,10 @@ def _adam_kernel(
         tl.store(m_place, m, mask=inside)
         tl.store(v_place, v, mask=inside)
         square += tl.sum(x * x, 0)
+        wide += tl.sum(x.to(tl.float64) * x.to(tl.float64), 0)
 
     if HAS_RADIUS:
-        norm = tl.sqrt(square)
+        norm = _length(square, wide, DTYPE)
         bound = tl.load(radius + row * radius_stride)
         if norm > bound:
             # Other threads of this program may have written what is read here.

@@ -87,6 +87,7 @@ def _sum_kernel(
         own = item.to(tl.int64) * a_row
 
     total = tl.zeros((ITEMS, COLUMNS), DTYPE)
+    broken = tl.zeros((ITEMS, COLUMNS), tl.float32)
     stop = tl.max(last, 0)
     for base in range(tl.min(first, 0), stop, INNER):
         other = base + tl.arange(0, INNER)  # [INNER]
@@ -100,8 +101,13 @@ def _sum_kernel(
         a = tl.load(activations + own[:, None] + across[None, :], mask=shared, other=0.0)  # [ITEMS, INNER]
         place = other.to(tl.int64)[:, None] * vector_row + column[None, :] * vector_column
         v = tl.load(vectors + place, mask=other_there[:, None] & (column < n_columns)[None, :], other=0.0)
-        total = tl.dot(a.to(DTYPE), v, total, input_precision="ieee", out_dtype=DTYPE)
+        # 0 times Inf is NaN: a vector that is not finite would reach the items of other samples in this tile.
+        finite = (v - v) == 0.0
+        total = tl.dot(a.to(DTYPE), tl.where(finite, v, 0.0), total, input_precision="ieee", out_dtype=DTYPE)
+        own_broken = tl.where(finite, 0.0, 1.0)
+        broken = tl.dot(shared.to(tl.float32), own_broken, broken, input_precision="ieee", out_dtype=tl.float32)
 
+    total = tl.where(broken > 0.0, float("nan"), total)
     place = item.to(tl.int64)[:, None] * n_columns + column[None, :]
     mask = item_there[:, None] & (column < n_columns)[None, :]
     tl.store(out + place, tl.full((), scale, DTYPE) * total, mask=mask)

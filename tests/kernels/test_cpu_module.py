@@ -122,6 +122,29 @@ def test_half_precision_is_converted_as_torch_does_on_every_instruction_set(monk
             assert torch.equal(rounded, master.to(dtype))
 
 
+# NaN whose payload is only in the bits that half precision drops: cut off, or rounded up, it would be Inf or 0.
+PAYLOADS = [0x7F800001, 0x7F80FFFF, 0x7F801000, 0x7FBFFFFF, 0x7FFFFFFF, -0x7FFFFF, -0x1]
+
+
+@pytest.mark.parametrize("chosen", [None, [0, 2, 5], [5, 2, 2, 0]], ids=["all", "some", "repeated"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_stays_one_whatever_its_payload(dtype, transposed, chosen, monkeypatch, on_cpp):
+    module = cpp.compiled()
+    index = None if chosen is None else torch.tensor(chosen)
+    width = 6 if chosen is None else len(chosen)
+    for isa in module.ISAS[: module.best_isa() + 1]:
+        monkeypatch.setenv("FASTEDIT_ISA", isa)
+        master = torch.tensor(PAYLOADS, dtype=torch.int32).view(torch.float32)[:, None].repeat(1, 6)
+        assert master.isnan().all()
+        weight = torch.zeros_like(master, dtype=dtype)
+        if transposed:
+            weight, master = weight.T.contiguous().T, master.T.contiguous().T
+        apply_delta(weight, torch.zeros(1, len(PAYLOADS)), torch.zeros(width, 1), index, master)
+        columns = slice(None) if index is None else index
+        assert weight[:, columns].isnan().all()
+
+
 def test_an_instruction_set_that_is_not_there_is_named(monkeypatch, on_cpp):
     monkeypatch.setenv("FASTEDIT_ISA", "avx9")
     with pytest.raises(ValueError, match=r"FASTEDIT_ISA must be one of baseline.* here, got 'avx9'"):

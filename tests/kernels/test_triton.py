@@ -8,7 +8,7 @@ import torch
 from fastedit.ops import _dispatch
 from fastedit.ops.capture_keys import ACTIVATIONS, capture_keys, capture_keys_ref
 from fastedit.ops.masked_gram import masked_gram, masked_gram_ref
-from fastedit.ops.select_neurons import select_neurons, select_neurons_ref
+from fastedit.ops.select_neurons import SelectNeurons, select_neurons, select_neurons_ref
 from fastedit.testing import CASES, Case, Factory, assert_close, assert_same_indices, assert_tolerance_bites, in_float64
 
 triton = pytest.importorskip("triton")
@@ -140,3 +140,11 @@ def test_what_the_kernels_do_not_take_is_refused_with_the_reason():
         select_neurons(gate.view(-1), top_k=1)
     with pytest.raises(_dispatch.BackendUnavailable, match="65537 scores do not fit one program"):
         select_neurons(torch.zeros(65537, device=DEVICE), top_k=1)
+
+
+def test_select_neurons_counts_a_nan_of_any_payload_on_the_device():
+    from fastedit.kernels.select_neurons import select_on_device
+
+    bits = torch.tensor([0x7FC00000, 0x7FC00001, -0x3FFFFF, 0x7F800000, 0x3F800000], dtype=torch.int32)
+    status = select_on_device(SelectNeurons(bits.view(torch.float32).to(DEVICE), 1))[1]
+    assert status[1] == 4

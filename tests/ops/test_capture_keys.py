@@ -62,16 +62,37 @@ def test_every_activation_follows_its_formula_and_is_told_apart_from_the_others(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_hold_over_their_whole_range(activation, backend, device):
     gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 600.0, -600.0])])
-    found = capture_keys(gate.to(device)[None, None], None, torch.ones(1), activation).keys[0].double().cpu()
+    found = (
+        capture_keys(gate.to(device)[None, None], None, torch.ones(1, device=device), activation).keys[0].double().cpu()
+    )
     expected = gate.double().apply_(SCALAR[activation])
     assert float(((found - expected).abs() / (1 + expected.abs())).max()) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_hold_at_the_largest_numbers(activation, dtype, backend, device):
+    """In whole vectors and in the last, partial one."""
+    gate = torch.tensor([-3e38, 3e38, -1e30, 1e30, -1e20, -105.0, -1e3], dtype=dtype).repeat(7)
+    found = capture_keys(gate.to(device)[None, None], None, torch.ones(1, device=device), activation).keys[0].cpu()
+    expected = torch.where(gate > 0, gate.float(), 0.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-36)
+    assert not found[gate < -1e10].any()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_infinite_gate_stays_one_or_is_not_a_number(activation, backend, device):
+    gate = torch.full((1, 1, 21), float("inf"), device=device)
+    assert not capture_keys(gate, None, torch.ones(1, device=device), activation).keys.isfinite().any()
+    if activation != "relu":
+        assert not capture_keys(-gate, None, torch.ones(1, device=device), activation).keys.isfinite().any()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_reaches_its_own_neuron_only(activation, backend, device):
     gate = torch.ones(2, 3, 40, device=device)
     gate[1, 2, 7] = float("nan")
-    keys, mass = capture_keys(gate, gate, torch.ones(3), activation)
+    keys, mass = capture_keys(gate, gate, torch.ones(3, device=device), activation)
     assert keys.isnan().nonzero().tolist() == [[1, 7]]
     assert mass.isnan().nonzero().tolist() == [[7]]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastedit.ops.gram_update import gram_update, gram_update_ref
-from fastedit.testing import CASES, Factory, assert_close, assert_tolerance_bites, in_float64, strided
+from fastedit.testing import CASES, Factory, assert_close, assert_tolerance_bites, gaps, in_float64, strided
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -43,6 +43,20 @@ def test_every_tile_is_written_once_at_any_width(width, spread, backend):
     assert_tolerance_bites(history, expected, torch_result, "gram_update")
     mirrored = history.T
     assert_close(mirrored, expected, history, "gram_update")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [3, 64, 150, 600])
+def test_a_history_of_longer_rows_grows_in_place_and_its_gaps_are_left_alone(width, dtype, backend, device):
+    history = symmetric(width, dtype).to(device)
+    keys = torch.randn(3, width, dtype=dtype, generator=torch.Generator().manual_seed(1)).to(device)
+    gapped = gaps(history)
+    assert gapped.stride() == (width + 5, 1)
+    gram_update(history, keys)
+    gram_update(gapped, gaps(keys))
+    assert torch.equal(gapped, history)
+    assert gapped._base is not None
+    assert gapped._base[:, width:].isnan().all()
 
 
 def test_the_upper_tiles_are_taken_from_the_lower(backend):

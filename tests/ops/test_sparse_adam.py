@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from fastedit.ops.sparse_adam import AdamSettings, sparse_adam, sparse_adam_ref
-from fastedit.testing import CASES, Case, Factory, assert_close, assert_tolerance_bites, in_float64
+from fastedit.testing import (
+    CASES,
+    Case,
+    Factory,
+    assert_close,
+    assert_tolerance_bites,
+    in_float64,
+    relative_error,
+)
 
 DTYPES = (torch.float32, torch.float64)
 SETTINGS = AdamSettings(lr=0.1, beta1=0.8, beta2=0.99, eps=1e-6)
@@ -123,6 +131,30 @@ def test_the_bound_shortens_long_rows_only_and_leaves_the_moments(dtype, backend
     torch.testing.assert_close(direction, torch.ones_like(direction))
     assert torch.equal(bounded[2], free[2])
     assert torch.equal(bounded[3], free[3])
+
+
+@pytest.mark.parametrize("bounded", ["penalty", "bound", "both", "bare"])
+@pytest.mark.parametrize("grad_size", [1e-39, 1.0, 1e20])
+@pytest.mark.parametrize("size", [1e-39, 1.0, 1e20])
+def test_tiny_and_huge_rows_and_gradients_step_as_in_float64(size, grad_size, bounded, backend, device):
+    """Squares of 1e-39 vanish in float32, those of 1e20 overflow."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(2, 3, 40, generator=generator, dtype=torch.float64), dim=-1)
+    delta, grad = (directions[0] * size).float(), (directions[1] * grad_size).float()
+    state = [delta, grad, torch.zeros(3, 40), torch.zeros(3, 40)]
+    decay = torch.full((3,), 0.5) if bounded in ("penalty", "both") else None
+    radius = torch.full((3,), size / 2) if bounded in ("bound", "both") else None
+    settings = AdamSettings(lr=0.1)
+    expected = sparse_adam_ref(*in_float64(state), 1, settings, *in_float64((decay, radius)))
+
+    state = [value.to(device) for value in state]
+    limits = [None if value is None else value.to(device) for value in (decay, radius)]
+    sparse_adam(*state, 1, settings, *limits)
+
+    # Below 1e-38 float32 has fewer digits.
+    rtol = 1e-5 if min(size, grad_size) > 1e-38 else 2e-4
+    for found, wanted in zip((state[0], state[2]), (expected[0], expected[1]), strict=True):
+        assert relative_error(found, wanted) <= rtol
 
 
 def test_a_bound_of_zero_and_a_row_of_zeros_are_no_division_by_zero(backend):

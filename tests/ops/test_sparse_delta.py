@@ -117,6 +117,44 @@ def test_another_samples_slots_change_nothing(backend, device):
     assert not changed[rows.stop :].any()
 
 
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["activations", "delta", "grad"])
+def test_a_diverged_sample_reaches_no_other(name, bad, backend, device):
+    case = Case("several", 9, 10, d_model=70)
+    clean, broken = Factory(case, device=device).sparse(), Factory(case, device=device).sparse()
+    rows, slots = (range(int(starts[1]), int(starts[2])) for starts in (clean.row_starts, clean.slot_starts))
+    assert len(rows) > 0
+    assert len(slots) > 0
+    own = slots if name == "delta" else rows
+    getattr(broken, name)[own[0]] = bad
+
+    for part, (found, expected) in enumerate(
+        zip(
+            (sparse_delta(*broken[:-1]), *sparse_delta_grads(*broken)),
+            (sparse_delta(*clean[:-1]), *sparse_delta_grads(*clean)),
+            strict=True,
+        )
+    ):
+        mine = torch.zeros(len(found), dtype=torch.bool, device=device)
+        mine[list(slots if part == 2 else rows)] = True
+        torch.testing.assert_close(found[~mine], expected[~mine], rtol=1e-6, atol=1e-6)
+        touched = {"activations": (0, 2), "delta": (0, 1), "grad": (1, 2)}[name]
+        assert bool(found[mine].isfinite().all()) is (part not in touched)
+
+
+@pytest.mark.parametrize("name", ["activations", "delta"])
+def test_a_second_derivative_is_refused(name, backend, device):
+    inputs = Factory(SMALL, device=device).sparse()
+    leaf = getattr(inputs, name).requires_grad_()
+    y = sparse_delta(*inputs[:-1])
+    (first,) = torch.autograd.grad((y**2).sum(), leaf, create_graph=True)
+    with torch.no_grad():
+        grads = sparse_delta_grads(*inputs[:-1], 2 * y)
+    torch.testing.assert_close(first.detach(), getattr(grads, name))
+    with pytest.raises(RuntimeError, match="sparse_delta: has first derivatives only"):
+        first.sum().backward()
+
+
 def test_inputs_are_left_alone(backend, device):
     inputs = Factory(SMALL, device=device).sparse()
     before = [value.clone() for value in inputs if isinstance(value, torch.Tensor)]

@@ -39,6 +39,7 @@ def apply_delta(args: ApplyDelta) -> None:
         index = index.contiguous()
         if not module.ascending(cpp.address(index), index.numel()):
             # Every column is written by one row of a tile: the rows of a column that is named twice are summed first.
+            solution = solution.to(torch.promote_types(solution.dtype, weight.dtype))
             index, place = torch.unique(index, return_inverse=True)
             solution = solution.new_zeros(index.numel(), solution.shape[1]).index_add_(0, place, solution)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastedit.ops import cuda
+from fastedit.ops._check import apart
 from fastedit.ops.apply_delta import WEIGHT_DTYPES, ApplyDelta
 
 WIDE = (torch.float32, torch.float64)
@@ -14,7 +15,8 @@ def supports(args: ApplyDelta) -> str | None:
     """Any weight with a float32 master or none, a float64 one with a float64 master or none; any strides."""
     weight, master = args.weight, args.master
     reason = (
-        cuda.cannot(weight, dtypes=WEIGHT_DTYPES)
+        apart(args)
+        or cuda.cannot(weight, dtypes=WEIGHT_DTYPES)
         or cuda.cannot(args.residual, args.solution, master, dtypes=WIDE)
         or cuda.cannot(args.index, dtypes=(torch.int64,))
     )

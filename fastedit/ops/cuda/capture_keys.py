@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops import cuda
+from fastedit.ops._check import apart
 from fastedit.ops.capture_keys import ACTIVATIONS, CaptureKeys, Keys
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def supports(args: CaptureKeys) -> str | None:
     """float32, bf16 and fp16 on a CUDA device, any strides; 16-byte reads where the rows allow them."""
-    return cuda.cannot(args.gate, args.up, dtypes=DTYPES)
+    return apart(args) or cuda.cannot(args.gate, args.up, dtypes=DTYPES)
 
 
 def worth(args: CaptureKeys) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastedit.ops import cuda
+from fastedit.ops._check import apart
 from fastedit.ops.cuda import masked_gram
 from fastedit.ops.gram_update import GramUpdate
 from fastedit.ops.masked_gram import SYSTEM_DTYPES, MaskedGram
@@ -10,7 +11,7 @@ from fastedit.ops.masked_gram import SYSTEM_DTYPES, MaskedGram
 
 def supports(args: GramUpdate) -> str | None:
     """float32 or float64 on a CUDA device, any strides."""
-    return cuda.cannot(args.history, args.keys, dtypes=SYSTEM_DTYPES)
+    return apart(args) or cuda.cannot(args.history, args.keys, dtypes=SYSTEM_DTYPES)
 
 
 def worth(args: GramUpdate) -> str | None:

@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from fastedit.ops import cuda
+from fastedit.ops._check import apart
 from fastedit.ops.masked_gram import SYSTEM_DTYPES, MaskedGram
 
 
 def supports(args: MaskedGram) -> str | None:
     """Moment, history and keys of one dtype, float32 or float64, on a CUDA device, any strides."""
     moment, keys, history = args.moment, args.keys, args.history
-    reason = cuda.cannot(moment, keys, history, dtypes=SYSTEM_DTYPES) or cuda.cannot(args.index, dtypes=(torch.int64,))
+    reason = (
+        apart(args)
+        or cuda.cannot(moment, keys, history, dtypes=SYSTEM_DTYPES)
+        or cuda.cannot(args.index, dtypes=(torch.int64,))
+    )
     if reason is None and any(value is not None and value.dtype != keys.dtype for value in (moment, history)):
         return "the CUDA kernel takes moment, keys and history of one dtype"
     return reason

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops import cuda
+from fastedit.ops._check import apart
 from fastedit.ops.select_neurons import SelectNeurons
 
 RULES = ("top_k", "reaching", "within")
@@ -14,7 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def supports(args: SelectNeurons) -> str | None:
     """Scores of any floating-point dtype on a CUDA device, any stride."""
-    return cuda.cannot(args.score, dtypes=DTYPES)
+    return apart(args) or cuda.cannot(args.score, dtypes=DTYPES)
 
 
 def worth(args: SelectNeurons) -> str | None:

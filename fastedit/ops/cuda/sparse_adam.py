@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastedit.ops import cuda
+from fastedit.ops._check import apart
 from fastedit.ops.sparse_adam import SparseAdam
 
 DTYPES = (torch.float32, torch.float64)
@@ -12,7 +13,9 @@ DTYPES = (torch.float32, torch.float64)
 
 def supports(args: SparseAdam) -> str | None:
     """float32 or float64 on a CUDA device, any strides."""
-    return cuda.cannot(args.delta, args.grad, args.moment1, args.moment2, args.decay, args.radius, dtypes=DTYPES)
+    return apart(args) or cuda.cannot(
+        args.delta, args.grad, args.moment1, args.moment2, args.decay, args.radius, dtypes=DTYPES
+    )
 
 
 def worth(args: SparseAdam) -> str | None:

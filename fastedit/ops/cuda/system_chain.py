@@ -9,13 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastedit.ops import cuda
+from fastedit.ops._check import apart
 from fastedit.ops.cuda import capture_keys, masked_gram, select_neurons
 from fastedit.ops.system_chain import Chain, SystemChain
 
 
 def supports(args: SystemChain) -> str | None:
     """Rows as for capture_keys; second moment, history and past keys float32, on the same CUDA device."""
-    return capture_keys.supports(args.capture()) or cuda.cannot(args.moment, args.history, args.past)
+    return apart(args) or capture_keys.supports(args.capture()) or cuda.cannot(args.moment, args.history, args.past)
 
 
 def worth(args: SystemChain) -> str | None:

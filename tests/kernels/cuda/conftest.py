@@ -94,7 +94,7 @@ def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> It
         torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=["forward", "backward", "shuffled"])
+@pytest.fixture(params=["forward", "backward", "shuffled", "warps", "warps_backward"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The order in which the threads of a block run; a result that depends on it lacks a barrier."""
     monkeypatch.setenv("EMULATED_ORDER", request.param)

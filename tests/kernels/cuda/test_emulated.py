@@ -22,10 +22,11 @@ from fastedit.ops.gram_update import GramUpdate, gram_update_ref
 from fastedit.ops.masked_gram import MaskedGram, masked_gram_ref
 from fastedit.ops.select_neurons import SelectNeurons, select_neurons_ref
 from fastedit.ops.sparse_adam import AdamSettings, SparseAdam, sparse_adam_ref
-from fastedit.testing import CASES, Case, Factory, assert_close, assert_same_indices, in_float64
+from fastedit.testing import CASES, Case, Factory, assert_close, assert_same_indices, in_float64, relative_error
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
+EMPTY = Case("empty", 4, 20, d_model=5, n_templates=2, selected=6)
 SYSTEM_DTYPES = (torch.float32, torch.float64)
 # Three rows of tiles, the last of them partial; several steps of the product, the last of them partial.
 TILES = Case("tiles", 21, 400, selected=300)
@@ -181,6 +182,15 @@ def test_no_barrier_is_missing_in_the_selection(order):
     assert_same_indices(found, select_neurons_ref(score, None, 0.4).tolist(), "select_neurons")
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_no_warp_overtakes_another_in_the_selection(order, rule):
+    """Every round sums over the block: a warp that is a round ahead must not change what another still reads."""
+    score = Factory(Case("wide", 1, 700)).score()
+    wanted = rule_of(rule, 700)
+    found = select_neurons(SelectNeurons(score, *wanted))
+    assert_same_indices(found, select_neurons_ref(score, *wanted).tolist(), "select_neurons")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 def test_scores_that_are_not_finite_raise_a_flag_on_the_device(bad):
     score = torch.tensor([1.0, bad, -2.0, bad])
@@ -255,3 +265,47 @@ def test_a_block_steps_its_row(case, dtype, order):
     delta, _, moment1, moment2 = tensors
     for found, wanted, same_dtype in zip((delta, moment1, moment2), expected, yardstick, strict=True):
         assert_close(found, wanted, same_dtype, "sparse_adam")
+
+
+@pytest.mark.parametrize("grad_size", [1e-39, 1e20])
+@pytest.mark.parametrize("size", [1e-39, 1e20])
+def test_tiny_and_huge_rows_step_as_in_float64(size, grad_size):
+    generator = torch.Generator().manual_seed(0)
+    delta, grad = (torch.randn(3, 40, generator=generator) * scale for scale in (size, grad_size / 10))
+    state = [delta, grad, torch.zeros(3, 40), torch.zeros(3, 40)]
+    decay, radius = torch.full((3,), 0.5), torch.full((3,), size)
+    optimiser = AdamSettings(lr=0.1)
+    expected = sparse_adam_ref(*in_float64(state), 1, optimiser, *in_float64((decay, radius)))
+    sparse_adam(SparseAdam(*state, 1, optimiser, decay, radius))
+    assert relative_error(state[0], expected[0]) <= (1e-5 if min(size, grad_size) > 1e-38 else 2e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_hold_at_the_largest_numbers(activation):
+    gate = torch.tensor([-3e38, -1e30, 1e30, -1e20, -105.0]).repeat(7)
+    found = capture_keys(CaptureKeys(gate[None, None], None, torch.ones(1), activation, None)).keys[0]
+    torch.testing.assert_close(found, gate.clamp_min(0.0), rtol=1e-6, atol=1e-36)
+
+
+@pytest.mark.parametrize("size", ["n_edits", "n_templates", "d_ff", "d_model", "selected"])
+def test_every_dimension_may_be_zero(size):
+    sizes = {**EMPTY.__dict__, size: 0}
+    factory = Factory(Case(**{**sizes, "selected": 0} if size == "d_ff" else sizes))
+    gate, up, weights, active = factory.capture()
+    keys, mass = capture_keys(CaptureKeys(gate, up, weights, "silu", active))
+    torch.testing.assert_close(keys, capture_keys_ref(gate, up, weights, "silu", active).keys, rtol=1e-5, atol=1e-6)
+    assert mass.shape == gate.shape[2:]
+
+    score = factory.score()
+    assert_same_indices(
+        select_neurons(SelectNeurons(score, None, 0.5, None)), select_neurons_ref(score, None, 0.5).tolist(), "select"
+    )
+    inputs = factory.gram()
+    assert_close_to_the_definition(masked_gram(MaskedGram(*inputs, torch.float64)), inputs, torch.float64)
+    gram_update(GramUpdate(inputs.history, inputs.keys))
+
+    delta = factory.delta()
+    expected = apply_delta_ref(delta.master, *delta[1:4])
+    apply_delta(ApplyDelta(*delta))
+    torch.testing.assert_close(delta.master, expected, rtol=1e-5, atol=1e-6)
+    sparse_adam(SparseAdam(*factory.adam()[:4], 1, AdamSettings(0.1), *factory.adam()[4:]))

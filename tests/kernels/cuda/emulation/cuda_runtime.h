@@ -3,6 +3,9 @@
 // Found before the toolkit's header of the same name when a .cu file is compiled with a C++ compiler. Every CUDA thread
 // is a coroutine; a block's threads run one after the other until each waits at a barrier or has returned. The order in
 // which they run is set by EMULATED_ORDER (forward, backward or shuffled): a result that depends on it lacks a barrier.
+// By itself a shuffle lets the threads of all warps catch up, which hides a race between warps. With "warps" a warp runs
+// on through its shuffles to the next barrier of the block before the next warp starts, with "warps_backward" the last
+// warp does so first.
 // Blocks run one after the other, in a cooperative launch each on an operating-system thread of its own.
 // A barrier that can never be met is a launch failure.
 
@@ -113,22 +116,46 @@ inline std::vector<std::size_t> running_order(std::size_t count) {
   std::vector<std::size_t> order(count);
   for (std::size_t at = 0; at < count; ++at) order[at] = at;
   const char* wanted = std::getenv("EMULATED_ORDER");
-  if (wanted != nullptr && std::string(wanted) == "backward") std::reverse(order.begin(), order.end());
+  if (wanted != nullptr && std::string(wanted).find("backward") != std::string::npos) {
+    std::reverse(order.begin(), order.end());
+  }
   if (wanted != nullptr && std::string(wanted) == "shuffled") {
     std::shuffle(order.begin(), order.end(), std::mt19937(1));
   }
   return order;
 }
 
+inline bool run_on(std::size_t at) {
+  Fiber& fiber = block->fibers[at];
+  if (fiber.done || fiber.wait != Wait::kNone) return false;
+  block->current = at;
+  threadIdx = fiber.thread;
+  swapcontext(&block->scheduler, &fiber.context);
+  return true;
+}
+
+// Runs the warp at `first` until no thread of it can go on without the other warps.
+inline bool run_warp(std::size_t first, std::size_t last) {
+  bool moved = false;
+  for (bool more = true; more; moved = moved || more) {
+    more = false;
+    for (std::size_t at = first; at < last; ++at) more = run_on(at) || more;
+    more = release(first, last, Wait::kWarp) || more;
+  }
+  return moved;
+}
+
+inline bool warp_by_warp() {
+  const char* wanted = std::getenv("EMULATED_ORDER");
+  return wanted != nullptr && std::string(wanted).rfind("warps", 0) == 0;
+}
+
 inline bool step_all(const std::vector<std::size_t>& order) {
   bool moved = false;
+  const bool whole = warp_by_warp();
   for (std::size_t at : order) {
-    Fiber& fiber = block->fibers[at];
-    if (fiber.done || fiber.wait != Wait::kNone) continue;
-    block->current = at;
-    threadIdx = fiber.thread;
-    swapcontext(&block->scheduler, &fiber.context);
-    moved = true;
+    const std::size_t first = at / kWarp * kWarp;
+    moved = (whole ? run_warp(first, std::min(first + kWarp, order.size())) : run_on(at)) || moved;
   }
   for (std::size_t first = 0; first < order.size(); first += kWarp) {
     moved = release(first, std::min(first + kWarp, order.size()), Wait::kWarp) || moved;
