@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import importlib
 import importlib.util
 import json
 import logging
@@ -15,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from fastedit.model import gguf_tokenizer
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
 from fastedit.model.tokens import warn_of_tokens_beyond
@@ -175,7 +178,8 @@ def load_transformers(
         if not place.endswith(".gguf"):
             model, tokenizer = _read_model(transformers, place, getattr(torch, dtype), device_map)
         elif device_map is None:
-            model, tokenizer = _read_gguf(transformers, place, getattr(torch, dtype))
+            with _no_gguf_bar():
+                model, tokenizer = _read_gguf(transformers, place, getattr(torch, dtype))
         else:
             raise ValueError("a GGUF file is loaded onto one device, no device_map is possible")
 
@@ -200,6 +204,19 @@ def _quiet_transformers() -> Iterator[Any]:
         messages.set_verbosity(verbosity)
         if was_enabled:
             messages.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """Inside the block transformers' reader of GGUF files shows no bar, which it would show on any kind of output."""
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+
+    shown = reader.tqdm
+    reader.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
 
 
 def _frozen(model: Any) -> Any:
@@ -390,7 +407,7 @@ def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, 
         folder, gguf_file=file, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     _check_complete(place, source, report)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+    tokenizer = _gguf_tokenizer(transformers, place)
 
     config = source.config
     if hasattr(config, "quantization_config"):
@@ -410,6 +427,27 @@ def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, 
     model.generation_config = source.generation_config
 
     return model, tokenizer
+
+
+def _gguf_tokenizer(transformers: Any, place: str) -> Any:
+    """The tokenizer of a GGUF file, the same under every release of transformers. Raises BadTokenizer."""
+    folder, file = os.path.split(place)
+    fields = gguf_tokenizer.read_fields(place)
+    inner = gguf_tokenizer.build(fields)
+
+    if inner is not None:
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=inner,
+            chat_template=fields.values.get("chat_template"),
+            clean_up_tokenization_spaces=False,
+            **gguf_tokenizer.special_tokens(fields),
+        )
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+
+    gguf_tokenizer.check(tokenizer, fields)
+
+    return tokenizer
 
 
 def load_encoder(source: str) -> tuple[Any, Any]:
