@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from fastedit.model.load_errors import NotLoadable
+
 log = logging.getLogger(__name__)
 
 # Entries of tokenizer.ggml.token_type.
@@ -61,7 +63,7 @@ SAMPLES = (
 WAY_OUT = "take the folder that the file was made from"
 
 
-class BadTokenizer(ValueError):
+class BadTokenizer(NotLoadable):
     """The tokenizer of a GGUF file is not the one that the file describes, or cannot be built."""
 
 

@@ -20,6 +20,8 @@ import torch
 from fastedit.model import gguf_tokenizer
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
+from fastedit.model.hub import must_use_cache, refuse_adapter
+from fastedit.model.load_errors import NotLoadable, reason
 from fastedit.model.tokens import warn_of_tokens_beyond
 from fastedit.records.files import read_plain
 from fastedit.runtime.cache import cache_folder
@@ -57,7 +59,7 @@ ALIASES = {
 }
 
 
-class ModelNotFound(ValueError):
+class ModelNotFound(NotLoadable):
     """No model under that name."""
 
 
@@ -141,7 +143,7 @@ def load_model(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ModelNotFound(f"cannot load {place!r}: {_first_line(error)}{_hint(source)}") from error
+        raise ModelNotFound(f"cannot load {place!r}: {reason(error, place)}{_hint(source)}") from error
 
     adapter = ModelAdapter(model if device_map else model.to(device), tokenizer, families)
     adapter.check_forward()
@@ -149,12 +151,6 @@ def load_model(
     adapter.source = str(Path(source).resolve()) if Path(source).exists() else source
 
     return adapter
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _hint(source: str) -> str:
@@ -188,20 +184,23 @@ def load_transformers(
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[Any]:
-    """The module transformers, which inside the block shows no progress bars, and of a checkpoint that does not fit no
-    table: `_check_complete` says it."""
+    """The module transformers, which inside the block shows no progress bars, of a checkpoint that does not fit no
+    table, and of a hub that stops answering no attempts: what they tell is in the error."""
     import transformers
+    from huggingface_hub.utils import logging as hub_messages
     from transformers.utils import logging as messages
 
     was_enabled = messages.is_progress_bar_enabled()
-    verbosity = messages.get_verbosity()
+    verbosity, hub_verbosity = messages.get_verbosity(), hub_messages.get_verbosity()
     messages.disable_progress_bar()  # type: ignore[no-untyped-call]
     messages.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_messages.set_verbosity_error()  # type: ignore[no-untyped-call]
 
     try:
         yield transformers
     finally:
         messages.set_verbosity(verbosity)
+        hub_messages.set_verbosity(hub_verbosity)
         if was_enabled:
             messages.enable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -229,11 +228,10 @@ def _frozen(model: Any) -> Any:
 
 def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder or hub id."""
-    _check_layer_count(place)
-    _refuse_adapter(Path(place))
-    config = _own_code_refused(transformers.AutoConfig, place)
+    from_cache = _look_at(place)
+    config = _own_code_refused(transformers.AutoConfig, place, **from_cache)
     refuse_quantised(place, config)
-    tokenizer = _read_tokenizer(transformers, place)
+    tokenizer = _read_tokenizer(transformers, place, from_cache)
 
     # Older releases of transformers choose torch's attention for a model that caps its scores, and drop the cap.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -246,11 +244,26 @@ def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: A
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **options,
+        **from_cache,
     )
     _check_complete(place, model, report)
     _leave_files(model)
 
     return model, tokenizer
+
+
+def _look_at(place: str) -> dict[str, bool]:
+    """Refuse what is no model before anything of it is read.
+
+    Returns the options with which transformers has to read it: from the hub's cache alone, if the hub does not answer.
+    Raises HubError, HoldsAdapter, and ValueError for a config that cannot be a model's."""
+    if not Path(place).exists():
+        return {"local_files_only": True} if must_use_cache(place) else {}
+
+    _check_layer_count(place)
+    refuse_adapter(Path(place))
+
+    return {}
 
 
 def _leave_files(model: Any) -> None:
@@ -277,31 +290,15 @@ def _own_code_refused(auto: Any, place: str, **options: Any) -> Any:
         ) from error
 
 
-def _refuse_adapter(folder: Path) -> None:
-    """Raise ModelNotFound for a folder that holds an adapter (LoRA and the like) instead of, or beside, a model."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return
-
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    of = f" of {base}" if base else ""
-
-    raise ModelNotFound(
-        f"it holds an adapter{of}, whose layers cannot be edited: merge it into its base model (peft's"
-        " merge_and_unload), save that, and give the saved folder"
-    )
-
-
 # How names of a tokenizer's own files begin or end; one such file is enough.
 TOKENIZER_STARTS = ("tokenizer.", "vocab", "spiece", "tekken")
 TOKENIZER_ENDS = (".model", ".spm", ".tiktoken")
 
 
-def _read_tokenizer(transformers: Any, place: str) -> Any:
-    """The tokenizer of a folder or hub id. Raises ModelNotFound, which says what is missing."""
+def _read_tokenizer(transformers: Any, place: str, from_cache: Mapping[str, bool]) -> Any:
+    """The tokenizer of a folder or hub id. Raises ModelNotFound, which says what is missing.
+
+    from_cache: see `_look_at`"""
     folder = Path(place)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else None
     if names is not None and not any(n.startswith(TOKENIZER_STARTS) or n.endswith(TOKENIZER_ENDS) for n in names):
@@ -310,7 +307,13 @@ def _read_tokenizer(transformers: Any, place: str) -> Any:
             " model came from"
         )
 
-    return _own_code_refused(transformers.AutoTokenizer, place)
+    try:
+        return _own_code_refused(transformers.AutoTokenizer, place, **from_cache)
+    except ValueError as error:
+        # The name under which transformers 5 saves this class, which 4 does not know.
+        if "TokenizersBackend" not in str(error):
+            raise
+        return _own_code_refused(transformers.PreTrainedTokenizerFast, place, **from_cache)
 
 
 def _check_complete(place: str, model: Any, report: Mapping[str, Any]) -> None:
@@ -459,14 +462,15 @@ def load_encoder(source: str) -> tuple[Any, Any]:
 
     try:
         with _quiet_transformers() as transformers:
-            model = _own_code_refused(transformers.AutoModel, place, dtype=torch.float32)
-            tokenizer = _read_tokenizer(transformers, place)
+            from_cache = _look_at(place)
+            model = _own_code_refused(transformers.AutoModel, place, dtype=torch.float32, **from_cache)
+            tokenizer = _read_tokenizer(transformers, place, from_cache)
     except UnsupportedModel:
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ModelNotFound(f"cannot load encoder {place!r}: {_first_line(error)}") from error
+        raise ModelNotFound(f"cannot load encoder {place!r}: {reason(error, place)}") from error
 
     return _frozen(model), tokenizer
 
