@@ -153,6 +153,16 @@ def load_model(
     return adapter
 
 
+def broken_transformers() -> str | None:
+    """Why transformers' models cannot be imported here; None if they can."""
+    try:
+        importlib.import_module("transformers.models.llama.modeling_llama")
+    except Exception as error:  # noqa: BLE001  whatever another package raises while it is imported
+        return reason(error)
+
+    return None
+
+
 def _hint(source: str) -> str:
     """What else may be meant where a model cannot be loaded, as the end of a sentence."""
     if source in ALIASES:

@@ -21,12 +21,14 @@ class NotLoadable(ValueError):
     """A model that cannot be loaded, in a sentence that says what to do."""
 
 
-def reason(error: BaseException, place: str) -> str:
+def reason(error: BaseException, place: str | None = None) -> str:
     """What to tell of an error, on one line.
 
-    place: the folder, the GGUF file or the hub id that was loaded"""
+    place: the folder, the GGUF file or the hub id that was loaded, if it was one"""
     if isinstance(error, NotLoadable):
         return str(error)
+    if place is None:
+        return _said(error)
 
     path = Path(place)
     if path.is_dir():
