@@ -233,10 +233,12 @@ def max_positions(config: Any) -> int:
     Raises UnsupportedModel for a config that names no such number."""
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
 
-    rope = getattr(config, "rope_parameters", None) or {}
-    for table in [rope] if "rope_type" in rope else rope.values():
-        if isinstance(table, dict) and table.get("rope_type") == "longrope":
-            limits.append(table.get("original_max_position_embeddings"))
+    # transformers 4 calls it rope_scaling, and keeps the number beside it.
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    beside = getattr(config, "original_max_position_embeddings", None)
+    for table in [rope] if rope.keys() & {"rope_type", "type"} else rope.values():
+        if isinstance(table, dict) and "longrope" in (table.get("rope_type"), table.get("type")):
+            limits.append(table.get("original_max_position_embeddings") or beside)
 
     known = [int(limit) for limit in limits if limit]
     if not known:
