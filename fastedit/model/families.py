@@ -322,6 +322,9 @@ GPTJ = replace(
     attend=attend_in_pairs,
 )
 
+# From transformers 5.24 on, all layers share one table.
+GPTJ_SHARED = replace(GPTJ, name="gptj with one table", rotary="transformer.rotary_emb.embed_positions")
+
 NEOX = Family(
     name="gpt-neox",
     layers="gpt_neox.layers",
@@ -372,7 +375,7 @@ OPT_350M = replace(
 )
 
 FAMILIES = (
-    *(LLAMA, PHI3, GEMMA, GEMMA_VISION, GPT2, GPTJ),
+    *(LLAMA, PHI3, GEMMA, GEMMA_VISION, GPT2, GPTJ, GPTJ_SHARED),
     *(NEOX, replace(NEOX, name="gpt-neox in sequence", parallel=False, config=(("use_parallel_residual", False),))),
     *(OPT, OPT_350M),
 )
