@@ -17,11 +17,17 @@ READY := $(VENV)/.ready
 MODEL := $(VENV)/.model
 PDOC  := $(VENV)/.docs
 
+# Of transformers: the lowest release that pyproject.toml allows, the one that EasyEdit pins, and the newest; and the
+# tests of what differs between releases.
+RELEASES      := 4.57.1 5.5.4 newest
+RELEASE_TESTS := tests/model tests/editing/test_export.py
+
+.SECONDARY:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check bench bench-ops docs clean
+.PHONY: help demo test test-slow test-gpu test-versions check bench bench-ops docs clean
 
 help:
-	@echo "make demo | test | test-slow | test-gpu | check | docs | clean"
+	@echo "make demo | test | test-slow | test-gpu | test-versions | check | docs | clean"
 	@echo "make bench [SIZE=llama] | bench DATA=FILE | bench-ops [OPS=\"masked_gram capture_keys\"]"
 
 # torch goes first and alone: it is the big one, and with TORCH_INDEX it is the only package taken from there.
@@ -59,6 +65,27 @@ test-slow: $(MODEL)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu
+
+# An environment of its own for each release: transformers with what it pins is installed there, all else is .venv's.
+# The kernels package comes along because an old transformers breaks beside a new one. A package that .venv holds already
+# is left there.
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+build/versions/%/.ready: $(READY)
+	@echo "installing transformers $*"
+	@rm -rf $(@D)
+	@$(PY) -m venv --without-pip $(@D)
+	@echo "import site; site.addsitedir('`$(PY) -c '$(SITE)'`')" > "`$(@D)/bin/python -c '$(SITE)'`/beside.pth"
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --upgrade \
+	  "transformers$(if $(filter newest,$*),<6,[kernels,hub-kernels]==$*)" 2> $(@D)/pip.txt || { cat $(@D)/pip.txt; exit 1; }
+	@touch $@
+
+test-versions-%: build/versions/%/.ready $(MODEL)
+	@build/versions/$*/bin/python -c 'from importlib.metadata import version as of; print("== transformers", \
+	  of("transformers"), "tokenizers", of("tokenizers"), "huggingface_hub", of("huggingface_hub"))'
+	@build/versions/$*/bin/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(RELEASE_TESTS)
+	@build/versions/$*/bin/python -m pytest -q -p no:cacheprovider -m slow tests/model/test_gguf_tokenizer.py
+
+test-versions: $(RELEASES:%=test-versions-%)
 
 check: $(READY)
 	$(PY) -m ruff check .

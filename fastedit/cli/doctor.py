@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import fastedit.ops
-from fastedit.model.load import ALIASES, resolve
+from fastedit.model.load import ALIASES, broken_transformers, resolve
 from fastedit.ops import _dispatch, cpp
 from fastedit.runtime.cache import cache_folder
 
-PACKAGES = ("torch", "transformers", "safetensors", "triton", "pybind11")
+DISTRIBUTION = "fastedit-engine"
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "pybind11")
+
+# What ops say of a kernel that was not compiled.
+POINTER = " (fastedit doctor says why)"
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,20 @@ class Examination:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{name:<18}{version or 'not installed'}" for name, version in self.versions.items()]
-        lines += [f"{name:<18}{text}" for name, text in self.facts.items()]
+        lines = [f"{name:<20}{version or 'not installed'}" for name, version in self.versions.items()]
+        lines += [f"{name:<20}{text}" for name, text in self.facts.items()]
         for op, backends in self.ops.items():
             able = ", ".join(name for name, reason in backends.items() if reason is None)
             unable = "; ".join(f"{name}: {reason}" for name, reason in backends.items() if reason is not None)
-            lines.append(f"op {op:<15}{able}{unable and f'  ({unable})'}")
+            lines.append(f"op {op:<17}{able}{unable and f'  ({unable})'}")
         lines += [f"PROBLEM: {problem}" for problem in self.problems] or ["no problems found"]
         return "\n".join(lines)
 
 
 def examine() -> Examination:
-    """Look at the installation; takes about a second."""
+    """Look at the installation; takes some seconds."""
+    record = build_record()
+
     return Examination(
         {name: _version(name) for name in PACKAGES},
         {
@@ -54,17 +62,79 @@ def examine() -> Examination:
             "devices": ", ".join(_devices()),
             "threads": str(torch.get_num_threads()),
             "float32 matmul": f"{matmul_rate():.0f} GFLOP/s (1024^3)",
-            **{f"{name} kernels": text for name, text in build_record().items()},
+            **{f"{name} kernels": text for name, text in record.items()},
             "cache": str(cache_folder()),
-            **{f"model {alias}": resolve(alias) for alias in ALIASES},
+            **{f"model {alias}": where_is(alias) for alias in ALIASES},
         },
         {
-            module.name: {backend: _dispatch.absent(module.name, backend) for backend in _dispatch.BACKENDS}
+            module.name: {backend: _why_absent(module.name, backend, record) for backend in _dispatch.BACKENDS}
             for module in pkgutil.iter_modules(fastedit.ops.__path__)
             if module.name[0] != "_" and not module.ispkg
         },
-        owners_problem(importlib.metadata.packages_distributions().get("fastedit", [])),
+        [
+            *owners_problem(importlib.metadata.packages_distributions().get("fastedit", [])),
+            *range_problems(DISTRIBUTION),
+            *range_problems("transformers"),
+            *transformers_problem(),
+        ],
     )
+
+
+def where_is(alias: str) -> str:
+    """Where an alias's model lies, or the command that gets it."""
+    place = resolve(alias)
+    if Path(place).exists():
+        return place
+
+    return f"not here; get it with `{ALIASES[alias].install}` (else it is taken from the hub, {place})"
+
+
+def _why_absent(op: str, backend: str, record: dict[str, str]) -> str | None:
+    """Why a backend of an op cannot run here; of kernels that were not compiled, what the build said."""
+    reason = _dispatch.absent(op, backend)
+    if reason is None or not reason.endswith(POINTER):
+        return reason
+
+    return f"{reason.removesuffix(POINTER)}: {record.get('cpu' if backend == 'cpp' else backend, 'not built')}"
+
+
+def range_problems(distribution: str) -> list[str]:
+    """Releases of Python and of other packages with which an installed distribution does not work, by its metadata."""
+    try:
+        about = importlib.metadata.metadata(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return [f"{distribution} is not installed, so the releases that it needs are not known; install it with pip"]
+
+    problems = []
+    python, wanted = platform.python_version(), about["Requires-Python"]
+    if wanted and not SpecifierSet(wanted).contains(python, prereleases=True):
+        problems.append(f"Python is {python}, {distribution} needs {wanted}: make an environment with another Python")
+
+    for line in importlib.metadata.requires(distribution) or ():
+        needed = Requirement(line)
+        if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+            problems += _release_problem(distribution, needed)
+
+    return problems
+
+
+def _release_problem(distribution: str, needed: Requirement) -> list[str]:
+    """A problem where what a distribution needs is missing or of another release."""
+    installed = _version(needed.name)
+    if installed is not None and needed.specifier.contains(installed, prereleases=True):
+        return []
+
+    found = "not installed" if installed is None else installed
+    return [
+        f"{needed.name} is {found}, {distribution} needs {needed.specifier or 'it'}: run pip install"
+        f" '{needed.name}{needed.specifier}'"
+    ]
+
+
+def transformers_problem() -> list[str]:
+    """A problem where transformers cannot make a model, as with a package beside it that is too new."""
+    reason = broken_transformers()
+    return [] if reason is None else [f"transformers {_version('transformers')} cannot make a model: {reason}"]
 
 
 def build_record() -> dict[str, str]:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastedit.model.adapter import ModelAdapter
-from fastedit.model.load import read_tokenizer, write_model
+from fastedit.model.save import read_tokenizer, write_model
 from fastedit.model.tokens import encode
 from fastedit.runtime.hashing import tensors_hash
 from fastedit.runtime.places import NotSaved, equal_bits

@@ -173,7 +173,7 @@ class ModelAdapter:
     def token_embedding(self, tokens: Tensor) -> Tensor:
         """Input embeddings of token ids (n,) without positions, (n, d_model)."""
         embedding = find(self.model, self.family.embedding)
-        rows = embedding(tokens.to(embedding.weight.device)).detach()
+        rows = self._embedded(tokens.to(embedding.weight.device)).detach()
 
         if (project := _optional(self.model, self.family.project_in)) is not None:
             rows = project(_on_device_of(rows, project)).detach()
@@ -274,7 +274,7 @@ class ModelAdapter:
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Rows that enter layer 0, (n_rows, d_model), of token ids (n_rows,) at positions (n_rows,)."""
-        rows = find(self.model, self.family.embedding)(token_ids)
+        rows = self._embedded(token_ids)
 
         if (project := _optional(self.model, self.family.project_in)) is not None:
             rows = project(_on_device_of(rows, project))
@@ -286,10 +286,26 @@ class ModelAdapter:
 
         return rows
 
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """Rows of the token embedding. transformers 4 scales Gemma 2's behind the embedding, later releases in it."""
+        embedding = find(self.model, self.family.embedding)
+        rows = embedding(token_ids)
+
+        config = text_config(self.model)
+        if config.model_type == "gemma2" and not hasattr(embedding, "embed_scale"):
+            rows = rows * torch.tensor(config.hidden_size**0.5, dtype=rows.dtype)
+
+        return rows
+
     def rotary(self, positions: Tensor) -> Rotary:
         """Rotary tables for rows at positions (n_rows,)."""
         if self.family.rotary is None:
             return Rotary({})
+
+        if (local := _local_rotary(self.model, self.family)) is not None:
+            like = torch.empty(0, dtype=self.dtype, device=positions.device)
+            parts = {"full_attention": find(self.model, self.family.rotary), "sliding_attention": local}
+            return Rotary({kind: part(like, positions[None]) for kind, part in parts.items()})
 
         return self.family.rotate(find(self.model, self.family.rotary), positions, self.dtype)
 
@@ -576,17 +592,27 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    scaling: float,
+    scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: runs the plan that `attend_by_interface` passes to the attention module."""
+    """transformers' attention interface: runs the plan that `attend_by_interface` passes to the attention module.
+
+    scaling: None, as GPT-2 of transformers 4 calls it, is that of torch's attention"""
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+
     return kwargs["packed_plan"](module.layer_idx, query, key, value, scaling, softcap), None
 
 
 def _rotates_by_kind(model: Any, family: Family) -> bool:
     """Whether the rotary embedding has a table per type of layer."""
-    return hasattr(_optional(model, family.rotary), "layer_types")
+    return hasattr(_optional(model, family.rotary), "layer_types") or _local_rotary(model, family) is not None
+
+
+def _local_rotary(model: Any, family: Family) -> Any:
+    """The rotary embedding of Gemma 3's layers with a sliding window, which transformers 4 keeps beside the other."""
+    return None if family.rotary is None else find(model, f"{family.rotary}_local")
 
 
 def _is_half(weight: Tensor) -> bool:

@@ -233,10 +233,12 @@ def max_positions(config: Any) -> int:
     Raises UnsupportedModel for a config that names no such number."""
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
 
-    rope = getattr(config, "rope_parameters", None) or {}
-    for table in [rope] if "rope_type" in rope else rope.values():
-        if isinstance(table, dict) and table.get("rope_type") == "longrope":
-            limits.append(table.get("original_max_position_embeddings"))
+    # transformers 4 calls it rope_scaling, and keeps the number beside it.
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    beside = getattr(config, "original_max_position_embeddings", None)
+    for table in [rope] if rope.keys() & {"rope_type", "type"} else rope.values():
+        if isinstance(table, dict) and "longrope" in (table.get("rope_type"), table.get("type")):
+            limits.append(table.get("original_max_position_embeddings") or beside)
 
     known = [int(limit) for limit in limits if limit]
     if not known:
@@ -320,6 +322,9 @@ GPTJ = replace(
     attend=attend_in_pairs,
 )
 
+# From transformers 5.24 on, all layers share one table.
+GPTJ_SHARED = replace(GPTJ, name="gptj with one table", rotary="transformer.rotary_emb.embed_positions")
+
 NEOX = Family(
     name="gpt-neox",
     layers="gpt_neox.layers",
@@ -370,7 +375,7 @@ OPT_350M = replace(
 )
 
 FAMILIES = (
-    *(LLAMA, PHI3, GEMMA, GEMMA_VISION, GPT2, GPTJ),
+    *(LLAMA, PHI3, GEMMA, GEMMA_VISION, GPT2, GPTJ, GPTJ_SHARED),
     *(NEOX, replace(NEOX, name="gpt-neox in sequence", parallel=False, config=(("use_parallel_residual", False),))),
     *(OPT, OPT_350M),
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import importlib
 import importlib.util
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
 
-from fastedit.model.adapter import ModelAdapter, StoredModel
+from fastedit.model import gguf_tokenizer
+from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
+from fastedit.model.hub import must_use_cache, refuse_adapter
+from fastedit.model.load_errors import NotLoadable, reason
+from fastedit.model.stored import stored_model
 from fastedit.model.tokens import warn_of_tokens_beyond
 from fastedit.records.files import read_plain
 from fastedit.runtime.cache import cache_folder
@@ -28,9 +32,6 @@ log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
-
-# As the heads of safetensors files name them.
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # Of a config.json that is believed; the deepest models have some hundred.
 MOST_LAYERS = 10_000
@@ -59,7 +60,7 @@ ALIASES = {
 }
 
 
-class ModelNotFound(ValueError):
+class ModelNotFound(NotLoadable):
     """No model under that name."""
 
 
@@ -143,7 +144,7 @@ def load_model(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ModelNotFound(f"cannot load {place!r}: {_first_line(error)}{_hint(source)}") from error
+        raise ModelNotFound(f"cannot load {place!r}: {reason(error, place)}{_hint(source)}") from error
 
     adapter = ModelAdapter(model if device_map else model.to(device), tokenizer, families)
     adapter.check_forward()
@@ -154,84 +155,14 @@ def load_model(
     return adapter
 
 
-def stored_model(place: str, otherwise: torch.dtype) -> StoredModel:
-    """The dtypes of a checkpoint's tensors, read from the heads of its safetensors files.
-
-    place: a folder, hub id, or GGUF file, whose tensors count as float32
-    otherwise: the dtype of a checkpoint in other files"""
-    if place.endswith(".gguf"):
-        return StoredModel(place, torch.float32, {})
-
-    dtypes: dict[str, torch.dtype] = {}
-    sizes: dict[torch.dtype, int] = {}
-    for file in sorted(_checkpoint_folder(place).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (no dict)
-                head = stored.get_slice(name)
-                if (dtype := STORED_DTYPES.get(head.get_dtype())) is not None:
-                    dtypes[name] = dtype
-                    sizes[dtype] = sizes.get(dtype, 0) + math.prod(head.get_shape())
-
-    main = max(sizes, key=lambda dtype: sizes[dtype], default=otherwise)
-    return StoredModel(place, main, {name: dtype for name, dtype in dtypes.items() if dtype != main})
-
-
-def _checkpoint_folder(place: str) -> Path:
-    """The folder of a checkpoint's files: for a hub id where they were put when it was loaded."""
-    if Path(place).is_dir():
-        return Path(place)
-
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(place, "config.json")
-    return Path(config).parent if isinstance(config, str) else Path(place)
-
-
-def write_model(adapter: ModelAdapter, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: str) -> None:
-    """Write a model with these tensors in place of its own, and its tokenizer, as `load_model` reads them.
-
-    tensors: by the names of the model's state dict. The model is not changed, nor is its config."""
-    model = adapter.model
-    config = {name: getattr(model.config, name, None) for name in ("dtype", "architectures")}
-
-    with _quiet_transformers(), _writable_generation(model, folder):
-        try:
-            model.save_pretrained(folder, state_dict=dict(tensors), max_shard_size=max_shard_size)
-            adapter.tokenizer.save_pretrained(folder)
-        finally:
-            for name, value in config.items():
-                setattr(model.config, name, value)
-
-
-@contextlib.contextmanager
-def _writable_generation(model: Any, folder: Path) -> Iterator[None]:
-    """transformers saves no model with settings of generation that contradict one another, as some checkpoints have.
-
-    They are written as they were read."""
-    settings = getattr(model, "generation_config", None)
-    if settings is None:
-        yield
-        return
-
-    model.generation_config = type(settings)()
+def broken_transformers() -> str | None:
+    """Why transformers' models cannot be imported here; None if they can."""
     try:
-        yield
-    finally:
-        model.generation_config = settings
+        importlib.import_module("transformers.models.llama.modeling_llama")
+    except Exception as error:  # noqa: BLE001  whatever another package raises while it is imported
+        return reason(error)
 
-    settings.to_json_file(folder / "generation_config.json")
-
-
-def read_tokenizer(place: str) -> Any:
-    """The tokenizer of a folder. Raises ModelNotFound, and what transformers raises for files that it cannot read."""
-    with _quiet_transformers() as transformers:
-        return _read_tokenizer(transformers, place)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return None
 
 
 def _hint(source: str) -> str:
@@ -251,11 +182,12 @@ def load_transformers(
     device_map: see transformers' from_pretrained
     Raises UnsupportedModel for a quantised model, before its weights are read; ValueError for a device_map with a
     GGUF file; and what transformers raises for a model that it cannot read."""
-    with _quiet_transformers() as transformers:
+    with quiet_transformers() as transformers:
         if not place.endswith(".gguf"):
             model, tokenizer = _read_model(transformers, place, getattr(torch, dtype), device_map)
         elif device_map is None:
-            model, tokenizer = _read_gguf(transformers, place, getattr(torch, dtype))
+            with _no_gguf_bar():
+                model, tokenizer = _read_gguf(transformers, place, getattr(torch, dtype))
         else:
             raise ValueError("a GGUF file is loaded onto one device, no device_map is possible")
 
@@ -263,23 +195,39 @@ def load_transformers(
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[Any]:
-    """The module transformers, which inside the block shows no progress bars, and of a checkpoint that does not fit no
-    table: `_check_complete` says it."""
+def quiet_transformers() -> Iterator[Any]:
+    """The module transformers, which inside the block shows no progress bars, of a checkpoint that does not fit no
+    table, and of a hub that stops answering no attempts: what they tell is in the error."""
     import transformers
+    from huggingface_hub.utils import logging as hub_messages
     from transformers.utils import logging as messages
 
     was_enabled = messages.is_progress_bar_enabled()
-    verbosity = messages.get_verbosity()
+    verbosity, hub_verbosity = messages.get_verbosity(), hub_messages.get_verbosity()
     messages.disable_progress_bar()  # type: ignore[no-untyped-call]
     messages.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_messages.set_verbosity_error()  # type: ignore[no-untyped-call]
 
     try:
         yield transformers
     finally:
         messages.set_verbosity(verbosity)
+        hub_messages.set_verbosity(hub_verbosity)
         if was_enabled:
             messages.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """Inside the block transformers' reader of GGUF files shows no bar, which it would show on any kind of output."""
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+
+    shown = reader.tqdm
+    reader.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
 
 
 def _frozen(model: Any) -> Any:
@@ -292,11 +240,10 @@ def _frozen(model: Any) -> Any:
 
 def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder or hub id."""
-    _check_layer_count(place)
-    _refuse_adapter(Path(place))
-    config = _own_code_refused(transformers.AutoConfig, place)
+    from_cache = _look_at(place)
+    config = _own_code_refused(transformers.AutoConfig, place, **from_cache)
     refuse_quantised(place, config)
-    tokenizer = _read_tokenizer(transformers, place)
+    tokenizer = read_tokenizer_of(transformers, place, from_cache)
 
     # Older releases of transformers choose torch's attention for a model that caps its scores, and drop the cap.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -309,11 +256,26 @@ def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: A
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **options,
+        **from_cache,
     )
     _check_complete(place, model, report)
     _leave_files(model)
 
     return model, tokenizer
+
+
+def _look_at(place: str) -> dict[str, bool]:
+    """Refuse what is no model before anything of it is read.
+
+    Returns the options with which transformers has to read it: from the hub's cache alone, if the hub does not answer.
+    Raises HubError, HoldsAdapter, and ValueError for a config that cannot be a model's."""
+    if not Path(place).exists():
+        return {"local_files_only": True} if must_use_cache(place) else {}
+
+    _check_layer_count(place)
+    refuse_adapter(Path(place))
+
+    return {}
 
 
 def _leave_files(model: Any) -> None:
@@ -340,31 +302,15 @@ def _own_code_refused(auto: Any, place: str, **options: Any) -> Any:
         ) from error
 
 
-def _refuse_adapter(folder: Path) -> None:
-    """Raise ModelNotFound for a folder that holds an adapter (LoRA and the like) instead of, or beside, a model."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return
-
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    of = f" of {base}" if base else ""
-
-    raise ModelNotFound(
-        f"it holds an adapter{of}, whose layers cannot be edited: merge it into its base model (peft's"
-        " merge_and_unload), save that, and give the saved folder"
-    )
-
-
 # How names of a tokenizer's own files begin or end; one such file is enough.
 TOKENIZER_STARTS = ("tokenizer.", "vocab", "spiece", "tekken")
 TOKENIZER_ENDS = (".model", ".spm", ".tiktoken")
 
 
-def _read_tokenizer(transformers: Any, place: str) -> Any:
-    """The tokenizer of a folder or hub id. Raises ModelNotFound, which says what is missing."""
+def read_tokenizer_of(transformers: Any, place: str, from_cache: Mapping[str, bool]) -> Any:
+    """The tokenizer of a folder or hub id. Raises ModelNotFound, which says what is missing.
+
+    from_cache: see `_look_at`"""
     folder = Path(place)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else None
     if names is not None and not any(n.startswith(TOKENIZER_STARTS) or n.endswith(TOKENIZER_ENDS) for n in names):
@@ -373,7 +319,13 @@ def _read_tokenizer(transformers: Any, place: str) -> Any:
             " model came from"
         )
 
-    return _own_code_refused(transformers.AutoTokenizer, place)
+    try:
+        return _own_code_refused(transformers.AutoTokenizer, place, **from_cache)
+    except ValueError as error:
+        # The name under which transformers 5 saves this class, which 4 does not know.
+        if "TokenizersBackend" not in str(error):
+            raise
+        return _own_code_refused(transformers.PreTrainedTokenizerFast, place, **from_cache)
 
 
 def _check_complete(place: str, model: Any, report: Mapping[str, Any]) -> None:
@@ -470,7 +422,7 @@ def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, 
         folder, gguf_file=file, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     _check_complete(place, source, report)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+    tokenizer = _gguf_tokenizer(transformers, place)
 
     config = source.config
     if hasattr(config, "quantization_config"):
@@ -492,6 +444,27 @@ def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, 
     return model, tokenizer
 
 
+def _gguf_tokenizer(transformers: Any, place: str) -> Any:
+    """The tokenizer of a GGUF file, the same under every release of transformers. Raises BadTokenizer."""
+    folder, file = os.path.split(place)
+    fields = gguf_tokenizer.read_fields(place)
+    inner = gguf_tokenizer.build(fields)
+
+    if inner is not None:
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=inner,
+            chat_template=fields.values.get("chat_template"),
+            clean_up_tokenization_spaces=False,
+            **gguf_tokenizer.special_tokens(fields),
+        )
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+
+    gguf_tokenizer.check(tokenizer, fields)
+
+    return tokenizer
+
+
 def load_encoder(source: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a text encoder, float32, in evaluation mode with frozen weights.
 
@@ -500,15 +473,16 @@ def load_encoder(source: str) -> tuple[Any, Any]:
     place = _packaged_encoder(source) or source
 
     try:
-        with _quiet_transformers() as transformers:
-            model = _own_code_refused(transformers.AutoModel, place, dtype=torch.float32)
-            tokenizer = _read_tokenizer(transformers, place)
+        with quiet_transformers() as transformers:
+            from_cache = _look_at(place)
+            model = _own_code_refused(transformers.AutoModel, place, dtype=torch.float32, **from_cache)
+            tokenizer = read_tokenizer_of(transformers, place, from_cache)
     except UnsupportedModel:
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ModelNotFound(f"cannot load encoder {place!r}: {_first_line(error)}") from error
+        raise ModelNotFound(f"cannot load encoder {place!r}: {reason(error, place)}") from error
 
     return _frozen(model), tokenizer
 

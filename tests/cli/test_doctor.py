@@ -2,6 +2,8 @@
 
 import json
 import platform
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,16 @@ import torch
 
 import fastedit.cli.doctor
 import fastedit.ops
-from fastedit.cli.doctor import Examination, build_record, examine, matmul_rate, owners_problem
+from fastedit.cli.doctor import (
+    Examination,
+    build_record,
+    examine,
+    matmul_rate,
+    owners_problem,
+    range_problems,
+    transformers_problem,
+    where_is,
+)
 from fastedit.model.load import ALIASES
 from fastedit.ops import cpp
 
@@ -66,6 +77,64 @@ def test_a_missing_compiler_is_told(monkeypatch, tmp_path, text):
     wanted = ("the C++ compiler: none", "no GPU") if text else ("not built", "not built")
     assert build_record() == dict(zip(("cpu", "cuda"), wanted, strict=True))
     assert examine().ops["capture_keys"]["cpp"] == "it was not compiled"
+    monkeypatch.setattr(cpp, "missing", lambda: "fastedit._cpu was not compiled (fastedit doctor says why)")
+    assert examine().ops["capture_keys"]["cpp"] == f"fastedit._cpu was not compiled: {wanted[0]}"
+    assert "doctor" not in str(examine())
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Makes metadata of a distribution, as an installer leaves it, visible before all others."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(name, version, *lines):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        head = ("Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}")
+        (folder / "METADATA").write_text("\n".join([*head, *lines, ""]))
+
+    return install
+
+
+def test_releases_outside_the_metadata_s_ranges_are_problems(installed):
+    assert range_problems("fastedit-engine") == []
+    ranges = ("Requires-Dist: torch>=2.6", "Requires-Dist: fewer<2", "Requires-Dist: unknown_thing; extra == 'dev'")
+    installed("theirs", "1.0", "Requires-Python: >=3.10", *ranges)
+    installed("fewer", "1.9")
+    assert range_problems("theirs") == []
+    installed("others", "1.0", "Requires-Python: >=3.99", "Requires-Dist: fewer>=2,<3", "Requires-Dist: nobodys_thing")
+    assert range_problems("others") == [
+        f"Python is {platform.python_version()}, others needs >=3.99: make an environment with another Python",
+        "fewer is 1.9, others needs <3,>=2: run pip install 'fewer<3,>=2'",
+        "nobodys_thing is not installed, others needs it: run pip install 'nobodys_thing'",
+    ]
+    assert "not_there is not installed" in range_problems("not_there")[0]
+
+
+def test_transformers_of_another_release_is_a_problem_that_names_the_range(installed):
+    installed("transformers", "4.40.0", "Requires-Dist: tokenizers<0.20,>=0.19")
+    said = str(examine())
+    assert re.search(r"PROBLEM: transformers is 4\.40\.0, fastedit-engine needs \S*>=4\.57\S*: run pip install", said)
+    assert re.search(r"PROBLEM: tokenizers is \S+, transformers needs <0\.20,>=0\.19: run pip install", said)
+
+
+def test_a_package_that_breaks_transformers_is_told(monkeypatch):
+    assert transformers_problem() == []
+    monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
+    [problem] = transformers_problem()
+    assert "cannot make a model: " in problem
+    assert "modeling_llama" in problem
+
+
+def test_a_default_model_that_is_not_here_names_the_command_that_gets_it(monkeypatch, tmp_path):
+    [alias] = ALIASES
+    stored = tmp_path / "models" / alias
+    stored.mkdir(parents=True)
+    monkeypatch.setenv("FASTEDIT_CACHE", str(tmp_path))
+    assert where_is(alias) == str(stored)
+    stored.rmdir()
+    monkeypatch.setattr("fastedit.model.load._package_folders", lambda package: [])
+    assert where_is(alias).startswith(f"not here; get it with `{ALIASES[alias].install}`")
 
 
 def test_a_rate_is_measured():

@@ -21,7 +21,8 @@ from fastedit.editing.checkpoint import main_dtype, rounded_weights, write_check
 from fastedit.editor import Editor
 from fastedit.evaluation.answers import answer
 from fastedit.model.adapter import ModelAdapter
-from fastedit.model.load import load_model, read_tokenizer
+from fastedit.model.load import load_model
+from fastedit.model.save import read_tokenizer
 from fastedit.records.edit import EditSet
 from fastedit.runtime.places import NotSaved, PlaceError
 from fastedit.weights.editable import EditableWeights

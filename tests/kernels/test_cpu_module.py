@@ -160,7 +160,7 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_reason(on_cpp):
     with pytest.raises(_dispatch.BackendUnavailable, match=refusal):
         capture_keys(torch.ones(1, 1, 2).double(), None, torch.ones(1), "silu")
     with pytest.raises(_dispatch.BackendUnavailable, match="run on the CPU, got a tensor on meta"):
-        capture_keys(torch.ones(1, 1, 2, device="meta"), None, torch.ones(1), "silu")
+        capture_keys(torch.ones(1, 1, 2, device="meta"), None, torch.ones(1, device="meta"), "silu")
 
 
 def test_the_module_shares_the_threads_of_torch(on_cpp):

@@ -264,13 +264,16 @@ def test_several_layers_cannot_share_a_value_behind_a_norm(family_adapter):
 
 def test_texts_end_where_a_longrope_would_turn_otherwise(family_models, random_tokenizer):
     config = copy.deepcopy(family_models["phi3"].config)
-    config.rope_parameters = {
+    # transformers 4 calls them otherwise.
+    name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"
+    longrope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "original_max_position_embeddings": 24,
         "short_factor": [1.0] * 4,
         "long_factor": [9.0] * 4,
     }
+    setattr(config, name, longrope)
     config.original_max_position_embeddings = 24
     model = type(family_models["phi3"])(config).eval()
     adapter = ModelAdapter(model, random_tokenizer)
@@ -283,7 +286,7 @@ def test_texts_end_where_a_longrope_would_turn_otherwise(family_models, random_t
 
 def test_text_is_generated_without_dropout_and_every_mode_comes_back(family_adapter):
     model = family_adapter.model.train()
-    model.lm_head.eval()
+    model.get_output_embeddings().eval()
     modes = {name: part.training for name, part in model.named_modules()}
     ids = torch.tensor([[5, 9, 31], [7, 12, 80]])
     found = family_adapter.generate(ids, 6, top_k=1)
@@ -356,7 +359,7 @@ def spread_adapter(request, family_adapter):
     """The family's model with some parts on another device than the rest: fake tensors, so that nothing is computed,
     yet an operation over two devices is an error, as it is between two GPUs. The device is called "meta" because that
     is the one that exists everywhere beside "cpu"."""
-    adapter, row, head = family_adapter, family_adapter.family, family_adapter.model.lm_head
+    adapter, row, head = family_adapter, family_adapter.family, family_adapter.model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     entry = (row.embedding, row.positions, row.project_in)
     places = {
@@ -373,6 +376,9 @@ def spread_adapter(request, family_adapter):
         yield adapter
 
 
+@pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4 mixes fake and real tensors in its rotary tables"
+)
 @pytest.mark.parametrize("family", ONE_PER_ROW)
 def test_every_tensor_goes_to_the_device_of_the_module_that_uses_it(spread_adapter):
     adapter, home = spread_adapter, spread_adapter.device

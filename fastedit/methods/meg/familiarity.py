@@ -11,6 +11,7 @@ and noise are seeded, and training stops when the gate knows its edits, not afte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,18 +25,65 @@ from fastedit.methods.meg.config import FamiliarityConfig
 SMALLEST_PROBABILITY = 1e-8
 
 
+def linear(inputs: int, outputs: int, random: torch.Generator) -> nn.Linear:
+    """torch's layer in torch's initialisation, drawn from a generator: other threads draw from the global one."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=random)
+    bound = 1 / math.sqrt(inputs)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=random)
+
+    return layer
+
+
+class Dropout(nn.Module):
+    """torch's dropout on a CPU, with masks from a generator of its own: `random`, given before it is trained.
+
+    share: of the entries that are dropped"""
+
+    random: torch.Generator | None = None
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Entries kept in training are divided by 1 - share."""
+        if not self.training or self.share == 0:
+            return x
+
+        keep = torch.empty_like(x).bernoulli_(1 - self.share, generator=self.random)
+        return x * keep.div_(1 - self.share)
+
+
+def draw_masks_from(net: nn.Module, random: torch.Generator) -> None:
+    """Let all dropouts of a network draw from one generator."""
+    for part in net.modules():
+        if isinstance(part, Dropout):
+            part.random = random
+
+
 class FamiliarityNet(nn.Module):
     """Residual blocks x + drop(W2 gelu(W1 x)), then a linear layer onto the labels. No norm layers, as published.
 
-    width: of the vectors; hidden: inside a block; blocks, labels: how many; dropout: its probability"""
+    width: of the vectors; hidden: inside a block; blocks, labels: how many; dropout: its probability
+    random: draws the weights"""
 
-    def __init__(self, width: int, hidden: int, blocks: int, labels: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        blocks: int,
+        labels: int,
+        dropout: float,
+        random: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
+        random = random or torch.Generator()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.Dropout(dropout))
+            nn.Sequential(linear(width, hidden, random), nn.GELU(), linear(hidden, width, random), Dropout(dropout))
             for _ in range(blocks)
         )
-        self.out = nn.Linear(width, labels)
+        self.out = linear(width, labels, random)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Logits (n, labels) of vectors (n, width)."""
@@ -72,9 +120,9 @@ def scaled(vectors: Tensor) -> Tensor:
     return vectors * vectors.shape[1] ** 0.5
 
 
-def make_net(width: int, config: FamiliarityConfig) -> FamiliarityNet:
-    """A network for vectors of `width`, with torch's default initialisation."""
-    return FamiliarityNet(width, config.hidden_ratio * width, config.blocks, config.labels, config.dropout)
+def make_net(width: int, config: FamiliarityConfig, random: torch.Generator | None = None) -> FamiliarityNet:
+    """A network for vectors of `width`, in torch's default initialisation drawn from `random`."""
+    return FamiliarityNet(width, config.hidden_ratio * width, config.blocks, config.labels, config.dropout, random)
 
 
 def train_familiarity(
@@ -90,40 +138,40 @@ def train_familiarity(
     progress: called with 1 per epoch
     Stops when a share `config.learned` of the edits has an entropy below config.sure / 2 nats, or after
     `config.epochs`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = make_net(vectors.shape[1], config)
-        labels = torch.randint(config.labels, (len(vectors),))
-        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    random = torch.Generator().manual_seed(seed)
+    net = make_net(vectors.shape[1], config, random)
+    draw_masks_from(net, random)
+    labels = torch.randint(config.labels, (len(vectors),), generator=random)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
-        for epoch in range(config.epochs):
-            net.train()
-            for part in torch.split(torch.randperm(len(vectors)), config.batch_size):
-                loss = F.cross_entropy(net(_noisy(vectors[part], config.noise)), labels[part])
-                if background is not None and config.background > 0:
-                    drawn = background[torch.randint(len(background), (len(part),))]
-                    # Cross-entropy towards the uniform distribution.
-                    loss = loss - config.background * F.log_softmax(net(_noisy(drawn, config.noise)), 1).mean()
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
+    for epoch in range(config.epochs):
+        net.train()
+        for part in torch.split(torch.randperm(len(vectors), generator=random), config.batch_size):
+            loss = F.cross_entropy(net(_noisy(vectors[part], config.noise, random)), labels[part])
+            if background is not None and config.background > 0:
+                drawn = background[torch.randint(len(background), (len(part),), generator=random)]
+                # Cross-entropy towards the uniform distribution.
+                loss = loss - config.background * F.log_softmax(net(_noisy(drawn, config.noise, random)), 1).mean()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
 
-            if progress is not None:
-                progress(1)
-            if epoch % 10 == 9:
-                net.eval()
-                known = is_familiar(Familiarity(net)(vectors), config.sure / 2)
-                if float(known.float().mean()) >= config.learned:
-                    break
+        if progress is not None:
+            progress(1)
+        if epoch % 10 == 9:
+            net.eval()
+            known = is_familiar(Familiarity(net)(vectors), config.sure / 2)
+            if float(known.float().mean()) >= config.learned:
+                break
 
     net.eval()
     net.requires_grad_(False)
     return Familiarity(net)
 
 
-def _noisy(vectors: Tensor, noise: float) -> Tensor:
+def _noisy(vectors: Tensor, noise: float, random: torch.Generator) -> Tensor:
     """Unit vectors plus Gaussian noise of length `noise`, normalised again and scaled."""
-    moved = vectors + noise * torch.randn_like(vectors) / vectors.shape[1] ** 0.5
+    moved = vectors + noise * torch.randn(vectors.shape, generator=random) / vectors.shape[1] ** 0.5
     return scaled(F.normalize(moved, dim=1))
 
 

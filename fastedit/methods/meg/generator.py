@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastedit.methods.meg.config import GeneratorConfig
 from fastedit.methods.meg.diffusion import STEPS, Schedule, ddim
-from fastedit.methods.meg.familiarity import scaled
+from fastedit.methods.meg.familiarity import Dropout, draw_masks_from, linear, scaled
 
 # Sinusoids that encode a diffusion step.
 FREQUENCIES = 256
@@ -48,12 +48,12 @@ def waves(places: Tensor, width: int, cosine_first: bool) -> Tensor:
 class DiTBlock(nn.Module):
     """Attention and MLP, each after a norm without weights; u gives shift, scale and gate of both."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, random: torch.Generator) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv, self.proj = linear(width, 3 * width, random), linear(width, width, random)
+        self.up, self.down = linear(width, 4 * width, random), linear(4 * width, width, random)
+        self.modulation = linear(width, 6 * width, random)
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
         """x: (n, n_tokens, width); u: (n, width)."""
@@ -95,29 +95,30 @@ class DiTShape:
 
 
 class DiT(nn.Module):
-    """Velocity of noised neurons (n, size) at steps (n,) under vectors (n, condition)."""
+    """Velocity of noised neurons (n, size) at steps (n,) under vectors (n, condition). random: draws the weights"""
 
     positions: Tensor
     signal: Tensor
     sigma: Tensor
 
-    def __init__(self, shape: DiTShape) -> None:
+    def __init__(self, shape: DiTShape, random: torch.Generator | None = None) -> None:
         super().__init__()
+        random = random or torch.Generator()
         self.shape = shape
         width = shape.width
         self.n_tokens = -(-shape.size // shape.patch)
 
-        self.embed = nn.Linear(shape.patch, width)
-        self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.condition = nn.Identity() if shape.published else nn.Linear(shape.condition, width)
-        self.spread = None if shape.published else nn.Linear(shape.condition, self.n_tokens * width)
-        self.drop = nn.Dropout(shape.dropout)
+        self.embed = linear(shape.patch, width, random)
+        self.time = nn.Sequential(linear(FREQUENCIES, width, random), nn.SiLU(), linear(width, width, random))
+        self.condition = nn.Identity() if shape.published else linear(shape.condition, width, random)
+        self.spread = None if shape.published else linear(shape.condition, self.n_tokens * width, random)
+        self.drop = Dropout(shape.dropout)
 
-        blocks = [DiTBlock(width, shape.heads) for _ in range(shape.blocks)]
+        blocks = [DiTBlock(width, shape.heads, random) for _ in range(shape.blocks)]
         self.blocks = nn.ModuleList(blocks)
-        self.last_modulation = nn.Linear(width, 2 * width)
-        self.streams = nn.Linear(width, 2 * width) if shape.published else None
-        self.out = nn.Linear(width, shape.patch)
+        self.last_modulation = linear(width, 2 * width, random)
+        self.streams = linear(width, 2 * width, random) if shape.published else None
+        self.out = linear(width, shape.patch, random)
 
         table = waves(torch.arange(self.n_tokens), width, cosine_first=False)
         self.register_buffer("positions", table, persistent=False)
@@ -155,11 +156,16 @@ class DiT(nn.Module):
 class MLPGenerator(nn.Module):
     """Neurons (n, size) from vectors (n, condition) alone: the control without diffusion."""
 
-    def __init__(self, condition: int, size: int, width: int, blocks: int) -> None:
+    def __init__(
+        self, condition: int, size: int, width: int, blocks: int, random: torch.Generator | None = None
+    ) -> None:
         super().__init__()
-        self.embed, self.out = nn.Linear(condition, width), nn.Linear(width, size)
+        random = random or torch.Generator()
+        self.embed, self.out = linear(condition, width, random), linear(width, size, random)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            nn.Sequential(
+                nn.LayerNorm(width), linear(width, 4 * width, random), nn.GELU(), linear(4 * width, width, random)
+            )
             for _ in range(blocks)
         )
 
@@ -215,13 +221,14 @@ class Generator:
         return self.scale.restore(ddim(lambda x, steps: self.net(x, steps, vectors), noise, self.sampler_steps))
 
 
-def make_net(config: GeneratorConfig, condition: int, size: int) -> nn.Module:
-    """The network that a config names."""
+def make_net(config: GeneratorConfig, condition: int, size: int, random: torch.Generator | None = None) -> nn.Module:
+    """The network that a config names, with weights drawn from `random`."""
     if config.kind == "mlp":
-        return MLPGenerator(condition, size, config.width, config.blocks)
+        return MLPGenerator(condition, size, config.width, config.blocks, random)
     clean = config.predicts == "clean"
     return DiT(
-        DiTShape(size, condition, config.patch, config.width, config.blocks, config.heads, config.dropout, clean)
+        DiTShape(size, condition, config.patch, config.width, config.blocks, config.heads, config.dropout, clean),
+        random,
     )
 
 
@@ -242,22 +249,28 @@ class TrainingState(TypedDict):
 class Training:
     """The state of a training: the network, its average, the optimiser, and the number of epochs done.
 
-    random: draws order, steps, noise and shifts; losses: one per epoch
+    random: draws order, steps, noise and shifts; dropout: draws masks; losses: one per epoch
     """
 
     net: nn.Module
     average: nn.Module
     optimiser: torch.optim.AdamW
     random: torch.Generator
+    dropout: torch.Generator
     epoch: int = 0
     losses: list[float] = field(default_factory=list)
 
     @classmethod
-    def start(cls, net: nn.Module, config: GeneratorConfig, seed: int) -> Training:
-        """Epoch 0."""
+    def start(
+        cls, net: nn.Module, config: GeneratorConfig, seed: int, dropout: torch.Generator | None = None
+    ) -> Training:
+        """Epoch 0. dropout: None = one that is seeded as the other"""
         average = copy.deepcopy(net).eval().requires_grad_(False)
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        return cls(net, average, optimiser, torch.Generator().manual_seed(seed))
+        dropout = dropout or torch.Generator().manual_seed(seed)
+        draw_masks_from(net, dropout)
+
+        return cls(net, average, optimiser, torch.Generator().manual_seed(seed), dropout)
 
     def state(self) -> TrainingState:
         """Everything that continuing bit for bit needs, for torch.save."""
@@ -266,7 +279,7 @@ class Training:
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "random": self.random.get_state(),
-            "dropout": torch.get_rng_state(),
+            "dropout": self.dropout.get_state(),
             "epoch": self.epoch,
             "losses": self.losses,
         }
@@ -277,7 +290,7 @@ class Training:
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.random.set_state(state["random"])
-        torch.set_rng_state(state["dropout"])
+        self.dropout.set_state(state["dropout"])
         self.epoch = state["epoch"]
         self.losses = list(state["losses"])
 

@@ -391,10 +391,10 @@ class Stages:
 
         scale = Scale.of(flat[solved])
         noise = start_noise(flat.shape[1], self.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            run = Training.start(make_net(config, vectors.shape[1], flat.shape[1]), config, self.seed)
-            self._train_generator(run, conditions, scale, targets, noise, key, solved)
+        random = torch.Generator().manual_seed(self.seed)
+        fresh = make_net(config, vectors.shape[1], flat.shape[1], random)
+        run = Training.start(fresh, config, self.seed, random)
+        self._train_generator(run, conditions, scale, targets, noise, key, solved)
 
         net = {f"net.{name}": value for name, value in run.average.state_dict().items()}
         fixed = {"scale.mean": scale.mean, "scale.deviation": scale.deviation, "noise": noise}

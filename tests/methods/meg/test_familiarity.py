@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastedit.methods.meg.config import FamiliarityConfig
-from fastedit.methods.meg.familiarity import choose_threshold, entropy, is_familiar, train_familiarity
+from fastedit.methods.meg.familiarity import (
+    Dropout,
+    choose_threshold,
+    draw_masks_from,
+    entropy,
+    is_familiar,
+    linear,
+    train_familiarity,
+)
 
 CONFIG = FamiliarityConfig(blocks=2, epochs=200, batch_size=16, noise=0.3)
 
@@ -61,3 +69,31 @@ def test_threshold_takes_the_best_harmonic_mean() -> None:
     # Up to 0.4: all own, three of four reworded, three of four unrelated kept out.
     assert 0.4 < bound < 1.0
     assert choose_threshold(own, own + 0.01, unrelated) < 0.35
+
+
+def test_training_draws_from_a_generator_of_its_own() -> None:
+    """As with torch's global generator seeded alike, which is left as it was and may be drawn from meanwhile."""
+    config = CONFIG.model_copy(update={"epochs": 3, "dropout": 0.2})
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    alone = train_familiarity(unit(20, 0), config, 7, unit(10, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+    disturbed = train_familiarity(unit(20, 0), config, 7, unit(10, 1), lambda _: torch.manual_seed(3) and None)
+    for name, weight in alone.net.state_dict().items():
+        assert torch.equal(weight, disturbed.net.state_dict()[name])
+
+
+def test_layers_and_masks_are_those_that_torch_draws() -> None:
+    random = torch.Generator().manual_seed(4)
+    ours, dropped = linear(7, 5, random), Dropout(0.3)
+    draw_masks_from(dropped, random)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        theirs = torch.nn.Linear(7, 5)
+        wanted = torch.nn.Dropout(0.3)(x)
+    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.bias, theirs.bias)
+    assert torch.equal(dropped(x), wanted)
+    assert torch.equal(dropped.eval()(x), x)

@@ -129,3 +129,13 @@ def test_unrelated_vectors_get_the_zero_neuron() -> None:
     more, neurons = with_zeros(vectors, flat, unrelated, 0.5)
     assert torch.equal(more, torch.cat([vectors, unrelated[:4]]))
     assert torch.equal(neurons, torch.cat([flat, torch.zeros(4, 70)]))
+
+
+def test_making_and_training_a_network_leaves_the_global_generator_as_it_was() -> None:
+    config = CONFIG.model_copy(update={"dropout": 0.2})
+    before = torch.get_rng_state()
+    drawn = torch.randn(8, 24, generator=torch.Generator().manual_seed(2))
+    vectors, flat = nn.functional.normalize(drawn, dim=1), torch.ones(8, 70)
+    run = Training.start(make_net(config, 24, 70, torch.Generator().manual_seed(1)), config, seed=0)
+    train_epoch(run, vectors, flat, config)
+    assert torch.equal(torch.get_rng_state(), before)
