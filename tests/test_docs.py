@@ -33,11 +33,12 @@ def pages():
 
 @pytest.mark.parametrize("page", list(pages()))
 def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
-    """The files that a page names: the tiny model of the tests, and shipped facts, sixteen to edit and others to learn
-    from."""
+    """The files that a page names: the tiny model of the tests, and shipped facts, sixteen to edit, two more to edit
+    later, and others to learn from."""
     facts = (ROOT / "fastedit/data/demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "edits.jsonl").write_text("".join(facts[:16]), encoding="utf-8")
-    (tmp_path / "records.jsonl").write_text("".join(facts[16:]), encoding="utf-8")
+    (tmp_path / "more.jsonl").write_text("".join(facts[16:18]), encoding="utf-8")
+    (tmp_path / "records.jsonl").write_text("".join(facts[18:]), encoding="utf-8")
     shutil.copytree(ROOT / "tests" / "tiny" / "model", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTEDIT_BACKEND", raising=False)
