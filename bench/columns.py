@@ -76,7 +76,7 @@ class Bench:
         return load_edits(self.options.data, start=row.start, limit=min(row.limit, self.options.limit or row.limit))
 
     def editor(self, row: Row) -> Editor:
-        config = preset_for(row.method, self.model.n_layers, self.model.d_model, self.model.d_ff)
+        config = preset_for(row.method, self.model)
         config = changed(config, parse_changes(row.settings))
         return Editor(self.model, row.method, config, Source(self.options.moments), progress=False)
 

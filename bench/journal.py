@@ -62,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(machine_line())
     model = load_model(options.model)
-    config = preset_for(options.method, model.n_layers, model.d_model, model.d_ff)
+    config = preset_for(options.method, model)
     config = changed(config, parse_changes(options.settings))
     editor = Editor(model, options.method, config, Source(options.moments))
     edits = load_edits(options.data, start=options.start, limit=options.limit)

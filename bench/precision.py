@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 def make_editor(options: argparse.Namespace, dtype: str) -> Editor:
     adapter = load_model(options.model)
-    config = preset_for(options.method, adapter.n_layers, adapter.d_model, adapter.d_ff)
+    config = preset_for(options.method, adapter)
     config = changed(config, {"value": {"dtype": dtype}})
     return Editor(adapter, options.method, config, Source(options.moments), progress=False)
 

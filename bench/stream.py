@@ -63,7 +63,7 @@ def make_editor(options: argparse.Namespace, name: str) -> Editor:
     """`name` is a method, with settings behind plus signs; a bare setting is switched on."""
     method, *settings = name.split("+")
     adapter = load_model(options.model)
-    config = preset_for(method, adapter.n_layers, adapter.d_model, adapter.d_ff)
+    config = preset_for(method, adapter)
     own = [setting if "=" in setting else f"{setting}=true" for setting in settings]
     config = changed(config, parse_changes([*options.settings, *own]))
     return Editor(adapter, method, config, Source(options.moments, options.seed), options.seed)

@@ -1,8 +1,11 @@
 """Presets, which ship as data beside their methods, and the settings that an editor starts from.
 
 A preset is a YAML file `<package>/presets/<method>/<name>.yaml`: `origin` says where its numbers come from, `model` is
-the shape it was made for, `config` the fields of the method's config. A preset of your own is such a file at any place,
+the model it was made for, `config` the fields of the method's config. A preset of your own is such a file at any place,
 named by its path; it needs `config` only.
+
+The numbers of a preset are in units of its model, so it serves models that agree in all that `model` says: two models
+of one shape may be of different families, as Llama 3 8B and Mistral 7B are.
 """
 
 from __future__ import annotations
@@ -28,10 +31,21 @@ AnySettings: TypeAlias = EditConfig | Mapping[str, Any] | None
 
 PARTS = ("origin", "model", "config")
 SHAPE = ("n_layers", "d_model", "d_ff")
+# What a preset may say of its model beside the shape, by the names of transformers' configs.
+CONFIG_NAMES = {
+    "model_type": "model_type",
+    "vocab_size": "vocab_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "rope_theta": "rope_theta",
+}
+
+# A model as a preset describes it.
+Described: TypeAlias = Mapping[str, int | float | str | None]
 
 
 class NoPreset(ValueError):
-    """No preset was made for a model of this shape. reason: that alone; advice: what to do"""
+    """No preset was made for this model. reason: that alone; advice: what to do"""
 
     def __init__(self, reason: str, advice: str) -> None:
         super().__init__(f"{reason}; {advice}")
@@ -42,12 +56,32 @@ class NoPreset(ValueError):
 class Preset(NamedTuple):
     """What a preset file holds.
 
-    path: of the file; model: the shape it was made for, None where the file does not say; config: the settings
+    path: of the file; model: what it was made for, None where the file does not say; config: the settings
     """
 
     path: Path
-    model: dict[str, int] | None
+    model: Described | None
     config: dict[str, Any]
+
+    def differences(self, model: Described) -> list[str]:
+        """What the preset says of its model and this one is not, in words."""
+        made_for = self.model or {}
+        return [f"{name} {made_for[name]}, not {model[name]}" for name in made_for if made_for[name] != model[name]]
+
+    def is_of_shape(self, model: Described) -> bool:
+        """Whether the preset was made for a model of this one's shape."""
+        return self.model is not None and all(self.model[name] == model[name] for name in SHAPE)
+
+
+def described(model: ModelAdapter) -> Described:
+    """A model as presets describe theirs."""
+    config = model.text_config
+    rope = getattr(config, "rope_parameters", None) or {}
+    values = {name: getattr(config, theirs, None) for name, theirs in CONFIG_NAMES.items()}
+    # transformers 5 keeps it among others of its kind; a model with several kinds of layers has several.
+    values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
+
+    return {"n_layers": model.n_layers, "d_model": model.d_model, "d_ff": model.d_ff, **values}
 
 
 def presets(method: str | AnyMethod) -> list[str]:
@@ -66,19 +100,25 @@ def load_preset(method: str | AnyMethod, name: str | Path, **changes: Any) -> Ed
     return changed(_settings_of(method, _read(_path_of(method, name))), changes)
 
 
-def preset_for(method: str | AnyMethod, n_layers: int, d_model: int, d_ff: int) -> EditConfig:
-    """The preset that was made for a model of this shape. Raises NoPreset, listing the presets, when none was."""
-    method = method_named(method)
-    shape = {"n_layers": n_layers, "d_model": d_model, "d_ff": d_ff}
+def preset_for(method: str | AnyMethod, model: ModelAdapter) -> EditConfig:
+    """The preset that was made for a model like this. Raises NoPreset, listing the presets, when none was."""
+    method, about = method_named(method), described(model)
+    alike = []
     for name in presets(method):
         preset = _read(_path_of(method, name))
-        if preset.model == shape:
+        differences = preset.differences(about)
+        if preset.model is not None and not differences:
+            log.info("%s: settings of preset %s", method.name, name)
             return _settings_of(method, preset)
+        if preset.is_of_shape(about):
+            alike.append(f"{name} has its shape, but {', '.join(differences)}")
 
     advice = "pass config="
     if presets(method):
         advice += f" or preset= one of {', '.join(presets(method))}"
-    raise NoPreset(f"{method.name}: no preset was made for a model of {shape}", advice)
+    shape = {name: about[name] for name in SHAPE}
+    reason = f"{method.name}: no preset was made for a model of {shape}"
+    raise NoPreset(f"{reason} ({'; '.join(alike)})" if alike else reason, advice)
 
 
 def settings_for(
@@ -86,7 +126,7 @@ def settings_for(
 ) -> EditConfig:
     """The settings of an editor.
 
-    preset: name or file of the preset to start from; default: the one made for a model of this shape
+    preset: name or file of the preset to start from; default: the one made for a model like this
     config: whole settings, taken as they are, or a mapping of changes to the preset, such as {"rounds": 2}; where no
         preset fits, the mapping must hold all settings without a default
     Raises NoPreset when no preset fits, ValueError when a value does not; TypeError for the settings of another method.
@@ -97,11 +137,11 @@ def settings_for(
 
     changes = {} if config is None else config
     if preset is not None:
-        _warn_of_another_shape(_read(_path_of(method, preset)), preset, model)
+        _warn_of_another_model(_read(_path_of(method, preset)), preset, model)
         return load_preset(method, preset, **changes)
 
     try:
-        base = preset_for(method, model.n_layers, model.d_model, model.d_ff)
+        base = preset_for(method, model)
     except NoPreset as error:
         if config is None:
             raise
@@ -139,11 +179,11 @@ def _whole(method: AnyMethod, fields: Mapping[str, Any], why: NoPreset) -> EditC
     return settings
 
 
-def _warn_of_another_shape(preset: Preset, name: str | Path, model: ModelAdapter) -> None:
-    """A preset's bounds are in units of its own model."""
-    shape = {"n_layers": model.n_layers, "d_model": model.d_model, "d_ff": model.d_ff}
-    if preset.model not in (None, shape):
-        log.warning("preset %s was made for a model of %s, this one has %s", name, preset.model, shape)
+def _warn_of_another_model(preset: Preset, name: str | Path, model: ModelAdapter) -> None:
+    """A preset's numbers are in units of its own model."""
+    differences = preset.differences(described(model))
+    if differences:
+        log.warning("preset %s was made for another model: %s", name, ", ".join(differences))
 
 
 def _path_of(method: AnyMethod, name: str | Path) -> Path:
@@ -189,15 +229,21 @@ def _read(path: Path) -> Preset:
     if unknown:
         raise ValueError(f"{path}: a preset has {', '.join(PARTS)}, and no {', '.join(unknown)}")
 
-    return Preset(path, _shape(path, data.get("model")), data["config"])
+    return Preset(path, _model(path, data.get("model")), data["config"])
 
 
-def _shape(path: Path, shape: Any) -> dict[str, int] | None:
-    """The shape of the model that a preset was made for. Raises ValueError for anything but its three numbers."""
-    if shape is None:
+def _model(path: Path, model: Any) -> Described | None:
+    """The model that a preset was made for. Raises ValueError for another mapping than `described` makes."""
+    if model is None:
         return None
 
-    wrong = not isinstance(shape, dict) or set(shape) != set(SHAPE)
-    if wrong or not all(type(size) is int and size > 0 for size in shape.values()):
-        raise ValueError(f"{path}: model must hold {', '.join(SHAPE)}, three whole numbers, got {shown(shape)}")
-    return dict(shape)
+    if not isinstance(model, dict) or not set(SHAPE) <= set(model) <= {*SHAPE, *CONFIG_NAMES}:
+        more = ", ".join(CONFIG_NAMES)
+        raise ValueError(f"{path}: model must hold {', '.join(SHAPE)}, and may hold {more}, got {shown(model)}")
+
+    for name, value in model.items():
+        wanted = "a text" if name == "model_type" else "a number" if name == "rope_theta" else "a whole number"
+        kinds = {"a text": (str,), "a number": (int, float), "a whole number": (int,)}[wanted]
+        if type(value) not in kinds or (not isinstance(value, str) and value <= 0):
+            raise ValueError(f"{path}: model.{name} must be {wanted}, got {shown(value)}")
+    return dict(model)

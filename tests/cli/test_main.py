@@ -177,7 +177,7 @@ def test_edits_that_did_not_take_warn() -> None:
 
 def test_a_preset_of_another_shape_warns(caplog: pytest.LogCaptureFixture) -> None:
     run("edit", MODEL, FACTS, "--limit", "1", "--preset", "smollm2-135m", "--set", "layers=[2,3]", "--no-eval")
-    assert "preset smollm2-135m was made for a model of {'n_layers': 30" in caplog.text
+    assert "preset smollm2-135m was made for another model: n_layers 30, not 8, d_model 576, not 64" in caplog.text
 
 
 @pytest.mark.parametrize(

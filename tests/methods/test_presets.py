@@ -1,14 +1,18 @@
-"""Presets of one's own, from a file; what is wrong with one names the file and the field."""
+"""Presets: found for a model, and of one's own, from a file; what is wrong with one names the file and the field."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from fastedit.editor import Editor
 from fastedit.methods.closed_form.config import NSEConfig
-from fastedit.methods.presets import check_settings, load_preset, settings_for
+from fastedit.methods.presets import NoPreset, check_settings, load_preset, preset_for, settings_for
 from fastedit.methods.registry import METHODS
 from fastedit.model.adapter import ModelAdapter
 
@@ -35,7 +39,75 @@ def test_a_file_of_another_shape_warns(own: Path, tiny_model: ModelAdapter, capl
     assert caplog.text == ""
     own.write_text(GOOD.replace("n_layers: 8", "n_layers: 9"), encoding="utf-8")
     settings_for(METHODS["nse"], tiny_model, own)
-    assert f"preset {own} was made for a model of {{'n_layers': 9" in caplog.text
+    assert f"preset {own} was made for another model: n_layers 9, not 8" in caplog.text
+
+
+# Shapes and settings of published models, as their config.json has them.
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+}
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def model_of(random_tokenizer: Any) -> Callable[..., ModelAdapter]:
+    """A model with such a config, whose weights take no memory."""
+
+    def make(kind: type[PreTrainedConfig], **settings: Any) -> ModelAdapter:
+        with FakeTensorMode():
+            return ModelAdapter(AutoModelForCausalLM.from_config(kind(**settings)), random_tokenizer)
+
+    return make
+
+
+class TestFoundForAModel:
+    """A preset is taken where everything agrees that it says of its model."""
+
+    def test_its_own(self, model_of: Callable[..., ModelAdapter]) -> None:
+        for method in ("nse", "memit", "alphaedit", "fine"):
+            model = model_of(LlamaConfig, **LLAMA_3_8B)
+            assert preset_for(method, model) == load_preset(method, "llama-3-8b")
+        for method in METHODS:
+            assert preset_for(method, model_of(LlamaConfig, **SMOLLM2)) == load_preset(method, "smollm2-135m")
+        assert preset_for("nse", model_of(GPT2Config, n_layer=48, n_embd=1600, n_head=25)) == load_preset(
+            "nse", "gpt2-xl"
+        )
+
+    def test_not_that_of_a_namesake_in_shape(self, model_of: Callable[..., ModelAdapter]) -> None:
+        """Mistral 7B has the shape of Llama 3 8B."""
+        rope = {"rope_theta": 10000.0, "rope_type": "default"}
+        model = model_of(MistralConfig, **{**LLAMA_3_8B, "vocab_size": 32000, "rope_parameters": rope})
+        with pytest.raises(NoPreset, match=r"llama-3-8b has its shape, but model_type llama, not mistral, vocab_size"):
+            preset_for("nse", model)
+        with pytest.raises(NoPreset, match=r"rope_theta 500000, not 10000\.0\); pass config= or preset= one of"):
+            Editor(model, "nse")
+
+    def test_another_shape_is_named_and_the_presets_listed(self, tiny_model: ModelAdapter) -> None:
+        shape = r"made for a model of \{'n_layers': 8, 'd_model': 64, 'd_ff': 192\}; .*smollm2"
+        with pytest.raises(NoPreset, match=shape):
+            preset_for("nse", tiny_model)
+
+    def test_a_preset_that_is_named_for_a_namesake_warns(
+        self, model_of: Callable[..., ModelAdapter], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = model_of(LlamaConfig, **{**LLAMA_3_8B, "vocab_size": 32000})
+        settings_for(METHODS["nse"], model, "llama-3-8b")
+        assert "preset llama-3-8b was made for another model: vocab_size 128256, not 32000" in caplog.text
 
 
 def test_a_file_may_hold_settings_alone(own: Path, tiny_model: ModelAdapter, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,9 +138,10 @@ def test_a_file_may_hold_settings_alone(own: Path, tiny_model: ModelAdapter, cap
         (GOOD + "seed: 1\n", ": a preset has origin, model, config, and no 'seed'"),
         (
             GOOD.replace("n_layers", "layers"),
-            ": model must hold n_layers, d_model, d_ff, three whole numbers, got {'lay",
+            ": model must hold n_layers, d_model, d_ff, and may hold model_type, vocab_size, n_heads, n_kv_heads,"
+            " rope_theta, got {'lay",
         ),
-        (GOOD.replace("192", "many"), ": model must hold n_layers, d_model, d_ff, three whole numbers, got {'n_l"),
+        (GOOD.replace("192", "many"), ": model.d_ff must be a whole number, got 'many'"),
     ],
     ids=[
         "value",
