@@ -1,4 +1,4 @@
-"""The command line: the `fastedit` command, with demo and doctor. The other commands are in edit, measure and runs.
+"""The command line: the `fastedit` command, with demo and doctor; the others are in edit, measure, runs and cache.
 
 Results go to standard output (a table, or one JSON object with --json), progress and messages to standard error.
 Exit codes: 0 done, 1 a batch was rejected, a result not saved, or the installation is broken, 2 wrong input.
@@ -12,6 +12,7 @@ import typer
 
 from fastedit import __version__
 from fastedit.cli import runs
+from fastedit.cli.cache import cache
 from fastedit.cli.console import AsJson, emit, errors, open_console, open_lines
 from fastedit.cli.edit import edit
 from fastedit.cli.inputs import check_device
@@ -60,6 +61,7 @@ app.command("eval")(evaluate_command)
 app.command()(stats)
 app.command()(locate)
 runs.register(app)
+app.command()(cache)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fastedit.model import gguf_tokenizer
+from fastedit.model import gguf_cache, gguf_tokenizer
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES, Family, UnsupportedModel, refuse_quantised
 from fastedit.model.hub import must_use_cache, refuse_adapter
@@ -186,8 +186,7 @@ def load_transformers(
         if not place.endswith(".gguf"):
             model, tokenizer = _read_model(transformers, place, getattr(torch, dtype), device_map)
         elif device_map is None:
-            with _no_gguf_bar():
-                model, tokenizer = _read_gguf(transformers, place, getattr(torch, dtype))
+            model, tokenizer = _read_gguf(transformers, place, getattr(torch, dtype))
         else:
             raise ValueError("a GGUF file is loaded onto one device, no device_map is possible")
 
@@ -414,7 +413,25 @@ def _check_layer_count(place: str) -> None:
 
 
 def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) of a GGUF file. The weights are put into a new model, which transformers can save."""
+    """(model, tokenizer) of a GGUF file, from the cache if it was read before."""
+    kept = gguf_cache.kept_folder(Path(place))
+    if gguf_cache.is_whole(kept):
+        return _read_model(transformers, str(kept), dtype, None)
+
+    with _no_gguf_bar():
+        model, tokenizer = _unpacked_gguf(transformers, place)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    gguf_cache.keep(Path(place), kept, n_bytes, write)
+    return model.to(dtype), tokenizer
+
+
+def _unpacked_gguf(transformers: Any, place: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a GGUF file, float32. The weights are put into a new model, which transformers can save."""
     folder, file = os.path.split(place)
 
     # In another dtype transformers keeps the weights packed until they are used, and warns about it.
@@ -431,7 +448,6 @@ def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, 
         model = type(source)(config)
 
     model.load_state_dict(source.state_dict(), assign=True)
-    model = model.to(dtype)
     model.tie_weights()
 
     # Buffers that are computed and not stored are on the meta device so far.
