@@ -274,11 +274,17 @@ def test_exports(name: str, form: str, resume: Resume, state: Callable[[Editor],
         assert error == pytest.approx(was["error"][str(layer)], rel=0.1)
 
     if form == "lora":
-        assert json.loads((tmp_path / form / "adapter_config.json").read_text()) == was["config"]
+        config = json.loads((tmp_path / form / "adapter_config.json").read_text())
+        # 0.1.0 named no base for a model from memory, although the model knew where it came from.
+        assert config.pop("base_model_name_or_path") == editor.model.config._name_or_path
+        assert config == {name: value for name, value in was["config"].items() if name in config}
+        assert was["config"].keys() - config.keys() == {"base_model_name_or_path"}
     if is_same_machine():
         hashes = {key: hashlib.sha256(bits(tensor)).hexdigest() for key, tensor in tensors.items()}
         assert digest(json.dumps(hashes, sort_keys=True).encode()) == was["sha256"]
-        assert list(exported.holds or ()) == was["holds"]
+        assert exported.holds is not None
+        n_edits, *held = exported.holds
+        assert [count / n_edits for count in held] == was["holds"]
     assert_factors_make_the_delta(tensors, RUNS[name])
 
 
