@@ -58,7 +58,7 @@ class Exported:
     dtype: of a checkpoint's numbers, or of the edited tensors in a GGUF file
     rank: layer -> rank of the factors; asked_rank: the rank that was asked for
     error: layer -> ||exported - delta|| / ||delta||
-    holds: None where what was saved is what is in the model, bit for bit, or nothing was edited
+    holds: None where nothing was edited, and for a checkpoint or GGUF file of the very bits in the model
     notes: what there is to know about it, in sentences
     """
 
@@ -117,7 +117,9 @@ def export(
             exported, saved = _save_factors(adapter, weights, place, form, rank)
 
     # Measured when the files are where they belong, so that they outlive whatever happens meanwhile.
-    return replace(exported, folder=str(folder), holds=_holds(adapter, edits, saved))
+    # A checkpoint of the very bits holds what the model holds.
+    is_cut = form in ("delta", "lora")
+    return replace(exported, folder=str(folder), holds=_holds(adapter, edits, saved, always=is_cut))
 
 
 def check_export(
@@ -359,11 +361,11 @@ def _error(weights: EditableWeights, layer: int, left: Tensor, right: Tensor) ->
     return float((left.double() @ right.double() - change).norm() / change.norm())
 
 
-def _holds(adapter: ModelAdapter, edits: Sequence[Edit], saved: Mapping[str, Tensor]) -> Holds | None:
+def _holds(adapter: ModelAdapter, edits: Sequence[Edit], saved: Mapping[str, Tensor], always: bool) -> Holds | None:
     """How many edits hold with saved tensors in place of the model's, computed in the model's dtype.
 
     saved: by the names of the state dict, in any dtype
-    None where the model has them already, bit for bit, and without edits."""
+    None without edits, and unless `always` where the model has them already, bit for bit."""
     parameters = dict(adapter.model.named_parameters())
     other = {
         name: tensor.to(parameters[name].device, parameters[name].dtype)
@@ -371,10 +373,12 @@ def _holds(adapter: ModelAdapter, edits: Sequence[Edit], saved: Mapping[str, Ten
         if name in parameters
     }
     other = {name: tensor for name, tensor in other.items() if not equal_bits(tensor, parameters[name].data)}
-    if not other or not edits:
+    if not edits or not (other or always):
         return None
 
     in_model = _n_exact(adapter, edits)
+    if not other:
+        return Holds(len(edits), in_model, in_model)
     with standing_in(adapter, other):
         return Holds(len(edits), in_model, _n_exact(adapter, edits))
 
