@@ -256,7 +256,25 @@ class Editor:
             begins with them; those behind them are new. Others raise RunError where they do not fit
         guard: judges each batch before it is committed; default: Guard()
         verify: look at all edits in one pass after the last batch: `Run.missed` names those that did not take
-        Ctrl-C stops after the current batch, a second one abandons that batch."""
+        Ctrl-C stops after the current batch, a second one abandons that batch.
+        Raises ValueError inside `temporarily` and `unedited`."""
+        with self.stream.turn():
+            self.stream.check_block("edit", "temporarily", "unedited")
+            return self._edit(edits, batch_size, on_error, on_invalid, watch, run_dir, resume, guard, verify)
+
+    def _edit(
+        self,
+        edits: Sequence[Edit],
+        batch_size: int | None,
+        on_error: OnError,
+        on_invalid: OnInvalid,
+        watch: Watcher | Sequence[Watcher] | None,
+        run_dir: str | Path | None,
+        resume: bool,
+        guard: Guard | None,
+        verify: bool,
+    ) -> Run:
+        """`edit`, in any block."""
         given: object = edits
         if isinstance(given, Edit):
             raise TypeError("edits: wanted a sequence of edits, got one Edit; put it in a list")
@@ -320,13 +338,16 @@ class Editor:
         """Edits inside the block, the model and all else bit for bit as it was after it. Nothing is recorded.
 
         The arguments are those of `edit`."""
+        self.stream.check_block("temporarily", "unedited")
         with self.stream.temporarily():
-            yield self.edit(edits, batch_size, on_error, on_invalid, watch, guard=guard, verify=verify)
+            run = self._edit(edits, batch_size, on_error, on_invalid, watch, None, False, guard, verify)
+            with self.stream.block("temporarily"):
+                yield run
 
     @contextlib.contextmanager
     def unedited(self) -> Iterator[None]:
         """Inside the block the model has its original weights. Raises EditorBusy while another thread edits."""
-        with self.stream.turn(), self.weights.rewound():
+        with self.stream.turn(), self.stream.block("unedited"), self.weights.rewound():
             yield
 
     def ask(self, prompts: Sequence[str], n_tokens: int = 8) -> list[str]:
@@ -366,17 +387,21 @@ class Editor:
         dtype: Dtype | None = None,
         force: bool = False,
     ) -> Exported:
-        """Write the edits for other programs; see :func:`fastedit.editing.export.export`."""
+        """Write the edits for other programs; see :func:`fastedit.editing.export.export`.
+
+        Raises EditorBusy while another thread edits, and ValueError inside `unedited`."""
         from fastedit.editing.export import export
 
-        return export(self.adapter, self.weights, self.edits, folder, form, rank, dtype, force)
+        with self.stream.turn():
+            self.stream.check_block("export", "unedited")
+            return export(self.adapter, self.weights, self.edits, folder, form, rank, dtype, force)
 
     def save_pretrained(self, folder: str | Path, dtype: Dtype | None = None, force: bool = False) -> Exported:
         """Write the edited model and its tokenizer as an ordinary checkpoint, read it back and compare.
 
         dtype: None = that of the checkpoint that the model was loaded from; float32 for a GGUF file
-        force: replace the model that stands in the folder. See :func:`fastedit.editing.export.export` for what is
-        raised."""
+        force: replace the model that stands in the folder; other files there stay
+        See :func:`fastedit.editing.export.export` for what is raised."""
         return self.export(folder, "checkpoint", None, dtype, force)
 
     def __repr__(self) -> str:

@@ -395,3 +395,31 @@ def test_a_token_without_an_embedding_is_an_error_of_the_prompt_or_record_with_i
     wrong = tiny_facts[0].model_copy(update={"target_new": "<new>"})
     with pytest.raises(InvalidEdits, match="field 'target_new': has the token '<new>'"):
         larger.edit([wrong])
+
+
+def test_what_the_end_of_a_block_would_take_back_is_refused(
+    tiny_editor: Callable[..., Editor], tiny_facts: EditSet, tmp_path: Path
+) -> None:
+    editor = tiny_editor()
+    editor.edit(tiny_facts[:1])
+    before = editor.weights.fingerprint()
+
+    with editor.temporarily(tiny_facts[1:2]):
+        with pytest.raises(ValueError, match="edit: not inside `temporarily`, whose end brings"):
+            editor.edit(tiny_facts[2:3])
+        with editor.temporarily(tiny_facts[2:3]):
+            assert len(editor.edits) == 3
+        assert len(editor.edits) == 2
+        editor.export(tmp_path / "temporary", "delta")
+    assert editor.weights.fingerprint() == before
+
+    with editor.unedited():
+        for refused in (
+            lambda: editor.edit(tiny_facts[2:3]),
+            lambda: editor.save_pretrained(tmp_path / "out"),
+            lambda: editor.temporarily(tiny_facts[2:3]).__enter__(),
+        ):
+            with pytest.raises(ValueError, match="not inside `unedited`"):
+                refused()
+    assert editor.weights.fingerprint() == before
+    editor.edit(tiny_facts[2:3])

@@ -142,7 +142,7 @@ def _told(records: EditSet, run: Run, watching: Watch | None) -> tuple[dict[str,
     """What `edit` says of its run, as data and as lines."""
     data = {**run.to_dict(), **account(records, run.skipped)}
     numbers = f"{counted(len(run.edits), 'edit')}, {run.written} written, {run.taken} taken"
-    lines = [f"{numbers}; {run.seconds_per_edit:.2f} s per edit"]
+    lines = [f"{numbers}; {run.seconds_per_edit:.2f} s per edit" if len(run.edits) else numbers]
     lines += [f"batch {report.batch} skipped: {report.error}" for report in run.batches if report.error]
 
     if watching is not None:

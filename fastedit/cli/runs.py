@@ -11,7 +11,7 @@ from rich.console import Console
 from fastedit.cli.console import AsJson, emit, errors, given, open_console, open_lines, refuse, stage
 from fastedit.cli.inputs import check_device, open_model
 from fastedit.cli.options import Device
-from fastedit.cli.saving import Force, SaveDtype
+from fastedit.cli.saving import Force, SaveDtype, place_named
 from fastedit.runtime.words import counted
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _case_id(editor: Editor, text: str) -> CaseId:
 
 def replay(
     run_dir: RunDir,
-    save: Annotated[Path, typer.Option(help="folder for the edited model")],
+    save: Annotated[Path, typer.Option(parser=place_named, metavar="PATH", help="folder for the edited model")],
     save_dtype: SaveDtype = None,
     force: Force = False,
     to: To = None,
@@ -213,7 +213,7 @@ def replay(
 
 def export(
     run_dir: RunDir,
-    folder: Annotated[Path, typer.Argument(help="absent or empty")],
+    folder: Annotated[Path, typer.Argument(parser=place_named, metavar="PATH", help="absent or empty")],
     form: Annotated[
         Literal["checkpoint", "delta", "lora", "gguf"],
         typer.Option("--format", help="who is to read it; gguf: the GGUF file of the source, with the edits in it"),

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from fastedit.editing.export import Format
     from fastedit.editor import Editor
 
-Save = Annotated[Path | None, typer.Option(help="folder for the edited model")]
+
+def place_named(text: str) -> Path:
+    """A place on the command line. An empty name, as of a variable that was never set, is not the current folder."""
+    if not text:
+        raise typer.BadParameter("a name is wanted, got an empty one")
+    return Path(text)
+
+
+Save = Annotated[Path | None, typer.Option(parser=place_named, metavar="PATH", help="folder for the edited model")]
 SaveFormat = Annotated[
     Literal["checkpoint", "delta", "lora", "gguf"], typer.Option(help="what --save writes; see fastedit export --help")
 ]

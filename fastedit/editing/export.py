@@ -36,6 +36,17 @@ Format = Literal["checkpoint", "delta", "lora", "gguf"]
 FORMATS: tuple[str, ...] = get_args(Format)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NO_CHANGE = "nothing to export: no weight differs from the unedited model"
+# Files that an earlier result of the form may have left, and that would be read with the new ones.
+STALE = {
+    "checkpoint": (
+        *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+        *("pytorch_model*.bin", "pytorch_model.bin.index.json", "tokenizer.*", "tokenizer_config.json", "vocab.*"),
+        *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "spiece.model"),
+    ),
+    "delta": ("delta.safetensors", "load_delta.py"),
+    "lora": ("adapter_config.json", "adapter_model.safetensors"),
+    "gguf": (),
+}
 # Edits whose texts the saved tokenizer must read as the model's does.
 TEXTS_COMPARED = 100
 
@@ -103,12 +114,12 @@ def export(
         a PEFT adapter; "gguf", the GGUF file that the model came from with the edited tensors replaced
     rank: at most so many directions per weight, for delta and lora; None = all above rounding noise
     dtype: of a checkpoint's weights, None = those of the source; of the edited tensors of a GGUF file, None = float32
-    force: replace the results that stand in the folder
+    force: replace the files of an earlier result in the folder; all other files there stay
     Raises ValueError for another form, a rank below 1 or without use, a dtype without use or too small, and for no
     change; PlaceError for a folder that is not free, or holds the source; NotSaved if it could not be written."""
     check_export(adapter, folder, form, rank, dtype, force)
 
-    with new_folder(folder, force) as place:
+    with new_folder(folder, force, stale=STALE[form]) as place:
         if form == "checkpoint":
             exported, saved = _save_checkpoint(adapter, weights, edits, place, None if dtype is None else DTYPES[dtype])
         elif form == "gguf":
@@ -155,8 +166,9 @@ def check_options(form: str, rank: int | None = None, dtype: str | None = None) 
     """Raise ValueError for a form that is unknown, and for a rank or dtype that it does not take."""
     if form not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
-    if rank is not None and (rank < 1 or form not in ("delta", "lora")):
-        raise ValueError(f"rank must be at least 1 and is for delta and lora, got {rank} for {form}")
+    given: object = rank
+    if given is not None and (type(given) is not int or given < 1 or form not in ("delta", "lora")):
+        raise ValueError(f"rank must be a whole number of at least 1 and is for delta and lora, got {rank} for {form}")
     if dtype is None:
         return
 
@@ -189,7 +201,8 @@ def _save_checkpoint(
     if wrong is not None:
         log.warning("%s", wrong)
 
-    notes = () if wrong is None else (wrong,)
+    unedited = None if edits else "no edit is in force: this is the unedited model"
+    notes = tuple(note for note in (wrong, unedited) if note is not None)
     return Exported("", "checkpoint", _name(main_dtype(tensors)), notes=notes), tensors
 
 

@@ -41,6 +41,8 @@ from fastedit.weights.trial import Trial
 
 log = logging.getLogger(__name__)
 
+# Methods of the editor that bring the weights back at the end of a `with` block.
+Block = Literal["temporarily", "unedited"]
 OnError = Literal["stop", "skip"]
 
 
@@ -92,6 +94,8 @@ class Stream:
         # Stays halved for the rest of the stream once memory ran out: other groups would round differently.
         self._token_budget: int | None = None
         self._turn = threading.RLock()
+        # The blocks of the editor that are open, the innermost last.
+        self._blocks: list[Block] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock: a copy gets one of its own."""
@@ -317,6 +321,23 @@ class Stream:
             yield
         finally:
             self._turn.release()
+
+    @contextlib.contextmanager
+    def block(self, name: Block) -> Iterator[None]:
+        """Around the body of a block of the editor, by the name of its method."""
+        self._blocks.append(name)
+        try:
+            yield
+        finally:
+            self._blocks.remove(name)
+
+    def check_block(self, what: str, *names: Block) -> None:
+        """Raise ValueError if `what` is asked for inside one of these blocks, at whose end it would be lost."""
+        for name in names:
+            if name in self._blocks:
+                raise ValueError(
+                    f"{what}: not inside `{name}`, whose end brings the weights of before back; leave it first"
+                )
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastedit.runtime.hashing import tensor_bytes
 
-# Files by which a result is known: a saved model, an adapter, a delta, a GGUF file. Without its file nothing is loaded.
+# Files without which nothing is loaded: of a saved model, an adapter, a delta, a GGUF file.
 RESULTS = ("config.json", "adapter_config.json", "delta.safetensors", "*.gguf")
 # Where a folder exists already, its new files are made in this folder inside it.
 PARTIAL = ".partial"
@@ -33,7 +33,7 @@ class NotSaved(OSError):
 def check_folder(folder: str | Path, force: bool = False, keep: Iterable[str | Path] = ()) -> None:
     """Raise PlaceError unless results can be written to a folder of that name. Nothing is left there.
 
-    force: whether a folder that holds an earlier result may be replaced, and all of it with it
+    force: whether the folder may hold something already
     keep: files and folders that must stay, such as the model that is edited: the folder may not be or hold one"""
     place = Path(os.path.abspath(folder))
     with _judging(place):
@@ -76,11 +76,16 @@ def check_file(path: str | Path, force: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path, force: bool = False, keep: Iterable[str | Path] = ()) -> Iterator[Path]:
-    """Yield an empty folder, whose files are those of `folder` when the block ends without an error.
+def new_folder(
+    folder: str | Path, force: bool = False, keep: Iterable[str | Path] = (), stale: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Yield an empty folder, whose files are in `folder` when the block ends without an error.
 
     They are on the disk then. After an error `folder` is as it was. After a kill it is as it was, or it lacks the file
-    without which nothing is loaded (`RESULTS`); the next call clears up. force, keep: see `check_folder`
+    without which nothing is loaded (`RESULTS`); the next call clears up.
+    force, keep: see `check_folder`
+    stale: names, with wildcards, of files of an earlier result that must not stay beside the new ones. A file of the
+        same name as a new one is replaced; all other files stay
     Raises PlaceError, and NotSaved when something could not be written."""
     place = Path(os.path.abspath(folder))
     check_folder(place, force, keep)
@@ -97,7 +102,7 @@ def new_folder(folder: str | Path, force: bool = False, keep: Iterable[str | Pat
                 yield partial
                 _sync_all(partial)
             if exists:
-                _move_up(partial, place, clear=force)
+                _move_up(partial, place, stale)
             else:
                 partial.rename(place)
                 sync(place.parent)
@@ -193,19 +198,17 @@ def sync(path: Path) -> None:
 
 
 def _check_replaceable(place: Path, force: bool) -> None:
-    """Raise PlaceError for a folder with something in it, unless it is asked to go and holds an earlier result.
+    """Raise PlaceError for a folder with something in it, unless that is said to be right.
 
     What a killed `new_folder` left may always go."""
     parts = [part for part in place.iterdir() if part.name != PARTIAL]
     if not parts:
         return
 
-    if not force:
-        if (place / PARTIAL).is_dir():
-            return
-        raise PlaceError(f"{place}: is not empty; name another folder, or replace it with --force (force=True)")
-    if any(part.is_dir() for part in parts) or not any(_is_known(part) for part in parts):
-        raise PlaceError(f"{place}: holds other things than a saved model, so it is not replaced; name another folder")
+    if not force and not (place / PARTIAL).is_dir():
+        raise PlaceError(
+            f"{place}: is not empty; name another folder, or replace an earlier result in it with --force (force=True)"
+        )
 
 
 def _is_known(file: Path) -> bool:
@@ -213,13 +216,12 @@ def _is_known(file: Path) -> bool:
     return any(file.match(name) for name in RESULTS)
 
 
-def _move_up(partial: Path, place: Path, clear: bool) -> None:
-    """Put the files of `partial` into `place`. clear: in place of all files there
+def _move_up(partial: Path, place: Path, stale: Sequence[str]) -> None:
+    """Put the files of `partial` into `place`, in place of files of the same name and of stale ones.
 
-    A file of the same name is replaced in any case.
     The files by which a result is known go first and come last, so that no mixture of old and new is ever loaded."""
-    new = {file.name for file in partial.iterdir()}
-    old = [part for part in place.iterdir() if part != partial and (clear or part.name in new)]
+    new = [file.name for file in partial.iterdir()]
+    old = [part for part in place.iterdir() if part.is_file() and any(map(part.match, [*new, *stale]))]
     for file in sorted(old, key=_is_known, reverse=True):
         file.unlink()
     sync(place)

@@ -56,13 +56,20 @@ class TestJudgedBeforeAModelIsLoaded:
         for place, said in [
             ("file", "a file stands there"),
             ("file/below", "is no folder"),
-            ("full", "is not empty; name another folder, or replace it with --force"),
+            ("full", "is not empty; name another folder, or replace an earlier result in it with --force"),
             (MODEL, "would be overwritten"),
         ]:
             done = run(*EDIT, "--save", tmp_path / place)
             assert done.exit_code == 2, done.output
             assert said in done.stderr
         assert (tmp_path / "file").read_text() == "mine"
+
+    def test_an_empty_name_is_not_the_current_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for command in ((*EDIT, "--save", ""), ("replay", "run", "--save", ""), ("export", "run", "")):
+            done = run(*command)
+            assert done.exit_code == 2
+            assert "a name is wanted" in done.stderr
 
     def test_options_without_use(self, tmp_path: Path) -> None:
         for option in (["--force"], ["--save-dtype", "float16"], ["--save-format", "lora"]):

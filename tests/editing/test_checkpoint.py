@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fastedit.editing import checkpoint
 from fastedit.editing.checkpoint import main_dtype, rounded_weights, write_checkpoint
+from fastedit.editing.stream import EditorBusy
 from fastedit.editor import Editor
 from fastedit.evaluation.answers import answer
 from fastedit.model.adapter import ModelAdapter
@@ -177,9 +179,44 @@ class TestPlaces:
         with pytest.raises(PlaceError, match="is not empty"):
             edited.save_pretrained(tmp_path / "out")
 
+        (tmp_path / "out" / "keys.txt").write_text("mine")
+        (tmp_path / "out" / "other.gguf").write_text("mine")
         edited.save_pretrained(tmp_path / "out", force=True)
         assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
         load_model(str(tmp_path / "out"))
+
+        edited.export(tmp_path / "out", "delta", force=True)
+        load_model(str(tmp_path / "out"))
+        assert (tmp_path / "out" / "delta.safetensors").is_file()
+        assert (tmp_path / "out" / "keys.txt").read_text() == (tmp_path / "out" / "other.gguf").read_text() == "mine"
+
+    def test_a_model_without_an_edit_in_force_is_told(self, edited: Editor, tmp_path: Path) -> None:
+        assert "unedited" not in str(edited.save_pretrained(tmp_path / "edited"))
+        edited.undo()
+        assert "no edit is in force: this is the unedited model" in str(edited.save_pretrained(tmp_path / "out"))
+
+    def test_while_another_thread_edits(self, edited: Editor, tiny_facts: EditSet, tmp_path: Path) -> None:
+        """What is in the model then is not what is in force."""
+        told: list[BaseException | None] = []
+
+        class Saves:
+            def begin(self) -> None:
+                thread = threading.Thread(target=self.save)
+                thread.start()
+                thread.join()
+
+            def save(self) -> None:
+                try:
+                    edited.save_pretrained(tmp_path / "out")
+                except EditorBusy as error:
+                    told.append(error)
+
+            def after_batch(self, report: Any, last: bool) -> None:
+                self.begin()
+
+        edited.edit(tiny_facts[2:4], watch=Saves())
+        assert len(told) == 2
+        assert not (tmp_path / "out").exists()
 
     def test_onto_a_file(self, edited: Editor, tmp_path: Path) -> None:
         (tmp_path / "out").write_text("mine")

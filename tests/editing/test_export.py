@@ -222,8 +222,11 @@ def test_truncated_lora_measures_what_it_loses(edited: Editor, tmp_path: Path) -
 def test_what_cannot_be_exported_is_named(edited: Editor, tiny_editor: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format must be one of"):
         edited.export(tmp_path / "a", "zip")
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1"):
         edited.export(tmp_path / "a", "checkpoint", 3)
+    for rank in (0, 1.5, True):
+        with pytest.raises(ValueError, match="rank must be a whole number of at least 1"):
+            edited.export(tmp_path / "a", "lora", rank)
     with pytest.raises(ValueError, match="dtype of a checkpoint must be one of float32, bfloat16, float16"):
         edited.export(tmp_path / "a", dtype="int4")
     with pytest.raises(ValueError, match="nothing to export"):

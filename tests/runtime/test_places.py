@@ -68,20 +68,11 @@ class TestCheckFolder:
         with pytest.raises(PlaceError, match=r"cannot be written|is no folder"):
             check_folder("/proc/fastedit")
 
-    def test_only_an_earlier_result_is_replaced_and_only_when_asked(self, tmp_path: Path) -> None:
+    def test_an_earlier_result_is_replaced_only_when_asked(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(PlaceError, match=r"is not empty.*--force \(force=True\)"):
             check_folder(tmp_path)
         check_folder(tmp_path, force=True)
-
-        (tmp_path / "photos").mkdir()
-        with pytest.raises(PlaceError, match="holds other things than a saved model"):
-            check_folder(tmp_path, force=True)
-
-    def test_a_folder_of_something_else_is_never_replaced(self, tmp_path: Path) -> None:
-        (tmp_path / "thesis.tex").write_text("mine")
-        with pytest.raises(PlaceError, match="holds other things than a saved model"):
-            check_folder(tmp_path, force=True)
 
     @pytest.mark.parametrize("force", [False, True])
     def test_the_source_stays(self, force: bool, tmp_path: Path) -> None:
@@ -130,17 +121,23 @@ class TestNewFolder:
             assert tree(tmp_path / name) == {"config.json": "whole"}
         assert {path.name for path in tmp_path.rglob("*")} == {"absent", "deep", "er", "empty", "config.json"}
 
-    def test_an_earlier_result_goes_as_a_whole(self, tmp_path: Path) -> None:
-        for name in ("config.json", "model-00002-of-00002.safetensors"):
+    def test_an_earlier_result_goes_and_all_else_stays(self, tmp_path: Path) -> None:
+        for name in ("config.json", "model-00002-of-00002.safetensors", "thesis.tex", "other.gguf"):
             (tmp_path / name).write_text("old")
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "model.safetensors").write_text("mine")
 
-        with pytest.raises(KeyError), new_folder(tmp_path, force=True) as folder:
+        stale = ("config.json", "model*.safetensors")
+        with pytest.raises(KeyError), new_folder(tmp_path, force=True, stale=stale):
             raise KeyError
-        assert set(tree(tmp_path).values()) == {"old"}
+        assert len(list(tmp_path.iterdir())) == 5
 
-        with new_folder(tmp_path, force=True) as folder:
+        with new_folder(tmp_path, force=True, stale=stale) as folder:
             (folder / "config.json").write_text("new")
-        assert tree(tmp_path) == {"config.json": "new"}
+        assert (tmp_path / "photos" / "model.safetensors").read_text() == "mine"
+        (tmp_path / "photos" / "model.safetensors").unlink()
+        (tmp_path / "photos").rmdir()
+        assert tree(tmp_path) == {"config.json": "new", "thesis.tex": "old", "other.gguf": "old"}
 
     def test_files_may_be_read_by_who_reads_the_folder(self, tmp_path: Path) -> None:
         with new_folder(tmp_path / "out") as folder:
