@@ -6,6 +6,7 @@ import importlib.metadata
 import pkgutil
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def examine() -> Examination:
         },
         [
             *owners_problem(importlib.metadata.packages_distributions().get("fastedit", [])),
+            *command_problem(importlib.metadata.entry_points(group="console_scripts", name="fastedit")),
             *range_problems(DISTRIBUTION),
             *range_problems("transformers"),
             *transformers_problem(),
@@ -146,6 +148,24 @@ def build_record() -> dict[str, str]:
         module = cpp.compiled()
         record["cpu"] += f", {module.ISAS[cpp.setting()[0]]} of {', '.join(module.ISAS)}"
     return record
+
+
+def command_problem(commands: Iterable[importlib.metadata.EntryPoint]) -> list[str]:
+    """A problem when the installed command `fastedit` calls what this version no longer has.
+
+    So it is in an installation from a checkout that was brought to a newer version since."""
+    problems = []
+    for command in commands:
+        try:
+            works = callable(command.load())
+        except (ImportError, AttributeError):
+            works = False
+        if not works:
+            problems.append(
+                f"the command fastedit was installed for {command.value}, which is no command: install again"
+            )
+
+    return problems
 
 
 def owners_problem(owners: list[str]) -> list[str]:

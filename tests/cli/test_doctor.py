@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import fastedit.ops
 from fastedit.cli.doctor import (
     Examination,
     build_record,
+    command_problem,
     examine,
     matmul_rate,
     owners_problem,
@@ -28,6 +30,17 @@ from fastedit.ops import cpp
 @pytest.mark.parametrize("owners", [[], ["fastedit-engine"], ["fastedit-engine", "fastedit-engine"]])
 def test_one_owner_of_the_import_name_is_no_problem(owners):
     assert owners_problem(owners) == []
+
+
+def test_a_command_that_was_installed_for_an_older_checkout_is_a_problem():
+    def installed(value):
+        return [EntryPoint("fastedit", value, "console_scripts")]
+
+    assert command_problem([]) == []
+    assert command_problem(installed("fastedit.cli.main:main")) == []
+    for value in ("fastedit.cli:main", "fastedit.cli.nowhere:main"):
+        [problem] = command_problem(installed(value))
+        assert f"was installed for {value}, which is no command: install again" in problem
 
 
 def test_two_owners_are_one_problem_that_says_what_to_remove():
