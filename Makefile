@@ -20,7 +20,7 @@ PDOC  := $(VENV)/.docs
 # Of transformers: the lowest release that pyproject.toml allows, the one that EasyEdit pins, and the newest; and the
 # tests of what differs between releases.
 RELEASES      := 4.57.1 5.5.4 newest
-RELEASE_TESTS := tests/model tests/editing/test_export.py
+RELEASE_TESTS := tests/model tests/editing/test_export.py tests/editing/test_checkpoint.py tests/editing/test_gguf_file.py
 
 .SECONDARY:
 .DEFAULT_GOAL := help
