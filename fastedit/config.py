@@ -60,7 +60,8 @@ class Config(BaseModel):
 
     removed: ClassVar[Mapping[str, Any]] = {}
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A number is finite; a bound that infinity lifts says so, `Field(..., allow_inf_nan=True)`.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Type checkers see pydantic's own, which knows the fields.
     if not TYPE_CHECKING:
@@ -97,6 +98,18 @@ def layer_list(given: Any) -> Any:
         layers += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
 
     return layers
+
+
+def layers_in_short(layers: Sequence[int]) -> str:
+    """Ascending layers as text that `layer_list` reads: [2, 4, 5, 6] is "2,4-6"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 # A setting that is a list of layers; a single number in it is left to the other types of the setting, if it has any.
@@ -228,7 +241,8 @@ def _problems(owner: type[Config], fields: Mapping[str, Any], error: ValidationE
         elif found["type"] == "value_error" and len(found["loc"]) < 2:
             yield WrongSetting(path, "wrong", str(inner))
         else:
-            wanted, given = _wanted(owner.model_fields[path[0]]), shown(fields.get(path[0]))
+            number = "a finite number" if found["type"] == "finite_number" else "a number"
+            wanted, given = _wanted(owner.model_fields[path[0]], number), shown(fields.get(path[0]))
             yield WrongSetting(path, "wrong", f"must be {wanted}, got {given}")
 
 
@@ -273,15 +287,15 @@ def _names(owner: type[Config], before: str = "") -> Iterator[str]:
                 yield from _names(kind, f"{before}{name}.")
 
 
-def _wanted(field: FieldInfo) -> str:
-    """What a setting may be, in words."""
+def _wanted(field: FieldInfo, number: str = "a number") -> str:
+    """What a setting may be, in words. number: the words for a float"""
     bounds = [
         f"{words} {getattr(mark, sign)}"
         for mark in field.metadata
         for sign, words in BOUNDS.items()
         if getattr(mark, sign, None) is not None
     ]
-    kinds = [_kind(kind) for kind in _alternatives(field.annotation)]
+    kinds = [number if kind is float else _kind(kind) for kind in _alternatives(field.annotation)]
     is_list = any(get_origin(kind) is tuple for kind in _alternatives(field.annotation))
 
     return " or ".join(kinds) + (f", {' and '.join(bounds)}" if bounds and not is_list else "")
@@ -298,7 +312,7 @@ def _kind(kind: Any) -> str:
         first = next(iter(kind.model_fields))
         return f"a group of settings ({', '.join(kind.model_fields)}), each set by its name, such as .{first}"
 
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
+    names = {int: "a whole number", str: "a text", bool: "true or false", types.NoneType: "null"}
     return names.get(kind, str(kind))
 
 

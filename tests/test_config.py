@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from fastedit.config import WrongSettings, changed, check_changes, layer_list, parse_changes
+from fastedit.config import Config, WrongSettings, changed, check_changes, layer_list, layers_in_short, parse_changes
 from fastedit.methods.closed_form.config import ClosedFormConfig, NSEConfig, TemplateConfig, ValueConfig
 from fastedit.methods.columns.config import KNEConfig
 from fastedit.methods.meg.config import CONFIGS, MegConfig
@@ -123,7 +123,11 @@ PROBLEMS = [
     ({"rounds": 0}, "rounds must be a whole number, at least 1, got 0"),
     ({"rounds": True}, "rounds must be a whole number, at least 1, got True"),
     ({"rounds": {"x": 1}}, "rounds must be a whole number, at least 1, got {'x': 1}"),
-    ({"mass": float("nan")}, "mass must be a number, above 0 and at most 1, got nan"),
+    ({"mass": float("nan")}, "mass must be a finite number, above 0 and at most 1, got nan"),
+    ({"value": {"lr": float("inf")}}, "value.lr must be a finite number, above 0, got inf"),
+    ({"covariance_weight": float("inf")}, "covariance_weight must be a finite number, above 0, got inf"),
+    ({"residual_min": float("inf")}, "residual_min must be a finite number, at least 0, got inf"),
+    ({"residual_max": float("nan")}, "residual_max must be a number, above 0, got nan"),
     ({"value": {"lr": "fast"}}, "value.lr must be a number, above 0, got 'fast'"),
     ({"value": {"dtype": "float64"}}, "value.dtype must be one of auto, model, float32, bfloat16, got 'float64'"),
     ({"value": {"stop_after_top1": 0}}, "value.stop_after_top1 must be a whole number or null, at least 1, got 0"),
@@ -198,6 +202,37 @@ def test_layers_are_written_in_short(given, layers):
     assert layer_list(given) == layers
     assert NSEConfig(layers=given, covariance_weight=1).layers == tuple(layers)
     assert list(changed(load_preset("nse", "smollm2-135m"), {"layers": given}).layers) == layers
+
+
+@pytest.mark.parametrize("layers", [[], [4], [4, 5, 6, 7, 8], [4, 6, 8], [2, 4, 5, 6]])
+def test_layers_are_told_in_short(layers):
+    assert not layers or layer_list(layers_in_short(layers)) == layers
+    assert len(layers_in_short(range(1000))) == len("0-999")
+
+
+def bounds_that_infinity_lifts(kind, before=""):
+    """Dotted names of the numbers of a class of settings that may be infinite, tried one by one."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.default, Config):
+            yield from bounds_that_infinity_lifts(type(field.default), f"{before}{name}.")
+        elif "float" in str(field.annotation):
+            try:
+                check_changes(kind, {name: float("inf")})
+                yield f"{before}{name}"
+            except ValueError:
+                pass
+
+
+def test_a_number_is_finite_unless_it_is_a_bound():
+    kinds = [*(method.config_class for method in METHODS.values()), MegConfig]
+    assert {name for kind in kinds for name in bounds_that_infinity_lifts(kind)} == {
+        "value.clamp",
+        "residual_max",
+        "gate.threshold",
+    }
+    assert changed(load_preset("nse", "smollm2-135m"), parse_changes(["residual_max=.inf"])).residual_max == float(
+        "inf"
+    )
 
 
 def test_a_number_of_layers_stays_a_number():

@@ -38,11 +38,13 @@ class Guard:
         max_perplexity: float = 1.5,
         only_warn: bool = False,
     ) -> None:
-        if not (max_growth > 1 and max_perplexity > 1 and 0 <= min_unchanged <= 1):
-            raise ValueError(
-                f"guard: wanted max_growth > 1, max_perplexity > 1 and min_unchanged in [0, 1],"
-                f" got {max_growth}, {max_perplexity} and {min_unchanged}"
-            )
+        wrong = [
+            *([] if max_growth > 1 else [f"wanted max_growth > 1, got {max_growth}"]),
+            *([] if max_perplexity > 1 else [f"wanted max_perplexity > 1, got {max_perplexity}"]),
+            *([] if 0 <= min_unchanged <= 1 else [f"wanted min_unchanged in [0, 1], got {min_unchanged}"]),
+        ]
+        if wrong:
+            raise ValueError(f"guard: {'; '.join(wrong)}")
 
         probes = [probe for edit in canaries for probe in edit.locality]
         self.questions = [(probe.prompt, probe.answer) for probe in probes if probe.answer is not None]

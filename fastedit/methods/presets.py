@@ -10,6 +10,7 @@ of one shape may be of different families, as Llama 3 8B and Mistral 7B are.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fastedit.config import EditConfig, WrongSettings, changed, check_changes, settings_from
 from fastedit.methods.base import AnyMethod
-from fastedit.methods.registry import method_named
+from fastedit.methods.registry import METHODS, method_named
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.files import read_text
 from fastedit.runtime.plain_yaml import NotPlain, plain_yaml
@@ -113,9 +114,9 @@ def preset_for(method: str | AnyMethod, model: ModelAdapter) -> EditConfig:
         if preset.is_of_shape(about):
             alike.append(f"{name} has its shape, but {', '.join(differences)}")
 
-    advice = "pass config="
+    advice = "give settings (--set, config=)"
     if presets(method):
-        advice += f" or preset= one of {', '.join(presets(method))}"
+        advice = f"name one of {', '.join(presets(method))} (--preset, preset=) or {advice}"
     shape = {name: about[name] for name in SHAPE}
     reason = f"{method.name}: no preset was made for a model of {shape}"
     raise NoPreset(f"{reason} ({'; '.join(alike)})" if alike else reason, advice)
@@ -175,7 +176,8 @@ def _whole(method: AnyMethod, fields: Mapping[str, Any], why: NoPreset) -> EditC
         if any(problem.kind != "missing" for problem in error.problems):
             raise
         missing = [".".join(problem.path) for problem in error.problems]
-        raise NoPreset(why.reason, f"{why.advice}; or whole settings: {', '.join(missing)} are missing") from None
+        are = "is" if len(missing) == 1 else "are"
+        raise NoPreset(why.reason, f"{why.advice}, of which {', '.join(missing)} {are} missing") from None
     return settings
 
 
@@ -204,12 +206,29 @@ def _path_of(method: AnyMethod, name: str | Path) -> Path:
 
 
 def _settings_of(method: AnyMethod, preset: Preset) -> EditConfig:
-    """The settings of a preset. Raises ValueError naming the file and each field."""
+    """The settings of a preset. Raises ValueError naming the file and each field, and the methods that it may be of."""
     try:
         settings: EditConfig = settings_from(method.config_class, preset.config)
     except WrongSettings as error:
-        raise ValueError("\n".join(f"{preset.path}: {line}" for line in str(error).splitlines())) from None
+        lines = str(error).splitlines()
+        owners = _owners(preset) if any(problem.kind == "unknown" for problem in error.problems) else []
+        if owners:
+            lines.append(
+                f"these are settings of {' or '.join(owners)}, not of {method.name}; name it (--method, method=)"
+            )
+        raise ValueError("\n".join(f"{preset.path}: {line}" for line in lines)) from None
     return settings
+
+
+def _owners(preset: Preset) -> list[str]:
+    """Names of the shipped methods that take these settings as they are."""
+    names = []
+    for name, method in METHODS.items():
+        with contextlib.suppress(WrongSettings):
+            settings_from(method.config_class, preset.config)
+            names.append(name)
+
+    return names
 
 
 def _read(path: Path) -> Preset:

@@ -14,7 +14,7 @@ ADAPTER = "adapter_config.json"
 
 
 class HubError(NotLoadable):
-    """The hub cannot be reached and its cache has no copy, or it has no such model."""
+    """The hub cannot be reached and its cache has no copy, it has no such model, or no model can have that name."""
 
 
 class HoldsAdapter(NotLoadable):
@@ -24,9 +24,15 @@ class HoldsAdapter(NotLoadable):
 def must_use_cache(hub_id: str) -> bool:
     """Whether the hub cannot be reached, so that only its cache can be read. Asks once, and never tries again.
 
-    Raises HubError for a model that is neither on the hub nor in the cache; HoldsAdapter."""
+    Raises HubError for a name that is no hub id, and for a model that is neither on the hub nor in the cache;
+    HoldsAdapter."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
 
     try:
         files = HfApi().model_info(hub_id, timeout=PATIENCE).siblings or []
@@ -34,6 +40,10 @@ def must_use_cache(hub_id: str) -> bool:
         raise HubError("the hub gives it only to those who asked for access: ask on its page, and log in") from error
     except RepositoryNotFoundError as error:
         raise HubError("the hub has no model of that name, or shows it only to those who are logged in") from error
+    except HFValidationError as error:
+        raise HubError(
+            "that can be no hub id, which is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', 96 at most"
+        ) from error
     except HfHubHTTPError:
         # It answers, so that what is wrong is better told by loading.
         return False

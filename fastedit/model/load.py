@@ -27,6 +27,7 @@ from fastedit.model.tokens import warn_of_tokens_beyond
 from fastedit.records.files import read_plain
 from fastedit.runtime.cache import cache_folder
 from fastedit.runtime.free_memory import is_out_of_memory
+from fastedit.runtime.words import shown
 
 log = logging.getLogger(__name__)
 
@@ -64,19 +65,17 @@ class ModelNotFound(NotLoadable):
     """No model under that name."""
 
 
-def resolve(source: str) -> str:
+def resolve(source: str | os.PathLike[str]) -> str:
     """The path or hub id that `source` stands for.
 
     An alias is looked for in the cache folder, then in its package; its hub id is the last choice.
-    Raises ModelNotFound for a path that does not exist."""
+    Raises ModelNotFound for an empty name, a path that does not exist, and what is neither a folder nor a .gguf file;
+    TypeError for what is no name."""
+    source = _as_text(source)
     alias = ALIASES.get(source)
 
     if alias is None:
-        if not Path(source).exists() and _must_be_path(source):
-            raise ModelNotFound(
-                f"no model at {source}{_did_you_mean(source)}; give a folder, a .gguf file, a hub id, or"
-                f" {', '.join(ALIASES)}"
-            )
+        _check_name(source)
         return source
 
     cached = cache_folder() / "models" / source
@@ -88,6 +87,33 @@ def resolve(source: str) -> str:
             return str(folder / alias.file)
 
     return alias.hub_id
+
+
+def _as_text(source: str | os.PathLike[str]) -> str:
+    """The name or path of a model as text. Raises TypeError for anything else."""
+    text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise TypeError(f"a model is named by a text or a path, got {shown(source)}")
+    return text
+
+
+def _check_name(source: str) -> None:
+    """Raise ModelNotFound for a name that can be no model's; see `resolve`."""
+    wanted = f"give a folder, a .gguf file, a hub id, or {', '.join(ALIASES)}"
+
+    if not source.strip():
+        raise ModelNotFound(f"the name of the model is empty; {wanted}")
+    if os.path.isdir(source):
+        return
+
+    if not os.path.exists(source):
+        if _must_be_path(source):
+            raise ModelNotFound(f"no model at {source}{_did_you_mean(source)}; {wanted}")
+    elif not os.path.isfile(source):
+        # To read a pipe would wait for whoever writes into it.
+        raise ModelNotFound(f"{source} is neither a folder nor a file that can be read again and again; {wanted}")
+    elif not source.endswith(".gguf"):
+        raise ModelNotFound(f"{source} is a file whose name does not end in .gguf; {wanted}")
 
 
 def _must_be_path(source: str) -> bool:
@@ -118,25 +144,32 @@ def _package_folders(package: str) -> list[Path]:
 
 
 def load_model(
-    source: str,
+    source: str | os.PathLike[str],
     dtype: Dtype = "float32",
     device: str | Mapping[str, int | str] = "cpu",
     families: Sequence[Family] = FAMILIES,
 ) -> ModelAdapter:
     """Load a model and its tokenizer, and check that packed passes give the model's own logits.
 
-    source: an alias, a hub id, a folder, or a GGUF file, see `resolve`
+    source: an alias, a hub id, or the path of a folder or GGUF file, see `resolve`
     dtype: of the weights
     device: a torch device for the whole model, or "auto" or a device_map to spread it over several devices
     families: the rows to choose the model's family from, see `ModelAdapter`
-    Raises ModelNotFound; UnsupportedModel; ValueError for another dtype, or for a CUDA device if torch finds none."""
+    Raises ModelNotFound; UnsupportedModel; TypeError for what is no name; ValueError for another dtype, for a device
+    that is not here, and for a GGUF file that is to be spread over several."""
+    source = _as_text(source)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if isinstance(device, str) and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, and torch finds no CUDA device here; there is 'cpu'")
 
+    _check_device(device)
     place = resolve(source)
-    device_map = device if device == "auto" or isinstance(device, Mapping) else None
+    device_map = device if _is_spread(device) else None
+    if device_map is not None and place.endswith(".gguf"):
+        raise ValueError(
+            f"device {device!r} may spread a model over several devices, which a GGUF file cannot be: {place} is loaded"
+            " onto one, such as 'cpu' or 'cuda'"
+        )
+
     try:
         model, tokenizer = load_transformers(place, dtype, device_map)
     except UnsupportedModel:
@@ -149,10 +182,37 @@ def load_model(
     adapter = ModelAdapter(model if device_map else model.to(device), tokenizer, families)
     adapter.check_forward()
     warn_of_tokens_beyond(tokenizer, adapter.n_embeddings)
-    adapter.source = str(Path(source).resolve()) if Path(source).exists() else source
+    adapter.source = str(Path(source).resolve()) if os.path.exists(source) else source
     adapter.stored = stored_model(place, adapter.dtype)
 
     return adapter
+
+
+def _is_spread(device: str | Mapping[str, int | str]) -> bool:
+    """Whether a model is loaded by a device_map."""
+    return device == "auto" or isinstance(device, Mapping)
+
+
+def _check_device(device: str | Mapping[str, int | str]) -> None:
+    """Raise ValueError for a single device that torch does not know, or that is not here."""
+    if _is_spread(device):
+        return
+
+    try:
+        wanted = torch.device(device)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device must be cpu, cuda, cuda:1 (or another number), auto or a device_map, got {device!r}"
+        ) from None
+
+    count = torch.cuda.device_count()
+    if wanted.type != "cuda" or (wanted.index or 0) < count:
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, and torch finds no CUDA device here; there is 'cpu'")
+
+    there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
+    raise ValueError(f"device {device!r} was asked for, and is not here; there is {there}")
 
 
 def broken_transformers() -> str | None:
@@ -169,7 +229,7 @@ def _hint(source: str) -> str:
     """What else may be meant where a model cannot be loaded, as the end of a sentence."""
     if source in ALIASES:
         return f"; the alias also works after `{ALIASES[source].install}`"
-    if not Path(source).exists():
+    if not os.path.exists(source):
         return f"; no folder {source!r} is here, so it was taken for a hub id{_did_you_mean(source)}"
     return ""
 
@@ -268,7 +328,7 @@ def _look_at(place: str) -> dict[str, bool]:
 
     Returns the options with which transformers has to read it: from the hub's cache alone, if the hub does not answer.
     Raises HubError, HoldsAdapter, and ValueError for a config that cannot be a model's."""
-    if not Path(place).exists():
+    if not os.path.exists(place):
         return {"local_files_only": True} if must_use_cache(place) else {}
 
     _check_layer_count(place)
@@ -430,9 +490,14 @@ def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, 
     return model.to(dtype), tokenizer
 
 
+def _folder_and_file(place: str) -> tuple[str, str]:
+    """A file as transformers wants it. Of a bare name the folder would be empty, which it takes for a hub id."""
+    return os.path.split(os.path.abspath(place))
+
+
 def _unpacked_gguf(transformers: Any, place: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a GGUF file, float32. The weights are put into a new model, which transformers can save."""
-    folder, file = os.path.split(place)
+    folder, file = _folder_and_file(place)
 
     # In another dtype transformers keeps the weights packed until they are used, and warns about it.
     source, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -462,7 +527,7 @@ def _unpacked_gguf(transformers: Any, place: str) -> tuple[Any, Any]:
 
 def _gguf_tokenizer(transformers: Any, place: str) -> Any:
     """The tokenizer of a GGUF file, the same under every release of transformers. Raises BadTokenizer."""
-    folder, file = os.path.split(place)
+    folder, file = _folder_and_file(place)
     fields = gguf_tokenizer.read_fields(place)
     inner = gguf_tokenizer.build(fields)
 
@@ -481,12 +546,15 @@ def _gguf_tokenizer(transformers: Any, place: str) -> Any:
     return tokenizer
 
 
-def load_encoder(source: str) -> tuple[Any, Any]:
+def load_encoder(source: str | os.PathLike[str]) -> tuple[Any, Any]:
     """(model, tokenizer) of a text encoder, float32, in evaluation mode with frozen weights.
 
     source: a folder, a hub id, or the name of an installed package that contains the encoder's folder
-    Raises ModelNotFound."""
-    place = _packaged_encoder(source) or source
+    Raises ModelNotFound; TypeError for what is no name."""
+    name = _as_text(source)
+    place = _packaged_encoder(name) or name
+    if not name.strip() or (os.path.exists(place) and not os.path.isdir(place)):
+        raise ModelNotFound(f"cannot load encoder {place!r}: give a folder, a hub id, or an installed package")
 
     try:
         with quiet_transformers() as transformers:

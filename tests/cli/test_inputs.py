@@ -71,7 +71,8 @@ def test_a_mistyped_setting_is_told_before_torch_is_imported() -> None:
         (("edit", GONE, FACTS, "--device", "cuda:99"), "--device: cuda:99 is not here; there is cpu"),
         (("edit", GONE, FACTS, "--moments", GONE), f"{GONE}: No such file or directory"),
         (("edit", GONE, FACTS, "--text", MODEL), f"{MODEL}: Is a directory"),
-        (("edit", GONE, FACTS, "--max-growth", "0.5"), "wanted max_growth > 1"),
+        (("edit", GONE, FACTS, "--max-growth", "0.5"), "guard: wanted max_growth > 1, got 0.5\n"),
+        (("edit", GONE, FACTS, "--set", "value.lr=.inf"), "value.lr must be a finite number, above 0, got inf"),
         (("stats", GONE, "--layers", "8-4"), "--layers must be a list of layers (4-8 or 4,6,8), got '8-4'"),
         (("stats", GONE, "--set", "moments.tokns=3"), "unknown setting moments.tokns; did you mean moments.tokens?"),
         (("stats", GONE, "--method", "kn"), "kn uses no second moments"),
@@ -86,6 +87,25 @@ def test_what_is_wrong_is_told_before_a_model_is_read(arguments: tuple[str, ...]
     assert message in done.stderr
     assert "no model" not in done.stderr
     assert "loading" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "the name of the model is empty; give a folder"),
+        ((MODEL, "--set", "layers=2-40", "--set", "covariance_weight=9"), "below the last layer 7, got 2-40\n"),
+        (
+            (MODEL, "--set", "layers=2-4"),
+            "(--preset, preset=) or give settings (--set, config=), of which covariance_weight is missing\n",
+        ),
+    ],
+    ids=["no name", "layers", "no preset"],
+)
+def test_what_the_model_tells_is_one_short_sentence(arguments: tuple[str, ...], message: str) -> None:
+    name, *others = arguments
+    done = run("edit", name, FACTS, *QUICK, *others)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
 
 
 def test_a_preset_of_a_file_is_edited_with(own: str) -> None:

@@ -73,6 +73,12 @@ def test_canaries_and_perplexity(fast_editor: Make, stream: EditSet) -> None:
 def test_wrong_bounds_are_named(stream: EditSet) -> None:
     with pytest.raises(ValueError, match="max_growth > 1"):
         Guard(max_growth=1)
+    with pytest.raises(ValueError, match=r"^guard: wanted max_growth > 1, got 0.5$"):
+        Guard(max_growth=0.5)
+    with pytest.raises(
+        ValueError, match=r"^guard: wanted max_perplexity > 1, got nan; wanted min_unchanged in \[0, 1\]"
+    ):
+        Guard(max_perplexity=float("nan"), min_unchanged=2)
     with pytest.raises(ValueError, match="none of the 1 canaries has a locality prompt"):
         Guard(canaries=[stream[0].model_copy(update={"locality": ()})])
 

@@ -103,7 +103,9 @@ def test_a_method_of_ones_own_needs_a_name_of_its_own(tiny_model: ModelAdapter) 
 
 def test_a_method_without_presets_asks_for_a_config(tiny_model: ModelAdapter) -> None:
     assert presets(OWN) == []
-    with pytest.raises(ValueError, match=r"dense-nse: no preset was made for a model of .*; pass config="):
+    with pytest.raises(
+        ValueError, match=r"dense-nse: no preset was made for a model of .*; give settings \(--set, config=\)"
+    ):
         Editor(tiny_model, OWN)
     with pytest.raises(ValueError, match="dense-nse: no preset 'smollm2-135m'; there are none"):
         Editor(tiny_model, OWN, preset="smollm2-135m")
@@ -116,7 +118,7 @@ def test_whole_settings_may_be_a_mapping(tiny_model: ModelAdapter) -> None:
     assert config == NSEConfig(layers=(1, 2), covariance_weight=5)
     with pytest.raises(ValueError, match="covariance_wieght"):
         Editor(tiny_model, OWN, {"layers": [1, 2], "covariance_wieght": 5})
-    with pytest.raises(ValueError, match="or whole settings: covariance_weight are missing"):
+    with pytest.raises(ValueError, match=r"give settings \(--set, config=\), of which covariance_weight is missing"):
         Editor(tiny_model, "nse", {"layers": [1, 2]})
     assert Editor(tiny_model, "kn", {"threshold": 0.5}).config == KNConfig(threshold=0.5)
     with pytest.raises(ValueError, match="dense-nse: no preset 'x'"):

@@ -94,13 +94,14 @@ class TestFoundForAModel:
         model = model_of(MistralConfig, **{**LLAMA_3_8B, "vocab_size": 32000, "rope_parameters": rope})
         with pytest.raises(NoPreset, match=r"llama-3-8b has its shape, but model_type llama, not mistral, vocab_size"):
             preset_for("nse", model)
-        with pytest.raises(NoPreset, match=r"rope_theta 500000, not 10000\.0\); pass config= or preset= one of"):
+        with pytest.raises(NoPreset, match=r"rope_theta 500000, not 10000\.0\); name one of gpt-j-6b"):
             Editor(model, "nse")
 
     def test_another_shape_is_named_and_the_presets_listed(self, tiny_model: ModelAdapter) -> None:
         shape = r"made for a model of \{'n_layers': 8, 'd_model': 64, 'd_ff': 192\}; .*smollm2"
-        with pytest.raises(NoPreset, match=shape):
+        with pytest.raises(NoPreset, match=shape) as wrong:
             preset_for("nse", tiny_model)
+        assert str(wrong.value).endswith("smollm2-135m (--preset, preset=) or give settings (--set, config=)")
 
     def test_a_preset_that_is_named_for_a_namesake_warns(
         self, model_of: Callable[..., ModelAdapter], caplog: pytest.LogCaptureFixture
@@ -166,6 +167,21 @@ def test_what_is_wrong_names_the_file_and_the_field(own: Path, text: str, messag
     for line in str(wrong.value).splitlines():
         assert line.startswith(str(own))
     assert str(wrong.value).startswith(f"{own}{message}")
+
+
+def test_a_preset_of_another_method_says_of_which(own: Path) -> None:
+    own.write_text("config: {layers: 2-4, covariance_weight: 100}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^") as wrong:
+        load_preset("fine", own)
+    *unknown, last = str(wrong.value).splitlines()
+    assert [line.split(";")[0] for line in unknown] == [
+        f"{own}: unknown setting {name}" for name in ("layers", "covariance_weight")
+    ]
+    assert last == f"{own}: these are settings of nse or memit, not of fine; name it (--method, method=)"
+
+    own.write_text("config: {layers: 2-4, covariance_weight: 100, rounds: 2, mass: 0.9}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"these are settings of nse, not of fine"):
+        load_preset("fine", own)
 
 
 def test_a_file_that_is_no_text_is_named(own: Path) -> None:

@@ -1,7 +1,9 @@
 """From a name to a place: what an alias looks at, in which order, and what an error says."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaModel
 
+from fastedit.methods.meg.config import EncoderConfig
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import UnsupportedModel
-from fastedit.model.load import ALIASES, ModelNotFound, load_model, resolve
+from fastedit.model.load import ALIASES, ModelNotFound, load_encoder, load_model, resolve
 from fastedit.runtime.cache import cache_folder
 
 ALIAS = "smollm2-135m"
@@ -70,6 +73,88 @@ def folder(random_llama, random_tokenizer, tmp_path):
     random_llama.float().save_pretrained(tmp_path / "model")
     random_tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+
+
+def test_a_bare_name_in_the_current_folder_is_loaded(write_tiny_gguf, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tiny_gguf(TINY / "model", tmp_path / "tiny.gguf")
+    shutil.copytree(TINY / "model", tmp_path / "tiny")
+    whole = load_model(str(tmp_path / "tiny.gguf"))
+    shutil.rmtree(cache)
+    bare = load_model("tiny.gguf")
+    assert bare.source == str(tmp_path / "tiny.gguf")
+    assert torch.equal(bare.head.weight, whole.head.weight)
+    assert load_model("tiny").source == str(tmp_path / "tiny")
+
+
+def test_a_path_is_taken_like_its_text(folder):
+    assert load_model(folder).source == str(folder)
+    assert torch.equal(load_encoder(folder)[0].embed_tokens.weight, load_encoder(str(folder))[0].embed_tokens.weight)
+    assert resolve(Path(ALIAS)) == resolve(ALIAS)
+    assert EncoderConfig(source=folder).source == str(folder)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"tiny", ["tiny"]])
+def test_what_is_no_name_is_told(source):
+    for load in (load_model, load_encoder, resolve):
+        with pytest.raises(TypeError, match="a model is named by a text or a path, got"):
+            load(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "the name of the model is empty; give a folder, a .gguf file, a hub id, or smollm2-135m"),
+        (" ", "the name of the model is empty; give a folder"),
+        ("pipe", "pipe is neither a folder nor a file that can be read again and again; give"),
+        ("pipe.gguf", "pipe.gguf is neither a folder nor a file that can be read again and again; give"),
+        ("note.txt", "note.txt is a file whose name does not end in .gguf; give"),
+        ("my model", "cannot load 'my model': that can be no hub id, which is NAME or OWNER/NAME of letters, "),
+        ("a?b/c", "cannot load 'a?b/c': that can be no hub id, which is NAME or OWNER/NAME of letters, "),
+        ("a" * 300, f"cannot load '{'a' * 300}': that can be no hub id, which is NAME or OWNER/NAME of letters, "),
+    ],
+    ids=["empty", "blank", "pipe", "pipe of a GGUF name", "file", "space", "sign", "length"],
+)
+def test_a_name_that_is_no_models_is_told_in_one_sentence(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe", "pipe.gguf"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "note.txt").write_text("not a model")
+    with pytest.raises(ModelNotFound) as caught:
+        load_model(source)
+    assert str(caught.value).startswith(message)
+    assert "Repo id" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["", "pipe"])
+def test_a_name_that_is_no_encoders_is_told(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelNotFound, match="give a folder, a hub id, or an installed package"):
+        load_encoder(source)
+
+
+@pytest.mark.parametrize("device", ["auto", {"": "cpu"}])
+def test_a_gguf_file_is_not_spread(device, package):
+    with pytest.raises(ValueError, match="which a GGUF file cannot be") as caught:
+        load_model(ALIAS, device=device)
+    assert str(caught.value).startswith(f"device {device!r}")
+    assert ALIASES[ALIAS].install not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:x", "", None])
+def test_a_device_that_is_none_is_told_before_anything_is_read(device):
+    with pytest.raises(ValueError, match="device must be cpu, cuda, cuda:1"):
+        load_model("/no/such/model", device=device)
+
+
+def test_a_device_that_is_not_here_is_told(package):
+    with pytest.raises(ValueError, match="device 'cuda:99' was asked for") as caught:
+        load_model(ALIAS, device="cuda:99")
+    assert ALIASES[ALIAS].install not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

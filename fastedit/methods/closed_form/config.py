@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from fastedit.config import Config, EditConfig, Layers, MomentConfig
+from fastedit.runtime.words import shown
 
 
 class ValueConfig(Config):
@@ -16,7 +17,7 @@ class ValueConfig(Config):
     lr: learning rate of Adam
     weight_decay: weight of the norm of delta, relative to the squared norm of the unedited value
     kl_factor: weight of the drift KL at the end of "{subject} is a"
-    clamp: largest ||delta||, relative to the norm of the unedited value
+    clamp: largest ||delta||, relative to the norm of the unedited value; inf = no bound
     stop_loss: an edit is finished when its loss falls below this
     stop_after_top1: ours, after ENCORE's rule: an edit is finished when every target token has ranked first in every
         context for this many steps in a row; None = never
@@ -31,7 +32,7 @@ class ValueConfig(Config):
     lr: float = Field(0.5, gt=0)
     weight_decay: float = Field(0.5, ge=0)
     kl_factor: float = Field(0.0625, ge=0)
-    clamp: float = Field(0.75, gt=0)
+    clamp: float = Field(0.75, gt=0, allow_inf_nan=True)
     stop_loss: float = Field(0.05, ge=0)
     stop_after_top1: int | None = Field(None, ge=1)
     token_budget: int = Field(768, ge=1)
@@ -68,7 +69,7 @@ class ClosedFormConfig(EditConfig):
     @classmethod
     def _ascending(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
         if any(layer < 0 for layer in layers) or list(layers) != sorted(set(layers)):
-            raise ValueError(f"layers must be ascending, without repeats, from 0 on, got {list(layers)}")
+            raise ValueError(f"layers must be ascending, without repeats, from 0 on, got {shown(list(layers))}")
         return layers
 
 
@@ -86,7 +87,7 @@ class NSEConfig(ClosedFormConfig):
     mass: float = Field(1.0, gt=0, le=1)
     rounds: int = Field(2, ge=1)
     residual_min: float = Field(0.0, ge=0)
-    residual_max: float = Field(float("inf"), gt=0)
+    residual_max: float = Field(float("inf"), gt=0, allow_inf_nan=True)
     rewind_values: bool = True
     as_released: bool = False
 

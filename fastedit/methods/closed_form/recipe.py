@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fastedit.config import layers_in_short
 from fastedit.methods.base import Method, Progress, Start
 from fastedit.methods.closed_form.config import ClosedFormConfig
 from fastedit.methods.closed_form.keys import KeySweep, LayerCapture
@@ -171,7 +172,9 @@ class ClosedFormMethod(Method[F, ClosedFormState]):
     def layers(self, model: ModelAdapter, config: F) -> tuple[int, ...]:
         """The edited layers. Raises ValueError for layers that cannot be written towards one value."""
         if config.layers[-1] >= model.n_layers - 1:
-            raise ValueError(f"layers must lie below the last layer {model.n_layers - 1}, got {config.layers}")
+            raise ValueError(
+                f"layers must lie below the last layer {model.n_layers - 1}, got {layers_in_short(config.layers)}"
+            )
 
         model.check_layers(config.layers)
         return config.layers

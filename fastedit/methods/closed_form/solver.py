@@ -29,7 +29,8 @@ JITTERS = (0.0, 1e-12, 1e-10, 1e-8)
 
 
 class NotPositiveDefinite(ValueError):
-    """A system could not be factored even with the largest jitter: the second moment or a key is damaged."""
+    """A system could not be factored even with the largest jitter: the second moment is of too few tokens, or it or a
+    key is damaged."""
 
 
 class PastKeys:
@@ -202,6 +203,7 @@ def cholesky(system: Tensor) -> Tensor:
 
     raise NotPositiveDefinite(
         f"a system of size {system.shape[0]} is not positive definite, or its condition is beyond {system.dtype}, with"
-        f" jitter up to {JITTERS[-1]:.0e} (mean diagonal {scale:.3g}, condition at least {condition:.3g}); the second"
-        " moments or the keys are broken"
+        f" jitter up to {JITTERS[-1]:.0e} (mean diagonal {scale:.3g}, condition at least {condition:.3g});"
+        " either the second moments were made of fewer tokens than d_ff (moments.tokens, --moment-tokens), or they or"
+        " the keys are broken"
     )

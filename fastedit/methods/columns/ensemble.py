@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastedit.config import layers_in_short
 from fastedit.ops.select_neurons import select_neurons
 
 
@@ -24,7 +25,7 @@ def ensemble(scores: Tensor, share: float, key_layers: int | Sequence[int] | Non
     if key_layers is not None:
         layers = _most_members(scores, share, key_layers) if isinstance(key_layers, int) else key_layers
         if not layers or not all(0 <= layer < n_layers for layer in layers):
-            raise ValueError(f"key_layers must lie in 0-{n_layers - 1}, got {list(layers)}")
+            raise ValueError(f"key_layers must lie in 0-{n_layers - 1}, got {layers_in_short(layers) or 'none'}")
         outside = torch.ones(n_layers, dtype=torch.bool)
         outside[torch.tensor(layers)] = False
         scores = scores.masked_fill(outside[:, None].to(scores.device), torch.finfo(scores.dtype).min)

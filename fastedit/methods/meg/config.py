@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from fastedit.config import Config
 
@@ -49,6 +50,11 @@ class FitConfig(Config):
         return template
 
 
+def _as_text(source: Any) -> Any:
+    """A path as text; all else as it is."""
+    return os.fspath(source) if isinstance(source, os.PathLike) else source
+
+
 class EncoderConfig(Config):
     """The text encoder (see :mod:`fastedit.methods.meg.encoder`).
 
@@ -59,7 +65,7 @@ class EncoderConfig(Config):
         epochs = 0 leaves the encoder untrained
     """
 
-    source: str = "model"
+    source: Annotated[str, BeforeValidator(_as_text)] = "model"
     layer: int | None = Field(None, ge=1)
     pooling: Literal["cls", "mean"] = "mean"
     epochs: int = Field(3, ge=0)
@@ -82,7 +88,7 @@ class FamiliarityConfig(Config):
     """
 
     kind: Literal["familiarity", "cosine", "none"] = "familiarity"
-    threshold: float | None = Field(None, ge=0)
+    threshold: float | None = Field(None, ge=0, allow_inf_nan=True)
     blocks: int = Field(3, ge=1)
     hidden_ratio: int = Field(2, ge=1)
     labels: int = Field(10, ge=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ class MeG:
     @classmethod
     def from_pretrained(
         cls,
-        source: str,
+        source: str | os.PathLike[str],
         method: MethodName = "meg",
         config: MegConfig | Mapping[str, object] | None = None,
         dtype: Dtype = "float32",

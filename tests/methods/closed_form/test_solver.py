@@ -90,6 +90,12 @@ def test_hopeless_system_is_refused(broken: float) -> None:
         cholesky(system)
 
 
+def test_a_moment_of_too_few_tokens_is_named_as_the_cause() -> None:
+    few = torch.randn(10, D_FF, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NotPositiveDefinite, match="made of fewer tokens than d_ff"):
+        RidgeSolver(few.T @ few, 100).solve(few[:2], PastKeys(D_FF))
+
+
 @pytest.mark.parametrize("n_past", [0, 7, 25, 200], ids=lambda n: f"{n} past edits")
 @pytest.mark.parametrize("rank", [10, 40], ids=lambda rank: f"rank {rank}")
 def test_null_space_solution_is_alphaedits(n_past: int, rank: int) -> None:
