@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ class Editor:
     @classmethod
     def from_pretrained(
         cls,
-        source: str,
+        source: str | os.PathLike[str],
         method: str | AnyMethod = "nse",
         config: EditConfig | Mapping[str, Any] | None = None,
         *,
