@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -304,7 +305,10 @@ class Editor:
     def undo(self, last: int | None = None, to: int | None = None) -> None:
         """Take batches back, weights and state bit for bit: the last ones (default 1), or all but the first `to`.
 
-        Those in memory are rolled back, older ones rebuilt from the run directory. Raises ValueError for more."""
+        Those in memory are rolled back, older ones rebuilt from the run directory. Raises ValueError for more, and
+        TypeError for what is no whole number."""
+        _check_whole("last", last)
+        _check_whole("to", to)
         if last is not None and to is not None:
             raise ValueError(f"undo: wanted last or to, got last={last} and to={to}")
 
@@ -411,3 +415,9 @@ class Editor:
         edits = counted(len(self.edits), "edit")
         batches = counted(len(self.stream.committed), "batch", "batches")
         return f"Editor({name}, method {self.method.name}, {edits} in {batches}{recorded})"
+
+
+def _check_whole(name: str, given: object) -> None:
+    """Raise TypeError for what counts no batches."""
+    if given is not None and (isinstance(given, bool) or not isinstance(given, Integral)):
+        raise TypeError(f"undo: wanted a whole number of batches as {name}, got {given!r}")

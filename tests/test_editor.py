@@ -321,6 +321,12 @@ def test_misuse_is_one_sentence(tiny_editor: Callable[..., Editor], tiny_facts: 
         editor.config = {"rounds": 2}
     with pytest.raises(ValueError, match="undo: 0 batches are in force, asked to keep 5"):
         editor.undo(to=5)
+    for name, value in (("last", 1.5), ("to", "1"), ("last", True)):
+        with pytest.raises(TypeError, match=f"undo: wanted a whole number of batches as {name}, got {value!r}"):
+            editor.undo(**{name: value})
+    editor.edit(tiny_facts[:1])
+    with pytest.raises(ValueError, match="undo: 1 batch is in memory or recorded, asked for 2"):
+        editor.undo(last=2)
 
 
 WITHOUT_SUBJECT = Edit(prompt="The banner of Logan is", target_new="purple")

@@ -124,7 +124,7 @@ def _tell_run(console: Console, run_dir: Path | None, resume: bool) -> None:
     elif not resume:
         check_new(run_dir)
     elif is_run(run_dir):
-        live = Recorder.open(run_dir).live
+        live = Recorder.open(run_dir, quiet=True).live
         n_edits = sum(len(record.body["edits"]) for record in live)
         batches, edits = counted(len(live), "batch", "batches"), counted(n_edits, "edit", "edits")
         say(console, f"{run_dir}: going on after {batches} with {edits}")

@@ -245,7 +245,7 @@ def _check_place(run_dir: Path, onto: str | None, folder: Path, force: bool) -> 
     from fastedit.runs.recorder import Recorder
     from fastedit.runtime.places import check_folder
 
-    source = onto or Recorder.open(run_dir, up_to_damage=True).header["model"]["source"]
+    source = onto or Recorder.open(run_dir, up_to_damage=True, quiet=True).header["model"]["source"]
     check_folder(folder, force, keep=[run_dir, *([] if source is None else [resolve(source)])])
 
 
@@ -256,7 +256,7 @@ def _editor(run_dir: Path, onto: str | None, device: str, to: int | None = None)
 
     check_device(device)
     lines = open_lines(Console(stderr=True))
-    model = _model(Recorder.open(run_dir, to), onto, device, lines)
+    model = _model(Recorder.open(run_dir, to, quiet=True), onto, device, lines)
     return Editor.resume(run_dir, model, progress=lines, to=to)
 
 

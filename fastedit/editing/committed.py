@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastedit.methods.base import AnyState
 from fastedit.records.edit import EditSet
+from fastedit.runtime.words import counted
 from fastedit.weights.trial import Trial
 
 
@@ -87,7 +88,8 @@ class CommittedBatches:
 
         Raises ValueError for more batches than can be undone from memory."""
         if n_batches > self.undoable:
-            raise ValueError(f"undo: {self.undoable} batches are in memory, asked for {n_batches}")
+            batches = counted(self.undoable, "batch is", "batches are")
+            raise ValueError(f"undo: {batches} in memory, asked for {n_batches}")
 
         self._return_state(state, n_batches)
         del self._batches[-n_batches:]

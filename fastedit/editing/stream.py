@@ -35,6 +35,7 @@ from fastedit.runtime.free_memory import give_back_freed
 from fastedit.runtime.interrupts import Interrupts
 from fastedit.runtime.progress import Show, track
 from fastedit.runtime.warnings_log import Notes
+from fastedit.runtime.words import counted
 from fastedit.weights.apply import RejectedUpdate
 from fastedit.weights.editable import ColumnWeights, EditableWeights
 from fastedit.weights.trial import Trial
@@ -239,7 +240,8 @@ class Stream:
         count = len(self.committed)
         available = self.committed.undoable if self.recorder is None else count
         if not 1 <= n_batches <= count or n_batches > available:
-            raise ValueError(f"undo: {available} batches are in memory or recorded, asked for {n_batches}")
+            batches = counted(available, "batch is", "batches are")
+            raise ValueError(f"undo: {batches} in memory or recorded, asked for {n_batches}")
 
         with self._alone(), self.weights.writing():
             if self.recorder is not None:
@@ -258,7 +260,8 @@ class Stream:
         Raises RunError, WrongModel, DamagedRun or WeightsChanged."""
         self.weights.check_untouched()
         if self.committed:
-            raise RunError(f"resume: wanted an editor without edits, got one with {len(self.committed)} batches")
+            batches = counted(len(self.committed), "batch", "batches")
+            raise RunError(f"resume: wanted an editor without edits, got one with {batches}")
 
         recorder.check(self.adapter, self.weights, self._settings())
         if prepare or self._state is not None:
@@ -390,7 +393,8 @@ class Stream:
             return
 
         if self.committed:
-            raise RunError(f"run_dir: {len(self.committed)} batches were written before anything was recorded")
+            batches = counted(len(self.committed), "batch was", "batches were")
+            raise RunError(f"run_dir: {batches} written before anything was recorded")
         header = describe_run(self.adapter, self.weights, self._settings(), self.state.describe(), self.moments)
         self.recorder = Recorder.create(run_dir, header)
 

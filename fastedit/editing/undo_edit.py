@@ -15,6 +15,7 @@ from fastedit.evaluation.answers import answer
 from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import Record, RunError
 from fastedit.runs.recorder import Recorder
+from fastedit.runtime.words import counted
 from fastedit.weights.editable import EditableWeights
 
 
@@ -48,8 +49,9 @@ class Forgotten:
     def __str__(self) -> str:
         unedited, edited, now = self.log_prob
         moved = max(self.moved.values(), default=0.0)
+        batches = counted(self.batches, "batch", "batches")
         return (
-            f"case {self.case_id} taken back, {self.batches} batches solved again in {self.seconds:.1f} s\n"
+            f"case {self.case_id} taken back, {batches} solved again in {self.seconds:.1f} s\n"
             f"log-probability of its target: {unedited:.2f} unedited, {edited:.2f} with the edit, {now:.2f} without it"
             f" (difference {self.difference:+.2f})\n"
             f"weights moved by {moved:.1%} of all that edits moved them; of the others"

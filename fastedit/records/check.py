@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from fastedit.records.edit import NO_SUBJECT, Edit, EditSet, InvalidEdits, Problem, show
 from fastedit.records.join import Joined, joined, opening
 from fastedit.records.subjects import places_of
+from fastedit.runtime.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +131,9 @@ def _warn_of_places(edits: EditSet, indices: Sequence[int], problems: _Problems)
     ]
     more = f"; and {len(several) - NAMED} more" if len(several) > NAMED else ""
     log.warning(
-        "%d edits name their subject several times in the prompt; {} in the prompt says where it is edited, without it"
-        " the last place is taken; %s%s",
-        len(several),
+        "%s subject several times in the prompt; {} in the prompt says where it is edited, without it the last place"
+        " is taken; %s%s",
+        counted(len(several), "edit names its", "edits name their"),
         "; ".join(named),
         more,
     )

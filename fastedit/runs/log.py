@@ -99,11 +99,12 @@ class RunLog:
     """The records of one run directory. `RunLog(folder)` reads; `append` works only inside `writing()`.
 
     up_to_damage: read the records before the first that cannot be read; `damage` says why
+    quiet: warn of nothing that is read, since the run is opened again and told of then
     Raises RunError for a folder without a run or with one of a newer format, DamagedRun for lines that are not what was
     written, and for records that are missing before others."""
 
-    def __init__(self, folder: str | Path, up_to_damage: bool = False) -> None:
-        self._start(folder, opened=False)
+    def __init__(self, folder: str | Path, up_to_damage: bool = False, quiet: bool = False) -> None:
+        self._start(folder, opened=False, quiet=quiet)
         self.reload()
 
         if not is_run(self.folder):
@@ -126,8 +127,8 @@ class RunLog:
         created.folder.mkdir(parents=True, exist_ok=True)
         return created
 
-    def _start(self, folder: str | Path, opened: bool) -> None:
-        """opened: whether this object has held the lock, or begins the run."""
+    def _start(self, folder: str | Path, opened: bool, quiet: bool = False) -> None:
+        """opened: whether this object has held the lock, or begins the run; quiet: as above"""
         self.folder = Path(folder)
         self.records: list[Record] = []
         # What is damaged, so that these are not all records, or not all of them have a line.
@@ -137,6 +138,9 @@ class RunLog:
         self._size = 0
         self._head: Head | None = None
         self._opened = opened
+        self._quiet = quiet
+        # What was warned of: a run is read again before it is written.
+        self._told: set[str] = set()
         self._refused: str | None = None
         self._held: _Held | None = None
 
@@ -157,6 +161,12 @@ class RunLog:
     def rely(self) -> None:
         """Weights are made from what was read: refuse to write when others have written since."""
         self._opened = True
+
+    def warn(self, text: str) -> None:
+        """Warn of what was read, once."""
+        if not self._quiet and text not in self._told:
+            log.warning("%s", text)
+        self._told.add(text)
 
     def refuse_writing(self, why: str) -> None:
         """From now on `writing` raises RunError with this message."""
@@ -347,7 +357,7 @@ class RunLog:
         except DamagedRun:
             head = None
         if head is None:
-            log.warning("%s: is damaged, and not used; the next writer writes it anew", path)
+            self.warn(f"{path}: is damaged, and not used; the next writer writes it anew")
         return head
 
     def _compare_head(self) -> None:
@@ -357,10 +367,10 @@ class RunLog:
 
         head, path, count = self._head, self.folder / HEAD, len(self.records)
         if self._n_lines == 0:
-            log.warning("%s: is lost or empty, read from the record files up to %06d", self.folder / LOG, count - 1)
+            self.warn(f"{self.folder / LOG}: is lost or empty, read from the record files up to {count - 1:06d}")
         if head is None:
             if self._n_lines == 0 or (self.records[0].body.get("head") and count > 1):
-                log.warning("%s: no head counts the records; later ones, if there were any, are lost", self.folder)
+                self.warn(f"{self.folder}: no head counts the records; later ones, if there were any, are lost")
             return
 
         if head.records > count:
@@ -387,6 +397,7 @@ class RunLog:
             log.warning("%s: not written (%s); that the last record is lost would not be seen", path, error.strerror)
             return
         self._head = head
+        self._told.clear()
 
     def _files_after_lines(self) -> list[str]:
         """Names of the record files after the records read so far, in order."""

@@ -34,6 +34,7 @@ from fastedit.runs.identity import check_model, compare_machine, identity, machi
 from fastedit.runs.log import DamagedRun, Record, RunError, RunLog
 from fastedit.runs.streams import Plan, Streams, describe_stream, edit_hash
 from fastedit.runtime.hashing import canonical
+from fastedit.runtime.words import counted
 from fastedit.weights.trial import Trial, replay
 
 if TYPE_CHECKING:
@@ -76,13 +77,16 @@ class Recorder:
         return cls(runlog)
 
     @classmethod
-    def open(cls, folder: str | Path, keep: int | None = None, up_to_damage: bool = False) -> Recorder:
+    def open(
+        cls, folder: str | Path, keep: int | None = None, up_to_damage: bool = False, quiet: bool = False
+    ) -> Recorder:
         """A run that exists, as it stands on the disk: nothing is locked and nothing is written.
 
         keep: only the first so many batches in force are wanted; a damage after them is a warning
         up_to_damage: read the records before the first that cannot be read, see `RunLog.damage`
+        quiet: warn of nothing, for a first look at a run that is opened again
         Raises DamagedRun, RunError for no run or for fewer batches than `keep`."""
-        runlog = RunLog(folder, up_to_damage or keep is not None)
+        runlog = RunLog(folder, up_to_damage or keep is not None, quiet)
         if runlog.damage is not None and not runlog.records:
             raise runlog.damage
 
@@ -95,11 +99,13 @@ class Recorder:
         count = len(self.live)
         if not 0 <= keep <= count:
             why = "" if self.log.damage is None else f"; {self.log.damage}"
-            raise RunError(f"{self.log.folder}: {count} batches are in force, asked for the first {keep}{why}")
+            batches = counted(count, "batch is", "batches are")
+            raise RunError(f"{self.log.folder}: {batches} in force, asked for the first {keep}{why}")
 
         if self.log.damage is not None:
-            log.warning("the first %d batches are read; %s", keep, self.log.damage)
-        self.log.refuse_writing(f"{self.log.folder}: only its first {keep} batches were opened, for reading")
+            self.log.warn(f"the first {counted(keep, 'batch is', 'batches are')} read; {self.log.damage}")
+        batches = counted(keep, "batch was", "batches were")
+        self.log.refuse_writing(f"{self.log.folder}: only its first {batches} opened, for reading")
         return Recorder(self.log, keep)
 
     @property
@@ -412,8 +418,9 @@ def _ways_out(n_sound: int) -> str:
     """What remains of a run whose first `n_sound` batches in force are whole."""
     if n_sound < 0:
         return "; restore the file"
+    batches, verb = counted(n_sound, "batch", "batches"), "is" if n_sound == 1 else "are"
     return (
-        f"; the first {n_sound} batches in force are sound: restore the file, or take the rest back"
+        f"; the first {batches} in force {verb} sound: restore the file, or take the rest back"
         f" (fastedit undo --to {n_sound})"
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -48,6 +48,20 @@ class Plan:
     opens: int | None = None
 
 
+@dataclass(frozen=True)
+class _Behind:
+    """A batch of a stream that is behind the run.
+
+    in_force, others: its edits
+    was_written: or else it was skipped
+    """
+
+    report: BatchReport
+    in_force: Sequence[Edit]
+    others: Sequence[Edit]
+    was_written: bool
+
+
 def edit_hash(edit: Edit) -> str:
     """SHA-256 of an edit's fields, those left out that have the value from before they were added."""
     return hashlib.sha256(canonical(recorded(edit)).encode()).hexdigest()
@@ -80,25 +94,48 @@ class Streams:
         self._reached = reached
         self._records = [record for record in runlog.records if record.kind == "stream"]
         self._in_force = {edit["sha256"] for record in live for edit in record.body["edits"]}
-        self._live_ids = {edit["case_id"] for record in live for edit in record.body["edits"]}
 
     def resumed(self, batches: Sequence[EditSet], batch_size: int) -> Plan:
-        """Go on with the streams that these edits begin with; what follows in them becomes a new stream.
+        """Go on with the streams that these edits begin with; what follows in them becomes a new stream. Edits that
+        were taken back are written again only when none of the edits is in force.
 
         Raises RunError for other edits while the last stream is unfinished, and for edits that the run holds among
         others; each names the first edit that is to blame."""
         edits = [edit for batch in batches for edit in batch]
         hashes = [edit_hash(edit) for edit in edits]
 
-        for first in range(len(self._records)):
-            cut = self._cut(self._records[first:], batches, hashes)
-            if cut:
-                return self._goes_on(self._records[first : first + len(cut)], cut, batches, batch_size)
+        records, cut = self._known(batches, hashes)
+        is_again = self._is_taken_back(records, hashes)
+        if cut and not is_again:
+            return self._goes_on(records, cut, batches, batch_size)
 
         if self._records and self._is_unfinished(self._records[-1]):
             raise RunError(self._why_others(self._records[-1], edits, hashes))
         self._refuse_repeated(edits, hashes)
+        if is_again:
+            log.warning(
+                "%s: these edits were taken back and none is in force; %s written, as a stream of their own",
+                self._log.folder,
+                counted(len(edits), "edit is", "edits are"),
+            )
         return Plan(batches, range(len(batches)), opens=0)
+
+    def _known(self, batches: Sequence[EditSet], hashes: Sequence[str]) -> tuple[Sequence[Record], list[list[int]]]:
+        """The streams that the edits begin with, and the sizes of their batches.
+
+        Where several fit, those that hold most of the edits, and of these the last: it may be unfinished."""
+        best: tuple[Sequence[Record], list[list[int]]] = ((), [])
+        for first in range(len(self._records)):
+            cut = self._cut(self._records[first:], batches, hashes)
+            if cut and sum(map(sum, cut)) >= sum(map(sum, best[1])):
+                best = self._records[first : first + len(cut)], cut
+        return best
+
+    def _is_taken_back(self, records: Sequence[Record], hashes: Sequence[str]) -> bool:
+        """Whether these streams are finished and were written, but none of the edits is in force now."""
+        if any(digest in self._in_force for digest in hashes) or any(map(self._is_unfinished, records)):
+            return False
+        return any(batch.kind == "batch" for record in records for batch in self._reached(record).values())
 
     def _cut(
         self, records: Sequence[Record], batches: Sequence[EditSet], hashes: Sequence[str]
@@ -160,44 +197,75 @@ class Streams:
         old = [edits[start:end] for start, end in pairwise([0, *accumulate(size for sizes in cut for size in sizes)])]
         rest = _without_first(batches, sum(map(len, old)))
         numbers = [number for sizes in cut for number in range(len(sizes))]
-        reports, committed = self._behind(records, old)
+        behind = self._behind(records, old)
 
         last = records[-1]
         is_same_cut = batch_size == last.body["batch_size"] or [*map(len, batches)] == [*map(len, old)]
-        if len(reports) < len(old) and not is_same_cut:
+        if len(behind) < len(old) and not is_same_cut:
             raise RunError(
                 f"{self._stopped(last)}; got its edits in batches of another size, {batch_size}; resume it with"
                 f" batches of {last.body['batch_size']} (batch_size=, --batch-size)"
             )
 
-        self._tell(len(old), len(reports), sum(map(len, old)), sum(map(len, rest)))
+        self._refuse_repeated_behind(rest)
+        self._tell(old, behind, sum(map(len, rest)))
+
+        committed = [edit for part in behind for edit in part.in_force]
+        reports = [part.report for part in behind]
         return Plan([*old, *rest], [*numbers, *range(len(rest))], reports, committed, opens=len(old) if rest else None)
 
-    def _behind(self, records: Sequence[Record], batches: Sequence[EditSet]) -> tuple[list[BatchReport], list[Edit]]:
-        """The reports of the batches of these streams so far, numbered from the first one, and their edits in force."""
-        reports: list[BatchReport] = []
+    def _behind(self, records: Sequence[Record], batches: Sequence[EditSet]) -> list[_Behind]:
+        """What became of the batches of these streams so far, numbered from the first one."""
+        behind: list[_Behind] = []
         first = 0
         for record in records:
             reached = self._reached(record)
             for number in sorted(reached):
-                report = BatchReport.from_record(reached[number].body["report"])
-                reports.append(report.numbered(first + number))
+                report = BatchReport.from_record(reached[number].body["report"]).numbered(first + number)
+                in_force, others = self._parted(batches[report.batch])
+                behind.append(_Behind(report, in_force, others, was_written=reached[number].kind == "batch"))
             first += record.body["n_batches"]
+        return behind
 
-        committed = [edit for report in reports for edit in batches[report.batch] if edit.case_id in self._live_ids]
-        return reports, committed
+    def _parted(self, edits: Iterable[Edit]) -> tuple[list[Edit], list[Edit]]:
+        """The edits that are in force, and the others."""
+        in_force: list[Edit] = []
+        others: list[Edit] = []
+        for edit in edits:
+            (in_force if edit_hash(edit) in self._in_force else others).append(edit)
+        return in_force, others
 
-    def _tell(self, n_old: int, n_behind: int, n_edits: int, n_new: int) -> None:
+    def _refuse_repeated_behind(self, rest: Sequence[EditSet]) -> None:
+        """Raise RunError for edits behind those of the streams that are in force: they would be written once more."""
+        repeated, others = self._parted(edit for batch in rest for edit in batch)
+        if repeated:
+            count = len(repeated) + len(others)
+            raise RunError(
+                f"{self._log.folder}: {len(repeated)} of the {counted(count, 'edit')} behind those of the run"
+                f" {'is' if len(repeated) == 1 else 'are'} in force already (case_id {repeated[0].case_id!r} first);"
+                " leave out those in force"
+            )
+
+    def _tell(self, old: Sequence[EditSet], behind: Sequence[_Behind], n_new: int) -> None:
         """Warn of edits that are not simply those of an unfinished stream."""
-        known = f"{self._log.folder}: {counted(n_old, 'batch', 'batches')} with {counted(n_edits, 'edit')}"
+        n_left = len(old) - len(behind)
         new = f"the {counted(n_new, 'edit')} that follow"
-        if n_new and n_behind < n_old:
-            left = counted(n_old - n_behind, "batch is", "batches are")
-            log.warning("%s began; %s left and written first, then %s, which are new", known, left, new)
-        elif n_new:
-            log.warning("%s are written already; going on with %s", known, new)
-        elif n_behind == n_old:
-            log.warning("%s are written already; nothing to do", known)
+        not_in_force = _not_in_force(behind)
+
+        if n_left:
+            known = f"{counted(len(old), 'batch', 'batches')} with {counted(sum(map(len, old)), 'edit')} began"
+            left = counted(n_left, "batch is", "batches are")
+            told = f"{known}; {left} left and written first, then {new}, which are new" if n_new else ""
+            told = told or (f"{known}; {left} left" if not_in_force else "")
+        else:
+            n_batches = sum(bool(part.in_force) for part in behind)
+            n_edits = sum(len(part.in_force) for part in behind)
+            known = f"{counted(n_batches, 'batch', 'batches')} with {counted(n_edits, 'edit')}"
+            told = f"{known} {'is' if n_batches == 1 else 'are'} written already; "
+            told += f"going on with {new}" if n_new else "nothing to do"
+
+        if told:
+            log.warning("%s: %s%s", self._log.folder, told, not_in_force)
 
     def _stopped(self, record: Record) -> str:
         return f"{self._log.folder}: stopped before batch {len(self._reached(record))} of {record.body['n_batches']}"
@@ -240,6 +308,25 @@ class Streams:
             f"{what}, but the edits do not begin with those of the run; give the new ones alone (case_id"
             f" {new[0].case_id!r} first), or behind all of the run's"
         )
+
+
+def _not_in_force(behind: Sequence[_Behind]) -> str:
+    """Which edits of these batches are not in force, to follow another part of a message; empty when all are."""
+    taken = [edit for part in behind if part.was_written for edit in part.others]
+    skipped = [edit for part in behind if not part.was_written for edit in part.others]
+
+    told = ""
+    if skipped:
+        told += f"; {counted(len(skipped), 'edit was', 'edits were')} skipped (case_id {skipped[0].case_id!r} first)"
+    if taken:
+        were = counted(len(taken), "edit was taken back since and is", "edits were taken back since and are")
+        it = (
+            "it alone, without the others, to write it"
+            if len(taken) == 1
+            else "them alone, without the others, to write them"
+        )
+        told += f"; {were} not in force (case_id {taken[0].case_id!r} first): give {it} again"
+    return told
 
 
 def _without_first(batches: Sequence[EditSet], count: int) -> list[EditSet]:

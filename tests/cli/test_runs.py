@@ -24,6 +24,7 @@ from fastedit.methods.registry import METHODS
 from fastedit.model.background_text import Source
 from fastedit.model.load import load_model, load_transformers
 from fastedit.records.load import load_edits
+from fastedit.runs.head import HEAD
 from fastedit.runs.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,25 @@ def weights(place: Path) -> dict[str, torch.Tensor]:
 def same(left: Path, right: Path) -> bool:
     first, second = weights(left), weights(right)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("command", ["edit", "undo", "replay"])
+def test_a_lost_head_is_told_once(command: str, folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    commands = {
+        "edit": [*EDIT, "--limit", "6", "--run-dir", folder, "--resume"],
+        "undo": ["undo", folder, "--edit", "3"],
+        "replay": ["replay", folder, "--save", str(tmp_path / "saved")],
+    }
+    (Path(folder) / HEAD).unlink()
+    done = run(*commands[command])
+    assert done.exit_code == 0, done.output
+    assert sum("no head counts the records" in line.getMessage() for line in caplog.records) == 1
+
+
+def test_records_that_were_taken_back_are_written_when_given_again(folder: str) -> None:
+    assert asked("undo", folder, "--last", "3")["batches"] == 0
+    assert asked(*EDIT, "--limit", "6", "--run-dir", folder, "--resume")["n_edits"] == 6
+    assert asked("undo", folder, "--last", "1")["batches"] == 2
 
 
 def test_undo_then_replay_is_the_model_that_never_had_it(folder: str, tmp_path: Path) -> None:

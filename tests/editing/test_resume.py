@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from fastedit.editing.guard import GuardTripped
 from fastedit.editor import Editor
 from fastedit.methods.registry import METHODS
-from fastedit.records.edit import EditSet
+from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.head import HEAD, Head
 from fastedit.runs.log import LOG, DamagedRun, LockedRun, RunError, RunLog, RunWriteError
-from fastedit.runs.reports import BatchRejected
+from fastedit.runs.reports import BatchRejected, Run
 from fastedit.runs.streams import describe_stream
 
 Make = Callable[..., Editor]
@@ -295,6 +295,142 @@ class TestOtherEdits:
         assert [len(report.case_ids) for report in run.batches] == [3, 3, 2, 1, 3, 3]
 
 
+class TestTakenBack:
+    """Records of a run that were taken back since, given again."""
+
+    def resumed(self, make: Make, edits: Sequence[Edit], folder: Path, size: int = BATCH) -> tuple[Editor, Run]:
+        editor = make()
+        return editor, editor.edit(edits, size, run_dir=folder, resume=True)
+
+    def written(self, folder: Path) -> int:
+        """Number of batches in the log, in force or not."""
+        return sum(record.kind == "batch" for record in RunLog(folder).records)
+
+    def ids(self, edits: Iterable[Edit]) -> list[object]:
+        return [edit.case_id for edit in edits]
+
+    def test_all_of_them_are_written_again(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        first, folder = fast_editor(), tmp_path / "run"
+        first.edit(stream[:6], BATCH, run_dir=folder)
+        written = prints(first)
+        first.undo(last=2)
+
+        again, run = self.resumed(fast_editor, stream[:6], folder)
+        assert "these edits were taken back and none is in force; 6 edits are written, as a stream" in caplog.text
+        assert self.ids(again.edits) == self.ids(run.edits) == self.ids(stream[:6])
+        assert prints(again) == written
+        assert prints(self.resumed(fast_editor, stream[:6], stopped_after(folder, 3, tmp_path / "cut"))[0]) == written
+
+        # A third time nothing is left to do.
+        log = (folder / LOG).read_bytes()
+        caplog.clear()
+        assert len(self.resumed(fast_editor, stream[:6], folder)[1].edits) == 6
+        assert "2 batches with 6 edits are written already; nothing to do" in caplog.text
+        assert "taken back" not in caplog.text
+        assert (folder / LOG).read_bytes() == log
+
+    def test_all_of_them_with_new_ones_behind(self, fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
+        first, plain, folder = fast_editor(), fast_editor(), tmp_path / "run"
+        first.edit(stream[:6], BATCH, run_dir=folder)
+        first.undo(to=0)
+        editor, _ = self.resumed(fast_editor, stream[:12], folder)
+        plain.edit(stream[:12], BATCH)
+        assert prints(editor) == prints(plain)
+
+    def test_one_edit_stays_taken_back_until_it_is_given_alone(
+        self, finished: Path, fast_editor: Make, stream: EditSet, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        taken = stream[4]
+        self.resumed(fast_editor, stream, finished)[0].forget(taken.case_id)
+        before = self.written(finished)
+        caplog.clear()
+
+        _, run = self.resumed(fast_editor, stream, finished)
+        assert (
+            "5 batches with 14 edits are written already; nothing to do; 1 edit was taken back since and is not in"
+            f" force (case_id {taken.case_id} first): give it alone, without the others, to write it again"
+        ) in caplog.text
+        assert self.ids(run.edits) == self.ids(edit for edit in stream if edit is not taken)
+        assert self.written(finished) == before
+
+        editor, _ = self.resumed(fast_editor, [taken], finished)
+        assert self.ids(editor.edits)[-1] == taken.case_id
+        caplog.clear()
+        assert len(self.resumed(fast_editor, stream, finished)[1].edits) == 15
+        assert "5 batches with 15 edits are written already; nothing to do" in caplog.text
+        assert "taken back" not in caplog.text
+
+    def test_some_batches_stay_so_while_new_edits_are_written(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = tmp_path / "run"
+        first = fast_editor()
+        first.edit(stream[:9], BATCH, run_dir=folder)
+        first.undo(last=2)
+        named = rf"6 edits were taken back since and are not in force (case_id {stream[3].case_id} first): give them"
+
+        editor, _ = self.resumed(fast_editor, stream[:12], folder)
+        assert "1 batch with 3 edits is written already; going on with the 3 edits that follow" in caplog.text
+        assert named in caplog.text
+        assert self.ids(editor.edits) == self.ids([*stream[:3], *stream[9:12]])
+        assert len(self.resumed(fast_editor, stream[3:9], folder)[0].edits) == 12
+
+    def test_an_unfinished_stream_tells_them_too(
+        self, finished: Path, fast_editor: Make, stream: EditSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        cut = stopped_after(finished, 3, tmp_path / "cut")
+        made = fast_editor()
+        Editor.resume(cut, made.adapter, moments=made.state.moments, progress=False).undo()
+        editor, _ = self.resumed(fast_editor, stream, cut)
+        assert "5 batches with 15 edits began; 2 batches are left; 3 edits were taken back since" in caplog.text
+        assert self.ids(editor.edits) == self.ids([*stream[:6], *stream[9:]])
+
+    def test_a_shorter_file_while_they_are_written_again(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path
+    ) -> None:
+        first, folder = fast_editor(), tmp_path / "run"
+        first.edit(stream[:3], BATCH, run_dir=folder)
+        first.undo()
+        self.resumed(fast_editor, stream[:6], folder)
+        cut = stopped_after(folder, 1, tmp_path / "cut")
+        with pytest.raises(RunError, match="before batch 0 of 2; got only the first 3 of its 6 edits"):
+            self.resumed(fast_editor, stream[:3], cut)
+
+    def test_edits_in_force_behind_those_of_the_last_stream(
+        self, fast_editor: Make, stream: EditSet, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "run"
+        for part in (stream[:3], stream[3:6]):
+            self.resumed(fast_editor, part, folder)
+        log = (folder / LOG).read_bytes()
+        named = rf"3 of the 4 edits behind those of the run are in force already \(case_id {stream[0].case_id} first\)"
+        with pytest.raises(RunError, match=named):
+            self.resumed(fast_editor, [*stream[3:6], *stream[:3], stream[6]], folder)
+        assert (folder / LOG).read_bytes() == log
+
+    def test_skipped_edits_are_told_as_such(
+        self,
+        fast_editor: Make,
+        stream: EditSet,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        folder = tmp_path / "run"
+        self.resumed(fast_editor, stream[:3], folder)
+        with monkeypatch.context() as broken:
+            broken.setattr("fastedit.editing.guard.Guard.check", raise_guard)
+            fast_editor().edit(stream[:6], BATCH, "skip", run_dir=folder, resume=True)
+        log = (folder / LOG).read_bytes()
+        caplog.clear()
+        self.resumed(fast_editor, stream[:6], folder)
+        assert "1 batch with 3 edits is written already; nothing to do; 3 edits were skipped (case_id" in caplog.text
+        assert "taken back" not in caplog.text
+        assert (folder / LOG).read_bytes() == log
+
+
 def raise_guard(*arguments: object) -> None:
     raise GuardTripped("refused by the test")
 
@@ -354,7 +490,7 @@ class TestRefused:
     def test_edits_that_no_run_would_know(self, fast_editor: Make, stream: EditSet, tmp_path: Path) -> None:
         editor = fast_editor()
         editor.edit(stream[:3])
-        with pytest.raises(RunError, match="1 batches were written before anything was recorded"):
+        with pytest.raises(RunError, match="1 batch was written before anything was recorded"):
             editor.edit(stream[3:6], run_dir=tmp_path / "run")
         assert not (tmp_path / "run").exists()
         with pytest.raises(ValueError, match="resume: wanted run_dir"):

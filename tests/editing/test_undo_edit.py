@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def test_edit_is_gone_and_the_others_stay(
     assert found.others[1] >= found.others[0] - 0.1
     assert 0 < max(found.moved.values()) < 1
     assert "difference" in str(found)
+    assert "taken back, 2 batches solved again" in str(found)
+    assert "taken back, 1 batch solved again" in str(replace(found, batches=1))
     assert found.to_dict()["difference"] == found.difference
     assert [edit.case_id for edit in edited.edits] == [e.case_id for e in tiny_facts[:12] if e is not taken]
     # NSE's values come from the original weights, so this is the run that never had the edit, but for the last bits.

@@ -238,6 +238,8 @@ def test_two_places_of_the_subject_are_told_with_the_one_that_is_taken(caplog):
     check_edits(edits, 1, needs_subject=False)
     check_edits(edits[2:3], 1)
     assert not caplog.records
+    check_edits(edits[:1], 1)
+    assert caplog.records[0].getMessage().startswith("1 edit names its subject several times in the prompt; {} in")
 
 
 def test_a_token_without_a_row_in_the_embedding_is_an_error_of_its_record(byte_tokenizer):

@@ -111,6 +111,29 @@ class TestNeverShorter:
         mend(folder)
         assert (folder / HEAD).read_bytes() == good
 
+    @pytest.mark.parametrize("damage", ["lost", "damaged"])
+    def test_a_head_that_is_no_use_is_told_once(
+        self, damage: str, folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        if damage == "lost":
+            (folder / HEAD).unlink()
+        else:
+            (folder / HEAD).write_bytes(b"{}")
+        with caplog.at_level(logging.WARNING):
+            RunLog(folder, quiet=True)
+        assert not caplog.records
+
+        log = RunLog(folder)
+        told = [line.getMessage() for line in caplog.records]
+        with log.writing():
+            log.append("batch", {"n": 6})
+        assert [line.getMessage() for line in caplog.records] == told
+
+        # Lost once more, it is told once more.
+        (folder / HEAD).unlink()
+        log.reload()
+        assert len(caplog.records) == len(told) + 1
+
     def test_a_lost_log_is_told(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         (folder / LOG).unlink()
         with caplog.at_level(logging.WARNING):
