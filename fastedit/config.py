@@ -222,7 +222,7 @@ def _true_or_false_for_another(owner: type[Config], fields: Mapping[str, Any]) -
     """A problem for each true or false that is given where a number is wanted, which pydantic takes for 1 or 0."""
     for name, field in owner.model_fields.items():
         given = fields.get(name)
-        if isinstance(given, bool) and bool not in _alternatives(field.annotation):
+        if isinstance(given, bool) and bool not in alternatives(field.annotation):
             yield WrongSetting((name,), "wrong", f"must be {_wanted(field)}, got {given}")
 
 
@@ -282,7 +282,7 @@ def _names(owner: type[Config], before: str = "") -> Iterator[str]:
     """The dotted names of all settings, those of a part behind its own name."""
     for name, field in owner.model_fields.items():
         yield f"{before}{name}"
-        for kind in _alternatives(field.annotation):
+        for kind in alternatives(field.annotation):
             if isinstance(kind, type) and issubclass(kind, Config):
                 yield from _names(kind, f"{before}{name}.")
 
@@ -295,8 +295,8 @@ def _wanted(field: FieldInfo, number: str = "a number") -> str:
         for sign, words in BOUNDS.items()
         if getattr(mark, sign, None) is not None
     ]
-    kinds = [number if kind is float else _kind(kind) for kind in _alternatives(field.annotation)]
-    is_list = any(get_origin(kind) is tuple for kind in _alternatives(field.annotation))
+    kinds = [number if kind is float else _kind(kind) for kind in alternatives(field.annotation)]
+    is_list = any(get_origin(kind) is tuple for kind in alternatives(field.annotation))
 
     return " or ".join(kinds) + (f", {' and '.join(bounds)}" if bounds and not is_list else "")
 
@@ -316,13 +316,13 @@ def _kind(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def _alternatives(hint: Any) -> list[Any]:
+def alternatives(hint: Any) -> list[Any]:
     """The types that a hint allows."""
     origin = get_origin(hint)
     if origin is Annotated:
-        return _alternatives(get_args(hint)[0])
+        return alternatives(get_args(hint)[0])
 
     if origin in (Union, types.UnionType):
-        return [kind for member in get_args(hint) for kind in _alternatives(member)]
+        return [kind for member in get_args(hint) for kind in alternatives(member)]
 
     return [hint]

@@ -19,14 +19,14 @@ name. tests/runs/test_fields.py lists the fields that need no declaration, and f
 from __future__ import annotations
 
 import json
-import types
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fastedit.config import alternatives
 from fastedit.runs.log import RunError
 from fastedit.runtime.hashing import canonical
 
@@ -128,7 +128,7 @@ def _before(field: FieldInfo) -> Any:
 
 def _complete(hint: Any, data: Any, place: str, unknown: list[str]) -> Any:
     """Fill in what plain data of this type lacks, in all its parts; what is not known goes to `unknown`."""
-    for kind in _alternatives(hint):
+    for kind in alternatives(hint):
         if isinstance(data, Mapping) and isinstance(kind, type) and issubclass(kind, BaseModel):
             return _complete_model(kind, data, place, unknown)
 
@@ -167,18 +167,6 @@ def _complete_tuple(kind: type[Any], data: list[Any], place: str, unknown: list[
     ]
     missing = [_before(field) for _, field in known[len(data) :]]
     return whole + [value for value in missing if value is not NONE]
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    """The types that a hint allows."""
-    origin = get_origin(hint)
-    if origin is Annotated:
-        return _alternatives(get_args(hint)[0])
-
-    if origin in (Union, types.UnionType):
-        return [kind for member in get_args(hint) for kind in _alternatives(member)]
-
-    return [hint]
 
 
 def _is_named_tuple(kind: Any) -> bool:

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from fastedit.runs.head import HEAD, Head
 from fastedit.runtime.hashing import canonical, tensors_hash
+from fastedit.runtime.places import sync
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class RunLog:
         try:
             _write_synced(partial, payload)
             partial.replace(path)
-            _sync_folder(self.folder)
+            sync(self.folder)
             self._append_line(record)
         except OSError as error:
             self._take_back(path)
@@ -518,7 +519,7 @@ class RunLog:
             os.close(handle)
 
         if is_new:
-            _sync_folder(self.folder)
+            sync(self.folder)
         self._size += len(record.line)
 
     def _take_back(self, path: Path) -> None:
@@ -647,11 +648,3 @@ def _write_all(handle: int, payload: bytes) -> None:
     rest = memoryview(payload)
     while rest:
         rest = rest[os.write(handle, rest) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -529,7 +529,7 @@ def test_failing_writes_stop_the_run_and_lose_nothing(
 
     plain = fast_editor()
     plain.edit(stream, BATCH)
-    for fault in ("_write_synced", "_sync_folder", "_write_all", "fsync"):
+    for fault in ("_write_synced", "sync", "_write_all", "fsync"):
         editor, folder = fast_editor(), tmp_path / fault
         editor.edit(stream[:6], BATCH, run_dir=folder)
         before = prints(editor)

@@ -122,7 +122,7 @@ def test_killed_between_the_steps_of_the_first_record(
     assert editor.weights.fingerprint() == plain.weights.fingerprint()
 
 
-STEPS = ("_write_synced", "Path.replace", "_sync_folder", "RunLog._append_line", "RunLog._write_head")
+STEPS = ("_write_synced", "Path.replace", "sync", "RunLog._append_line", "RunLog._write_head")
 
 
 def appended(folder: Path, kill_at: int | None) -> int:
