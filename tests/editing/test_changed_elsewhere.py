@@ -166,8 +166,8 @@ def test_what_the_editor_does_itself_is_no_change(method: str, fast_editor: Make
     editor.evaluate(stream[:BATCH])
     with editor.temporarily(stream[BATCH : 2 * BATCH]):
         editor.evaluate(stream[:BATCH])
-        editor.edit(stream[2 * BATCH : 3 * BATCH], BATCH)
-        editor.undo()
+        with editor.temporarily(stream[2 * BATCH : 3 * BATCH], BATCH):
+            editor.undo()
     editor.edit(stream[BATCH : 2 * BATCH], BATCH)
     editor.model.train()
     editor.model.requires_grad_(True)
