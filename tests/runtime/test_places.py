@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastedit.runtime import places
 from fastedit.runtime.places import (
@@ -209,6 +210,9 @@ class TestSaveTensors:
     def test_what_was_written_is_read(self, tmp_path: Path) -> None:
         tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor([0.0, -0.0, torch.nan]), "c": torch.arange(3)}
         save_tensors(tensors, tmp_path / "t.safetensors", {"about": "it"})
+        found = load_file(tmp_path / "t.safetensors")
+        assert found.keys() == tensors.keys()
+        assert all(equal_bits(found[name], tensor.contiguous()) for name, tensor in tensors.items())
 
     def test_a_file_that_holds_something_else(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def flips(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str]) -> None:
