@@ -118,3 +118,16 @@ def test_a_file_that_holds_something_else_is_noticed(
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", flipped)
     with pytest.raises(NotSaved, match="is not in the file as it was written"):
         write_gguf(source, tmp_path / "out.gguf", {2: torch.zeros(64, 192)})
+
+
+def test_a_field_that_was_written_otherwise_is_noticed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = gguf.GGUFWriter.add_key_value
+
+    def other(self: Any, key: str, value: Any, *rest: Any, **more: Any) -> None:
+        add(self, key, value + 1 if key == "llama.context_length" else value, *rest, **more)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", other)
+    with pytest.raises(NotSaved, match=r"llama\.context_length is not in the file as it is in the source"):
+        write_gguf(source, tmp_path / "out.gguf", {2: torch.zeros(64, 192)})

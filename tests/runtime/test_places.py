@@ -173,6 +173,8 @@ class TestNewFolder:
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (tmp_path / "out" / "config.json").exists()
+        # It comes last: what stands there without it is nothing that anybody loads.
+        assert (tmp_path / "out" / "model.safetensors").exists() == (exists and moment == "moving")
 
         with new_folder(tmp_path / "out") as folder:
             (folder / "config.json").write_text("two")
