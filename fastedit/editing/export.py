@@ -67,7 +67,7 @@ class Exported:
     """What was written.
 
     dtype: of a checkpoint's numbers, or of the edited tensors in a GGUF file
-    rank: layer -> rank of the factors; asked_rank: the rank that was asked for
+    rank: layer -> rank of the factors
     error: layer -> ||exported - delta|| / ||delta||
     holds: None where nothing was edited, and for a checkpoint or GGUF file of the very bits in the model
     notes: what there is to know about it, in sentences

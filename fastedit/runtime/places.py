@@ -102,12 +102,18 @@ def new_folder(
                 yield partial
                 _sync_all(partial)
             if exists:
-                _move_up(partial, place, stale)
+                _check_names(partial, place)
             else:
                 partial.rename(place)
                 sync(place.parent)
-        finally:
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+        # Old files go here, so what is new stays if this fails: the next call clears up.
+        if exists:
+            _move_up(partial, place, stale)
+            partial.rmdir()
 
 
 @contextlib.contextmanager
@@ -214,6 +220,13 @@ def _check_replaceable(place: Path, force: bool) -> None:
 def _is_known(file: Path) -> bool:
     """Whether a file is one by which a result is known."""
     return any(file.match(name) for name in RESULTS)
+
+
+def _check_names(partial: Path, place: Path) -> None:
+    """Raise OSError, before anything is replaced, for a folder that has the name of a new file."""
+    for file in partial.iterdir():
+        if (place / file.name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"a folder there is named {file.name}")
 
 
 def _move_up(partial: Path, place: Path, stale: Sequence[str]) -> None:

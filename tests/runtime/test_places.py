@@ -140,6 +140,18 @@ class TestNewFolder:
         (tmp_path / "photos").rmdir()
         assert tree(tmp_path) == {"config.json": "new", "thesis.tex": "old", "other.gguf": "old"}
 
+    def test_a_folder_with_the_name_of_a_new_file_costs_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("old")
+        (tmp_path / "model.safetensors").mkdir()
+        for _ in range(2):
+            with (
+                pytest.raises(NotSaved, match=r"not saved \(a folder there is named model\.safetensors\)"),
+                new_folder(tmp_path, force=True, stale=("config.json",)) as folder,
+            ):
+                (folder / "model.safetensors").write_text("new")
+            assert (tmp_path / "config.json").read_text() == "old"
+            assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
     def test_files_may_be_read_by_who_reads_the_folder(self, tmp_path: Path) -> None:
         with new_folder(tmp_path / "out") as folder:
             save_tensors({"a": torch.zeros(2)}, folder / "a.safetensors", {})
