@@ -20,6 +20,8 @@ from fastedit.runtime.hashing import tensor_bytes
 RESULTS = ("config.json", "adapter_config.json", "delta.safetensors", "*.gguf")
 # Where a folder exists already, its new files are made in this folder inside it.
 PARTIAL = ".partial"
+# How the name begins of an empty folder with which a place is tried; a kill at that moment leaves it there.
+TRIAL = ".fastedit-"
 
 
 class PlaceError(ValueError):
@@ -171,7 +173,7 @@ def check_writable(place: Path) -> None:
         if not nearest.is_dir():
             raise PlaceError(f"{place}: {nearest} is no folder, so nothing can be put below it; name another place")
 
-        with tempfile.TemporaryDirectory(prefix=".fastedit-", dir=nearest):
+        with tempfile.TemporaryDirectory(prefix=TRIAL, dir=nearest):
             pass
         # A name may be too long for the disk.
         with contextlib.suppress(FileNotFoundError):
@@ -207,7 +209,7 @@ def _check_replaceable(place: Path, force: bool) -> None:
     """Raise PlaceError for a folder with something in it, unless that is said to be right.
 
     What a killed `new_folder` left may always go."""
-    parts = [part for part in place.iterdir() if part.name != PARTIAL]
+    parts = [part for part in place.iterdir() if part.name != PARTIAL and not part.name.startswith(TRIAL)]
     if not parts:
         return
 

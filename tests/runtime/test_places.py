@@ -194,6 +194,12 @@ class TestNewFolder:
         assert tree(tmp_path / "out") == {"config.json": "two", "model.safetensors": "two"}
         assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
+    def test_a_kill_while_the_place_was_tried_does_not_fill_it(self, tmp_path: Path) -> None:
+        (tmp_path / f"{places.TRIAL}x1y2").mkdir()
+        with new_folder(tmp_path) as folder:
+            (folder / "config.json").write_text("new")
+        assert (tmp_path / "config.json").read_text() == "new"
+
     def test_files_of_others_survive_a_retry(self, tmp_path: Path) -> None:
         """A kill left the folder of partial files; since then somebody put a file beside it."""
         (tmp_path / places.PARTIAL).mkdir()
