@@ -137,12 +137,15 @@ def changed(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
     """A copy of `config` with other values: {"rounds": 2, "value": {"steps": 10}} leaves the rest of `value` as it is.
 
     Raises WrongSettings, a ValueError, naming every field that is unknown and every value that does not fit."""
-    return settings_from(type(config), _merged(config.model_dump(), changes))
+    return settings_from(type(config), merged(config.model_dump(), changes))
 
 
 def settings_from(kind: type[AnyConfig], fields: Mapping[str, Any]) -> AnyConfig:
-    """Settings of the class `kind` from plain data. Raises WrongSettings, a ValueError."""
-    return kind(**_with_text_names(fields))
+    """Settings of the class `kind` from plain data. Raises WrongSettings, a ValueError.
+
+    A group of settings keeps the defaults that it has in `kind`, which may not be those of its own class: "train" of
+    KNE has other losses than that of FiNE."""
+    return kind(**_with_group_defaults(kind, _with_text_names(fields)))
 
 
 def check_changes(kind: type[Config], changes: Mapping[str, Any]) -> None:
@@ -203,6 +206,15 @@ def _value(name: str, text: str) -> Any:
         raise ValueError(f"{name}={shown(text)} {error}{advice}") from None
 
 
+def _with_group_defaults(kind: type[Config], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, each group with the settings that it does not name as they are in `kind`."""
+    whole = dict(fields)
+    for name, field in kind.model_fields.items():
+        if isinstance(field.default, Config) and isinstance(fields.get(name), Mapping):
+            whole[name] = merged(field.default.model_dump(), fields[name])
+    return whole
+
+
 def _with_text_names(fields: Mapping[Any, Any]) -> dict[str, Any]:
     """YAML and Python know other names than text; as text they are unknown settings like any others."""
     return {
@@ -210,12 +222,29 @@ def _with_text_names(fields: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes of both; those of `new` count where both change one setting."""
     both = dict(old)
     for name, value in new.items():
         part = both.get(name)
-        both[name] = _merged(part, value) if isinstance(part, dict) and isinstance(value, Mapping) else value
+        both[name] = merged(part, value) if isinstance(part, Mapping) and isinstance(value, Mapping) else value
     return both
+
+
+def setting_of(fields: Mapping[str, Any], name: str) -> Any:
+    """The value of a setting by its dotted name, such as value.steps; None where it is not among the fields."""
+    value: Any = fields
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def as_changes(name: str, value: Any) -> dict[str, Any]:
+    """A setting by its dotted name as the changes that `changed` takes."""
+    changes: Any = value
+    for part in reversed(name.split(".")):
+        changes = {part: changes}
+    return dict(changes)
 
 
 def _true_or_false_for_another(owner: type[Config], fields: Mapping[str, Any]) -> Iterator[WrongSetting]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -16,7 +17,7 @@ from fastedit.config import EditConfig
 from fastedit.editing.guard import Guard
 from fastedit.editing.stream import OnError, Stream
 from fastedit.methods.base import AnyMethod, AnyState
-from fastedit.methods.presets import check_settings, settings_for
+from fastedit.methods.presets import Settled, check_settings, settle
 from fastedit.methods.registry import METHODS, method_named
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
@@ -28,16 +29,19 @@ from fastedit.records.edit import CaseId, Edit, EditSet
 from fastedit.runs.log import RunError
 from fastedit.runs.recorder import Recorder
 from fastedit.runs.reports import Run, Watcher
-from fastedit.runtime.progress import Show
+from fastedit.runtime.progress import Show, tell
 from fastedit.runtime.words import counted
 from fastedit.weights.editable import EditableWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fastedit.editing.calibration import Calibration
     from fastedit.editing.export import Exported, Format
     from fastedit.editing.undo_edit import Forgotten
     from fastedit.evaluation.metrics import Evaluation
+
+log = logging.getLogger(__name__)
 
 
 class Editor:
@@ -50,9 +54,11 @@ class Editor:
     seed: of context templates and sampled text
     undo_depth: batches that can be undone from memory
     progress: True or False shows or hides progress bars, None shows them on a terminal; a `Lines` gets lines of text
-    preset: name or .yaml file of the preset to start from; default: the one made for this model
-    Raises ValueError for an unknown method, settings that do not fit the model, or no preset for it; TypeError for the
-    settings of another method.
+    preset: name or .yaml file of the preset to start from; default: the one made for this model, else settings are
+        derived from the model (`Editor.settings`)
+    calibrate: try derived settings on a few facts before the first edit, see `Editor.calibrate`
+    Raises ValueError for an unknown method, settings that do not fit the model, or a method that has no preset for it
+        and derives no settings; TypeError for the settings of another method.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Editor:
         undo_depth: int = 3,
         progress: Show = None,
         preset: str | Path | None = None,
+        calibrate: bool = True,
     ) -> None:
         if not isinstance(adapter, ModelAdapter):
             raise TypeError(
@@ -72,8 +79,10 @@ class Editor:
             )
 
         method = method_named(method)
-        settings = settings_for(method, adapter, preset, config)
-        self.stream = Stream(adapter, method, settings, moments, seed, undo_depth, progress)
+        self.settings = settle(method, adapter, preset, config)
+        self.stream = Stream(adapter, method, self.settings.config, moments, seed, undo_depth, progress)
+        self.calibration: Calibration | None = None
+        self._calibrates = calibrate and method.is_checked and self.settings.origin == "derived"
 
     @classmethod
     def from_pretrained(
@@ -90,6 +99,7 @@ class Editor:
         seed: int = 0,
         undo_depth: int = 3,
         progress: Show = None,
+        calibrate: bool = True,
     ) -> Editor:
         """Load `source` (alias, hub id, folder or GGUF file) and make an editor for it.
 
@@ -98,7 +108,7 @@ class Editor:
         check_settings(method, preset, config)
 
         adapter = load_model(source, dtype, device, families)
-        return cls(adapter, method, config, moments, seed, undo_depth, progress, preset)
+        return cls(adapter, method, config, moments, seed, undo_depth, progress, preset, calibrate)
 
     @classmethod
     def from_model(
@@ -114,6 +124,7 @@ class Editor:
         seed: int = 0,
         undo_depth: int = 3,
         progress: Show = None,
+        calibrate: bool = True,
     ) -> Editor:
         """An editor for a model and tokenizer that are already loaded; the model is edited in place.
 
@@ -122,7 +133,7 @@ class Editor:
         adapter = ModelAdapter(model, tokenizer, families)
         adapter.check_forward()
         warn_of_tokens_beyond(tokenizer, adapter.n_embeddings)
-        return cls(adapter, method, config, moments, seed, undo_depth, progress, preset)
+        return cls(adapter, method, config, moments, seed, undo_depth, progress, preset, calibrate)
 
     @classmethod
     def resume(
@@ -195,13 +206,15 @@ class Editor:
         if not isinstance(config, EditConfig):
             raise TypeError(f"config: wanted whole settings, got {type(config).__name__}; see fastedit.config.changed")
 
-        settings = settings_for(self.method, self.adapter, config=config)
+        settings = settle(self.method, self.adapter, config=config).config
         if self.method.layers(self.adapter, settings) != self.weights.layers:
             raise ValueError(f"config: the edited layers are {self.weights.layers}; make another editor for others")
         if self.recorder is not None:
             raise ValueError(f"config: the settings of a recorded run cannot change ({self.recorder.log.folder})")
 
         self.stream.config = settings
+        self.settings = Settled(settings, "given", {})
+        self._calibrates = False
 
     @property
     def weights(self) -> EditableWeights:
@@ -296,11 +309,45 @@ class Editor:
             needs_subject=self.method.needs_subject,
             n_embeddings=self.adapter.n_embeddings,
         )
+        if self._calibrates and self.calibration is None and not self.stream.committed:
+            self._check_settings()
+
         watchers = watch if isinstance(watch, Sequence) else [] if watch is None else [watch]
         reports, committed, missed = self.stream.write(
             batches, size, on_error, watchers, guard or Guard(), run_dir, resume, verify
         )
         return Run(EditSet(tuple(committed)), tuple(reports), skipped, missed)
+
+    def calibrate(self, again: bool = False) -> Calibration:
+        """Try the editor's settings on a few facts that the model knows, and undo it; `calibration` keeps the result.
+
+        The first `edit` with derived settings does it of itself.
+        again: also where the cache holds the result for this model, method and settings
+        Raises ValueError inside `unedited`, and WeightsChanged where something else wrote into the model."""
+        from fastedit.editing.calibration import calibrate
+
+        with self.stream.turn():
+            self.stream.check_block("calibrate", "unedited")
+            self.calibration = calibrate(self.stream, again)
+        return self.calibration
+
+    def _check_settings(self) -> None:
+        """Try derived settings. Raises CalibrationFailed where they are not fit for use."""
+        from fastedit.editing.calibration import CalibrationFailed, table
+
+        found = self.calibrate()
+        told = f"{self.method.name}: settings derived from the model, {found}"
+        if found.failed:
+            self.calibration = None
+            raise CalibrationFailed(
+                f"{told}\n{table(found)}\ngive settings of your own (--set, --preset; config=), see what `fastedit"
+                " suggest` finds, or edit all the same (--no-calibrate; calibrate=False)"
+            )
+
+        if found.unchecked is not None:
+            log.warning("%s", told)
+        else:
+            tell(self.progress, told)
 
     def undo(self, last: int | None = None, to: int | None = None) -> None:
         """Take batches back, weights and state bit for bit: the last ones (default 1), or all but the first `to`.

@@ -182,8 +182,6 @@ def test_bad_edits_touch_no_weight(edits: list[dict[str, Any]], message: str, ti
 def test_wrong_arguments_are_named(tiny_model: ModelAdapter, tiny_editor: Callable[..., Editor]) -> None:
     with pytest.raises(ValueError, match="method must be one of nse"):
         Editor(tiny_model, method="mesmerise")
-    with pytest.raises(ValueError, match="no preset was made for a model of"):
-        Editor(tiny_model)
     with pytest.raises(ValueError, match="below the last layer"):
         tiny_editor(layers=(2, tiny_model.n_layers - 1))
     editor = tiny_editor()

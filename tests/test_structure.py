@@ -56,6 +56,7 @@ NO_OP_NEEDED = {
         "fine.py",
         "columns.py",
         "fine_locality.py",
+        "models.py",
         "kne_memory.py",
         "column_rows.py",
         "precision.py",

@@ -13,20 +13,20 @@ from fastedit.cli.console import AsJson, emit, errors, open_console
 from fastedit.runtime.words import counted
 
 # Only these folders are listed and emptied: the cache may be a folder with other things in it.
-GGUF, MOMENTS = "gguf", "moments"
+GGUF, MOMENTS, CALIBRATIONS = "gguf", "moments", "calibrations"
 
 Empty = Annotated[bool, typer.Option("--empty", help="remove all of it; it is computed again when it is needed")]
 
 
 def cache(empty: Empty = False, as_json: AsJson = False) -> None:
-    """List what is kept between runs: unpacked GGUF files and second moments. Or remove it."""
+    """List what is kept between runs: unpacked GGUF files, second moments, checks of derived settings. Or remove it."""
     with errors(open_console()):
         from fastedit.runtime.cache import cache_folder
 
         folder = cache_folder()
         rows = _rows(folder)
         if empty:
-            for kind in (GGUF, MOMENTS):
+            for kind in (GGUF, MOMENTS, CALIBRATIONS):
                 if (folder / kind).is_dir():
                     shutil.rmtree(folder / kind)
 
@@ -38,16 +38,19 @@ def cache(empty: Empty = False, as_json: AsJson = False) -> None:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """What is in the cache: a row for each unpacked GGUF file, and one for all second moments."""
+    """What is in the cache: a row for each unpacked GGUF file, and one for all files of each other kind."""
     rows = []
     if (folder / GGUF).is_dir():
         parts = sorted(part for part in (folder / GGUF).iterdir() if part.is_dir())
         rows += [{"kind": GGUF, "what": _source(part), "bytes": _size(part)} for part in parts]
 
-    if (folder / MOMENTS).is_dir():
-        files = counted(len(list((folder / MOMENTS).iterdir())), "file")
-        what = f"second moments and their eigenvectors, {files}"
-        rows.append({"kind": MOMENTS, "what": what, "bytes": _size(folder / MOMENTS)})
+    for kind, what in (
+        (MOMENTS, "second moments and their eigenvectors"),
+        (CALIBRATIONS, "checks of derived settings"),
+    ):
+        if (folder / kind).is_dir():
+            files = counted(len(list((folder / kind).iterdir())), "file")
+            rows.append({"kind": kind, "what": f"{what}, {files}", "bytes": _size(folder / kind)})
     return rows
 
 

@@ -67,13 +67,14 @@ def _exit_code(error: Exception) -> int | None:
     """1 for what was asked for and failed, 2 for wrong input, None for an error of ours."""
     # What imports torch was imported already, or did not raise: a mistyped setting is told before torch is there.
     if "torch" in sys.modules:
+        from fastedit.editing.calibration import CalibrationFailed
         from fastedit.ops._dispatch import BackendUnavailable
         from fastedit.runs.log import RunWriteError
         from fastedit.runs.reports import BatchRejected
         from fastedit.runtime.free_memory import is_out_of_memory
         from fastedit.runtime.places import NotSaved
 
-        if isinstance(error, (BatchRejected, NotSaved, RunWriteError)) or is_out_of_memory(error):
+        if isinstance(error, (BatchRejected, CalibrationFailed, NotSaved, RunWriteError)) or is_out_of_memory(error):
             return 1
         if isinstance(error, BackendUnavailable):
             return 2

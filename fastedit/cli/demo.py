@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 from rich.console import Console
@@ -13,18 +12,12 @@ from rich.table import Table
 
 from fastedit.editor import Editor
 from fastedit.model.sampling import sample_background
-from fastedit.records.edit import Edit, EditSet
-from fastedit.records.load import load_edits
+from fastedit.records.edit import Edit
+from fastedit.records.shipped import shipped_facts
 from fastedit.runtime.progress import Lines
 
 SHOWN = 6
 MOMENT_TOKENS = 16_000
-
-
-def demo_edits(limit: int | None = None) -> EditSet:
-    """The project's own facts: places, works and things."""
-    with resources.as_file(resources.files("fastedit") / "data" / "demo.jsonl") as path:
-        return load_edits(path, limit=limit)
 
 
 def run_demo(
@@ -34,7 +27,7 @@ def run_demo(
 
     lines: what tells of progress in place of bars"""
     started = time.perf_counter()
-    edits = demo_edits(n_edits)
+    edits = shipped_facts(n_edits)
 
     console.print(f"loading {source} ...")
     config = {"moments": {"tokens": MOMENT_TOKENS}}

@@ -36,6 +36,7 @@ from fastedit.cli.inputs import (
     tell_skipped,
 )
 from fastedit.cli.options import (
+    Calibrate,
     Device,
     Dtype,
     Edits,
@@ -167,6 +168,25 @@ def _warn_of_missed(console: Console, run: Run) -> None:
         )
 
 
+def _origin(editor: Editor) -> str:
+    """Where the settings come from, in words."""
+    origin = editor.settings.origin
+    return origin if origin in ("given", "derived") else f"preset {origin}"
+
+
+def _settings(editor: Editor) -> dict[str, Any]:
+    """The settings, where they come from, and how derived ones did on the facts they were tried on."""
+    from fastedit.runtime.hashing import plain
+
+    found = editor.calibration
+    data = {
+        "origin": _origin(editor),
+        "config": editor.config.model_dump(mode="json"),
+        "calibration": None if found is None else found.to_dict(),
+    }
+    return dict(plain(data))
+
+
 def _watching(editor: Editor, records: EditSet, every: int | None, text: str | None) -> Watch | None:
     from fastedit.editing.watch import Watch
 
@@ -189,6 +209,7 @@ def edit(
     method: Method = "nse",
     preset: Preset = None,
     settings: Settings = None,
+    calibrate: Calibrate = True,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     batch_size: Annotated[int | None, typer.Option(min=1, help="edits written together; default: the method's")] = None,
@@ -241,7 +262,8 @@ def edit(
 
         lines = open_lines(console)
         adapter = open_model(model, dtype, device, lines)
-        editor = make_editor(adapter, chosen, source, seed, typed, lines)
+        editor = make_editor(adapter, chosen, source, seed, typed, lines, calibrate)
+        stage(lines, f"settings of {method}: {_origin(editor)}")
         saving.check_loaded(editor)
         watching = _watching(editor, records, watch, prose)
         watchers = _watchers(editor, records, batch_size, lines, watching)
@@ -249,6 +271,7 @@ def edit(
 
         tell_skipped(console, run.skipped)
         data, told = _told(records, run, watching)
+        data["settings"] = _settings(editor)
         if save is not None:
             stage(lines, f"saving to {save}")
         not_saved = saving.save(console, editor, data, told)

@@ -178,7 +178,13 @@ def open_model(model: str, dtype: Dtype | None, device: str, lines: Lines | None
 
 
 def make_editor(
-    adapter: ModelAdapter, chosen: Chosen, text: Source, seed: int, typed: set[str], progress: Show = None
+    adapter: ModelAdapter,
+    chosen: Chosen,
+    text: Source,
+    seed: int,
+    typed: set[str],
+    progress: Show = None,
+    calibrate: bool = True,
 ) -> Editor:
     """An editor of a loaded model.
 
@@ -186,7 +192,9 @@ def make_editor(
     from fastedit.editor import Editor
 
     method = chosen.method
-    editor = Editor(adapter, method, chosen.changes, text, seed, progress=progress, preset=chosen.preset)
+    editor = Editor(
+        adapter, method, chosen.changes, text, seed, progress=progress, preset=chosen.preset, calibrate=calibrate
+    )
 
     if not method.reads_text(editor.config):
         why = f"{method.name} reads no background text with these settings"

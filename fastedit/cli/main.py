@@ -1,7 +1,8 @@
-"""The command line: the `fastedit` command, with demo and doctor; the others are in edit, measure, runs and cache.
+"""The command line: `fastedit`, with demo and doctor; the other commands are in edit, measure, suggest, runs and cache.
 
 Results go to standard output (a table, or one JSON object with --json), progress and messages to standard error.
-Exit codes: 0 done, 1 a batch was rejected, a result not saved, or the installation is broken, 2 wrong input.
+Exit codes: 0 done, 1 a batch was rejected, derived settings failed their check, a result was not saved, or the
+installation is broken, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastedit.cli.edit import edit
 from fastedit.cli.inputs import check_device
 from fastedit.cli.measure import evaluate_command, locate, stats
 from fastedit.cli.options import Device, Seed
+from fastedit.cli.suggest import suggest_command
 
 app = typer.Typer(
     help="Edit facts inside transformer language models.",
@@ -60,6 +62,7 @@ app.command()(edit)
 app.command("eval")(evaluate_command)
 app.command()(stats)
 app.command()(locate)
+app.command("suggest")(suggest_command)
 runs.register(app)
 app.command()(cache)
 

@@ -20,6 +20,7 @@ from fastedit.runtime.places import check_file
 UNUSED_BY_EDIT = {
     "preset": "--preset: meg has no presets, its settings are changed with --set",
     "batch_size": "--batch-size: meg learns all edits together, not in batches",
+    "calibrate": "--calibrate: meg's settings need no check, they fit every model",
     "join": "--join: meg puts its template, the setting fit.template, between prompt and target",
     "moments": "--moments: meg needs no second moments, so no text for them",
     "moment_tokens": "--moment-tokens: meg needs no second moments",

@@ -26,7 +26,11 @@ MomentTokens = Annotated[int | None, typer.Option(min=1, help="tokens for second
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the weights")]
 Device = Annotated[str, typer.Option(help="where the model runs: cpu, cuda, cuda:1, or auto, spread over all devices")]
 Preset = Annotated[
-    str | None, typer.Option(help="settings: a name, or a .yaml file; default: those made for this model")
+    str | None,
+    typer.Option(help="settings: a name, or a .yaml file; default: those made for this model, or derived"),
+]
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate/--no-calibrate", help="try derived settings on a few facts before the first edit")
 ]
 Settings = Annotated[
     list[str] | None,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from fastedit.config import EditConfig, MomentConfig, changed
+from fastedit.config import EditConfig, MomentConfig, as_changes, changed, setting_of
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.records.edit import Edit
@@ -29,6 +29,25 @@ S = TypeVar("S", bound="AnyState")
 R_contra = TypeVar("R_contra", contravariant=True)
 
 Progress = Callable[[float], None]
+
+# Fields of a method's settings for a model, from the model and what the caller sets.
+Derive: TypeAlias = Callable[[ModelAdapter, Mapping[str, Any]], dict[str, Any]]
+
+
+class CannotDerive(ValueError):
+    """Settings cannot be derived for this model."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `fastedit suggest` varies beside the derived settings.
+
+    setting: its dotted name
+    values: the values tried, from the model and the derived settings
+    """
+
+    setting: str
+    values: Callable[[ModelAdapter, Any], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,10 @@ class Method(ABC, Generic[C, S]):
 
     name: on the command line, in reports and in run directories
     config_class: type of its settings
-    presets: folder of `<name>.yaml` files; None = no preset ships, the caller passes a config
+    presets: folder of `<name>.yaml` files; None = no preset ships
+    derive: makes the settings for a model without a preset; raises CannotDerive. None = the caller passes a config
+    is_checked: whether derived settings are tried on a few facts before the first edit
+    sweep: what `fastedit suggest` varies
     by_column: it writes few columns of its layers, so originals are kept column by column
     batch_size: edits written together by default
     token_budget_setting: dotted name of the setting that bounds the rows optimised together, which is halved when
@@ -189,6 +211,9 @@ class Method(ABC, Generic[C, S]):
     name: str
     config_class: type[C]
     presets: Path | None = None
+    derive: Derive | None = None
+    is_checked: bool = True
+    sweep: Sweep | None = None
     by_column: bool = False
     batch_size: int = 100
     token_budget_setting: str | None = None
@@ -239,20 +264,14 @@ class Method(ABC, Generic[C, S]):
         if self.token_budget_setting is None:
             return None
 
-        value: Any = config
-        for part in self.token_budget_setting.split("."):
-            value = getattr(value, part)
-        return int(value)
+        return int(setting_of(config.model_dump(), self.token_budget_setting))
 
     def with_token_budget(self, config: C, budget: int | None) -> C:
         """The settings with another token budget; None leaves them as they are."""
         if self.token_budget_setting is None or budget is None:
             return config
 
-        changes: Any = budget
-        for part in reversed(self.token_budget_setting.split(".")):
-            changes = {part: changes}
-        return changed(config, changes)
+        return changed(config, as_changes(self.token_budget_setting, budget))
 
 
 # What holds a method and its state without knowing their types.

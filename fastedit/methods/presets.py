@@ -5,7 +5,8 @@ the model it was made for, `config` the fields of the method's config. A preset 
 named by its path; it needs `config` only.
 
 The numbers of a preset are in units of its model, so it serves models that agree in all that `model` says: two models
-of one shape may be of different families, as Llama 3 8B and Mistral 7B are.
+of one shape may be of different families, as Llama 3 8B and Mistral 7B are. For all other models the settings are
+derived (`Method.derive`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from fastedit.config import EditConfig, WrongSettings, changed, check_changes, settings_from
-from fastedit.methods.base import AnyMethod
+from fastedit.methods.base import AnyMethod, CannotDerive
 from fastedit.methods.registry import METHODS, method_named
 from fastedit.model.adapter import ModelAdapter
 from fastedit.records.files import read_text
@@ -52,6 +53,18 @@ class NoPreset(ValueError):
         super().__init__(f"{reason}; {advice}")
         self.reason = reason
         self.advice = advice
+
+
+class Settled(NamedTuple):
+    """The settings of an editor.
+
+    origin: "given" whole by the caller, "derived" from the model, or the name or file of a preset
+    changes: what the caller changed in a preset or in derived settings
+    """
+
+    config: EditConfig
+    origin: str
+    changes: Mapping[str, Any]
 
 
 class Preset(NamedTuple):
@@ -103,14 +116,20 @@ def load_preset(method: str | AnyMethod, name: str | Path, **changes: Any) -> Ed
 
 def preset_for(method: str | AnyMethod, model: ModelAdapter) -> EditConfig:
     """The preset that was made for a model like this. Raises NoPreset, listing the presets, when none was."""
-    method, about = method_named(method), described(model)
+    method = method_named(method)
+    return load_preset(method, _name_for(method, model))
+
+
+def _name_for(method: AnyMethod, model: ModelAdapter) -> str:
+    """The name of the preset that was made for a model like this; raises as `preset_for`."""
+    about = described(model)
     alike = []
     for name in presets(method):
         preset = _read(_path_of(method, name))
         differences = preset.differences(about)
         if preset.model is not None and not differences:
             log.info("%s: settings of preset %s", method.name, name)
-            return _settings_of(method, preset)
+            return name
         if preset.is_of_shape(about):
             alike.append(f"{name} has its shape, but {', '.join(differences)}")
 
@@ -125,29 +144,43 @@ def preset_for(method: str | AnyMethod, model: ModelAdapter) -> EditConfig:
 def settings_for(
     method: AnyMethod, model: ModelAdapter, preset: str | Path | None = None, config: AnySettings = None
 ) -> EditConfig:
-    """The settings of an editor.
+    """The settings of an editor, see `settle`."""
+    return settle(method, model, preset, config).config
 
-    preset: name or file of the preset to start from; default: the one made for a model like this
-    config: whole settings, taken as they are, or a mapping of changes to the preset, such as {"rounds": 2}; where no
-        preset fits, the mapping must hold all settings without a default
-    Raises NoPreset when no preset fits, ValueError when a value does not; TypeError for the settings of another method.
-    """
+
+def settle(
+    method: AnyMethod, model: ModelAdapter, preset: str | Path | None = None, config: AnySettings = None
+) -> Settled:
+    """The settings of an editor, and where they come from.
+
+    preset: name or file of the preset to start from; default: the one made for a model like this, else settings derived
+        from the model
+    config: whole settings, taken as they are, or a mapping of changes to the preset or to the derived settings, such as
+        {"rounds": 2}; for a method that derives none, it must hold all settings without a default
+    Raises NoPreset when no preset fits and none can be derived, ValueError when a value does not; TypeError for the
+    settings of another method."""
     check_settings(method, preset, config)
     if isinstance(config, EditConfig):
-        return config
+        return Settled(config, "given", {})
 
     changes = {} if config is None else config
     if preset is not None:
         _warn_of_another_model(_read(_path_of(method, preset)), preset, model)
-        return load_preset(method, preset, **changes)
+        return Settled(load_preset(method, preset, **changes), str(preset), changes)
 
     try:
-        base = preset_for(method, model)
+        name = _name_for(method, model)
     except NoPreset as error:
-        if config is None:
+        if method.derive is None and config is None:
             raise
-        return _whole(method, changes, error)
-    return changed(base, changes)
+        if method.derive is None:
+            return Settled(_whole(method, changes, error), "given", {})
+
+        try:
+            return Settled(derived_settings(method, model, changes), "derived", changes)
+        except CannotDerive as why:
+            raise NoPreset(f"{error.reason}, and none can be derived: {why}", error.advice) from why
+    return Settled(load_preset(method, name, **changes), name, changes)
 
 
 def check_settings(method: AnyMethod, preset: str | Path | None = None, config: AnySettings = None) -> None:
@@ -166,6 +199,18 @@ def check_settings(method: AnyMethod, preset: str | Path | None = None, config: 
     check_changes(method.config_class, changes)
     if preset is not None:
         load_preset(method, preset, **changes)
+
+
+def derived_settings(method: AnyMethod, model: ModelAdapter, changes: Mapping[str, Any]) -> EditConfig:
+    """Settings made for this model, with changes.
+
+    Raises CannotDerive for a model for which, or a method from which, none can be derived; ValueError for a change
+    that does not fit."""
+    if method.derive is None:
+        raise CannotDerive(f"{method.name} derives no settings")
+
+    settings: EditConfig = settings_from(method.config_class, method.derive(model, changes))
+    return changed(settings, changes)
 
 
 def _whole(method: AnyMethod, fields: Mapping[str, Any], why: NoPreset) -> EditConfig:

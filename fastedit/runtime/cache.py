@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -44,3 +46,34 @@ def store_in_cache(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str
             path,
             told_by(error),
         )
+
+
+def store_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a small file of plain data in one atomic step; where it cannot be written, that is a warning."""
+    # Two processes may write it at once.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        log.warning(
+            "%s: not written (%s); going on without it; FASTEDIT_CACHE names another folder for the cache",
+            path,
+            told_by(error),
+        )
+
+
+def load_json(path: Path) -> dict[str, Any] | None:
+    """What `store_json` wrote; None where there is no file, and, with a warning, where it is damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s: cannot be read (%s); it is made again", path, told_by(error))
+        return None
+
+    return data

@@ -16,7 +16,7 @@ def canonical(data: Any) -> str:
     """`data` as JSON text that is the same for equal data: ASCII, names sorted, NaN and infinities as strings.
 
     data: mappings, lists, tuples, strings, numbers, booleans and None. Raises TypeError for other types."""
-    return json.dumps(_plain(data), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(plain(data), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -37,13 +37,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in types that JSON has, with numbers that are not finite as strings."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(member) for name, member in value.items()}
+        return {str(name): plain(member) for name, member in value.items()}
 
     if isinstance(value, (list, tuple)):
-        return [_plain(member) for member in value]
+        return [plain(member) for member in value]
 
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

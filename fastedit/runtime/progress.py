@@ -79,6 +79,16 @@ class Lines:
 Show: TypeAlias = bool | Lines | None
 
 
+def tell(show: Show, line: str) -> None:
+    """Write a line where progress is shown: to whoever takes lines, else to the error stream.
+
+    show: as for `track`; None = only if the error stream is a terminal"""
+    if isinstance(show, Lines):
+        show.write(line)
+    elif sys.stderr.isatty() if show is None else show:
+        Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def track(total: int, label: str, unit: str, show: Show = None) -> Iterator[Callable[[float], None]]:
     """Show a progress bar on the error stream while the `with` block runs.

@@ -20,6 +20,11 @@ def grouped(number: float) -> str:
     return f"{number:,.0f}".replace(",", " ")
 
 
+def two_digits(value: float) -> float:
+    """The number to two significant digits, as settings are given that nobody knows better."""
+    return float(f"{value:.2g}")
+
+
 def told_by(error: BaseException) -> str:
     """All that an error of a library says, on one line; its type where it says nothing.
 

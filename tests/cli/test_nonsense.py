@@ -108,7 +108,7 @@ def test_a_run_directory_that_is_none(command: tuple[str, ...], run_dir: str) ->
         ((*EDIT, "--run-dir", "file"), "file"),
         ((*EDIT, "--run-dir", "file/below"), "file/below"),
         ((*EDIT, "--moments", "five.txt"), "tokens, and 2 048 are to be read"),
-        (("stats", MODEL, "--layers", "1", "--moments", "five.txt"), "tokens, and 100 000 are to be read"),
+        (("stats", MODEL, "--layers", "1", "--moments", "five.txt"), "tokens, and 30 000 are to be read"),
         (("stats", MODEL, "--layers", "-1"), "--layers must be a list of layers"),
         (("stats", MODEL, "--layers", ""), "--layers must be a list of layers"),
         (("stats", MODEL, "--layers", "8"), "--layers must lie in 0-7, got 8"),

@@ -119,7 +119,7 @@ def test_whole_settings_may_be_a_mapping(tiny_model: ModelAdapter) -> None:
     with pytest.raises(ValueError, match="covariance_wieght"):
         Editor(tiny_model, OWN, {"layers": [1, 2], "covariance_wieght": 5})
     with pytest.raises(ValueError, match=r"give settings \(--set, config=\), of which covariance_weight is missing"):
-        Editor(tiny_model, "nse", {"layers": [1, 2]})
+        Editor(tiny_model, OWN, {"layers": [1, 2]})
     assert Editor(tiny_model, "kn", {"threshold": 0.5}).config == KNConfig(threshold=0.5)
     with pytest.raises(ValueError, match="dense-nse: no preset 'x'"):
         Editor(tiny_model, OWN, {"layers": [1, 2], "covariance_weight": 5}, preset="x")

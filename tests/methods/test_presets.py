@@ -95,7 +95,7 @@ class TestFoundForAModel:
         with pytest.raises(NoPreset, match=r"llama-3-8b has its shape, but model_type llama, not mistral, vocab_size"):
             preset_for("nse", model)
         with pytest.raises(NoPreset, match=r"rope_theta 500000, not 10000\.0\); name one of gpt-j-6b"):
-            Editor(model, "nse")
+            preset_for("nse", model)
 
     def test_another_shape_is_named_and_the_presets_listed(self, tiny_model: ModelAdapter) -> None:
         shape = r"made for a model of \{'n_layers': 8, 'd_model': 64, 'd_ff': 192\}; .*smollm2"

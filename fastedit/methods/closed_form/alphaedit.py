@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastedit.methods.closed_form.config import AlphaEditConfig
+from fastedit.methods.closed_form.derived import LAYER_SWEEP, alphaedit_settings
 from fastedit.methods.closed_form.null_space import null_space
 from fastedit.methods.closed_form.recipe import ClosedFormMethod, one_round
 from fastedit.methods.closed_form.solver import NullSpaceSolver
@@ -20,13 +22,20 @@ from fastedit.methods.closed_form.solver import NullSpaceSolver
 
 def projected(moment: Tensor, config: AlphaEditConfig) -> NullSpaceSolver:
     """The ridge system inside the null space of C. moment: (d_ff, d_ff)"""
-    return NullSpaceSolver(null_space(moment, config.null_threshold), config.ridge)
+    threshold, ridge = config.null_threshold, config.ridge
+    if config.units == "trace":
+        trace = float(moment.diagonal().sum(dtype=torch.float64))
+        threshold, ridge = threshold * trace / len(moment), ridge * trace
+
+    return NullSpaceSolver(null_space(moment, threshold), ridge)
 
 
 ALPHAEDIT = ClosedFormMethod(
     name="alphaedit",
     config_class=AlphaEditConfig,
     presets=Path(__file__).parent / "presets" / "alphaedit",
+    derive=alphaedit_settings,
+    sweep=LAYER_SWEEP,
     recipe=one_round,
     solver=projected,
 )

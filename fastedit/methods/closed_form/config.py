@@ -108,7 +108,10 @@ class AlphaEditConfig(ClosedFormConfig):
 
     null_threshold: eigenvectors of C with eigenvalues below it span the null space
     ridge: b, the released L2
+    units: of both. "absolute" as published. "trace", ours: the threshold in mean eigenvalues, the ridge in traces of
+        the layer's C, since the keys of two layers of one model may differ tenfold in their squares
     """
 
     null_threshold: float = Field(0.02, gt=0)
     ridge: float = Field(10.0, gt=0)
+    units: Literal["absolute", "trace"] = Field("absolute", json_schema_extra={"before": "absolute"})

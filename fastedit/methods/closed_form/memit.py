@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastedit.methods.closed_form.config import MEMITConfig
+from fastedit.methods.closed_form.derived import LAYER_SWEEP, memit_settings
 from fastedit.methods.closed_form.recipe import Batch, BatchResult, ClosedFormMethod, one_round, ridge
 
 
@@ -27,6 +28,8 @@ MEMIT = ClosedFormMethod(
     name="memit",
     config_class=MEMITConfig,
     presets=Path(__file__).parent / "presets" / "memit",
+    derive=memit_settings,
+    sweep=LAYER_SWEEP,
     recipe=memit,
     solver=ridge,
 )

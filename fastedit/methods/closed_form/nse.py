@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from fastedit.methods.closed_form.config import NSEConfig
+from fastedit.methods.closed_form.derived import LAYER_SWEEP, nse_settings
 from fastedit.methods.closed_form.recipe import Batch, BatchResult, ClosedFormMethod, ridge, write_sweep
 from fastedit.methods.closed_form.selection import active_edits, mass_rule
 
@@ -36,6 +37,8 @@ NSE = ClosedFormMethod(
     name="nse",
     config_class=NSEConfig,
     presets=Path(__file__).parent / "presets" / "nse",
+    derive=nse_settings,
+    sweep=LAYER_SWEEP,
     recipe=nse,
     solver=ridge,
 )

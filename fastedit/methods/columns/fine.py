@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastedit.methods.columns.config import FiNEConfig
 from fastedit.methods.columns.contributions import choose_slots, old_tokens
+from fastedit.methods.columns.derived import RATE_SWEEP, fine_settings
 from fastedit.methods.columns.recipe import ColumnBatch, ColumnMethod, ColumnResult, write_columns
 from fastedit.methods.columns.state import LeftOut
 from fastedit.methods.columns.training import train_columns
@@ -42,6 +43,8 @@ FINE = ColumnMethod(
     name="fine",
     config_class=FiNEConfig,
     presets=Path(__file__).parent / "presets" / "fine",
+    derive=fine_settings,
+    sweep=RATE_SWEEP,
     recipe=fine,
     make_state=LeftOut,
     text_setting="background",

@@ -20,6 +20,7 @@ from fastedit.methods.base import NoState
 from fastedit.methods.columns.attribution import attribute
 from fastedit.methods.columns.config import KNConfig
 from fastedit.methods.columns.contributions import Slots, observe
+from fastedit.methods.columns.derived import kn_settings
 from fastedit.methods.columns.recipe import ColumnBatch, ColumnMethod, ColumnResult, write_columns
 from fastedit.methods.columns.training import Trained
 from fastedit.model.adapter import ModelAdapter
@@ -71,6 +72,9 @@ KN = ColumnMethod(
     name="kn",
     config_class=KNConfig,
     presets=Path(__file__).parent / "presets" / "kn",
+    derive=kn_settings,
+    # Without training most of its edits fail, as published.
+    is_checked=False,
     recipe=kn,
     make_state=lambda start: NoState(),
     token_budget_setting=None,

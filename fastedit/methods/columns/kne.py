@@ -17,6 +17,7 @@ from torch import Tensor
 from fastedit.methods.columns.attribution import attribute
 from fastedit.methods.columns.config import KNEConfig
 from fastedit.methods.columns.contributions import Slots
+from fastedit.methods.columns.derived import RATE_SWEEP, kne_settings
 from fastedit.methods.columns.ensemble import ensemble
 from fastedit.methods.columns.recipe import ColumnBatch, ColumnMethod, ColumnResult, write_columns
 from fastedit.methods.columns.state import FirstSlots
@@ -75,6 +76,8 @@ KNE = ColumnMethod(
     name="kne",
     config_class=KNEConfig,
     presets=Path(__file__).parent / "presets" / "kne",
+    derive=kne_settings,
+    sweep=RATE_SWEEP,
     recipe=kne,
     make_state=lambda start: FirstSlots(),
 )

@@ -7,11 +7,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastedit.cli.demo import demo_edits
 from fastedit.editor import Editor
 from fastedit.methods.columns.fine import FINE
 from fastedit.model.load import ModelNotFound
 from fastedit.model.tokens import whole_sequences
+from fastedit.records.shipped import shipped_facts
 from fastedit.weights.trial import Trial
 
 # Neurons whose scores lie closer than this, relatively, may change places in float32.
@@ -24,7 +24,7 @@ def test_neurons_losses_and_stop_are_those_of_the_published_procedure(published_
         editor = Editor.from_pretrained("smollm2-135m", "fine", progress=False)
     except ModelNotFound as error:
         pytest.skip(str(error))
-    edits, train = demo_edits(4), editor.config.train
+    edits, train = shipped_facts(4), editor.config.train
     model = editor.adapter
     sequences = whole_sequences(model.tokenizer, [e.prompt for e in edits], [e.target_new for e in edits])
     with Trial(editor.weights) as trial, torch.no_grad():

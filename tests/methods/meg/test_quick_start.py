@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastedit.cli.demo import demo_edits
 from fastedit.methods.meg import MeG
+from fastedit.records.shipped import shipped_facts
 
 SOURCE = "smollm2-135m"
 
@@ -15,7 +15,7 @@ SOURCE = "smollm2-135m"
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["meg-lookup", "meg"])
 def test_sixty_four_edits_of_a_real_model(tmp_path: Path, method: str) -> None:
-    edits = demo_edits()
+    edits = shipped_facts()
     meg = MeG.from_pretrained(SOURCE, method=method, progress=False)
     run = meg.edit(edits[:64], edits[64:], tmp_path)
     assert len(run.failed) <= 2
