@@ -111,6 +111,8 @@ VALUES = {
 
 def option(name: str) -> list[str]:
     flag = f"--{name.replace('_', '-')}"
+    if name == "calibrate":
+        return ["--no-calibrate"]
     return [flag] if name == "resume" else [flag, VALUES[name]]
 
 
