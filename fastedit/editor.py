@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastedit.config import EditConfig
+from fastedit.config import EditConfig, changed
 from fastedit.editing.guard import Guard
 from fastedit.editing.stream import OnError, Stream
 from fastedit.methods.base import AnyMethod, AnyState
@@ -26,7 +26,7 @@ from fastedit.model.load import Dtype, load_model
 from fastedit.model.tokens import prompt_ids, warn_of_tokens_beyond
 from fastedit.records.check import OnInvalid, check_edits
 from fastedit.records.edit import CaseId, Edit, EditSet
-from fastedit.runs.log import RunError
+from fastedit.runs.log import RunError, is_run
 from fastedit.runs.recorder import Recorder
 from fastedit.runs.reports import Run, Watcher
 from fastedit.runtime.progress import Show, tell
@@ -309,6 +309,8 @@ class Editor:
             needs_subject=self.method.needs_subject,
             n_embeddings=self.adapter.n_embeddings,
         )
+        if resume and run_dir is not None and not self.stream.committed:
+            self._take_settings_of(run_dir)
         if self._calibrates and self.calibration is None and not self.stream.committed:
             self._check_settings()
 
@@ -330,6 +332,25 @@ class Editor:
             self.stream.check_block("calibrate", "unedited")
             self.calibration = calibrate(self.stream, again)
         return self.calibration
+
+    def _take_settings_of(self, run_dir: str | Path) -> None:
+        """Go on with the settings of a run where ours are derived: another version may derive others.
+
+        Settings that the caller chose count; the run is refused where it has others, when it is attached."""
+        if self.settings.origin != "derived" or not is_run(run_dir):
+            return
+
+        recorder = Recorder.open(run_dir, quiet=True)
+        if recorder.method_name != self.method.name:
+            return
+
+        config = recorder.config(self.method.config_class)
+        if changed(config, self.settings.changes) == config:
+            self._calibrates = False
+            self.settings = self.settings._replace(config=config)
+            stream = self.stream
+            moments, progress = stream.moments, stream.progress
+            self.stream = Stream(self.adapter, self.method, config, moments, stream.seed, stream.undo_depth, progress)
 
     def _check_settings(self) -> None:
         """Try derived settings. Raises CalibrationFailed where they are not fit for use."""

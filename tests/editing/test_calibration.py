@@ -17,12 +17,13 @@ from fastedit.editing import calibration
 from fastedit.editing.calibration import Calibration, CalibrationFailed, CheckedFact, calibrate, known_facts, table
 from fastedit.editing.stream import Stream
 from fastedit.editor import Editor
+from fastedit.methods.closed_form import derived
 from fastedit.methods.registry import METHODS
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.load import ModelNotFound
 from fastedit.records.edit import EditSet
 from fastedit.records.shipped import shipped_facts
-from fastedit.runs.log import RunLog
+from fastedit.runs.log import RunError, RunLog
 from fastedit.runtime.cache import cache_folder
 from fastedit.runtime.progress import Lines
 
@@ -168,21 +169,22 @@ def test_too_long_is_unchecked_and_leaves_nothing(knowing: ModelAdapter) -> None
     assert editor.weights.fingerprint() == before
 
 
-def test_little_time_is_enough_for_the_first_batch(knowing: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_time_is_enough_for_the_first_batch(knowing: ModelAdapter) -> None:
     """The time is over in the middle of the second batch, which is rolled back."""
     editor = Editor(knowing, "memit", SHORT, progress=False)
     _ = editor.state
     before = editor.weights.fingerprint()
     write, begun = Stream.write_batch, []
 
-    def late(self: Stream, number: int, batch: EditSet, *others: Any) -> Any:
-        begun.append(len(batch))
-        monkeypatch.setattr(calibration.time, "monotonic", lambda: 1e12 if len(begun) > 1 else 0.0)
-        return write(self, number, batch, *others)
+    with pytest.MonkeyPatch.context() as patch:
 
-    monkeypatch.setattr(Stream, "write_batch", late)
-    found = editor.calibrate()
-    monkeypatch.undo()
+        def late(self: Stream, number: int, batch: EditSet, *others: Any) -> Any:
+            begun.append(len(batch))
+            patch.setattr(calibration.time, "monotonic", lambda: 1e12 if len(begun) > 1 else 0.0)
+            return write(self, number, batch, *others)
+
+        patch.setattr(Stream, "write_batch", late)
+        found = editor.calibrate()
     assert begun == [3, 2]
     assert len(found.facts) == 3
     assert found.unchecked is None
@@ -237,6 +239,30 @@ def test_a_recorded_run_goes_on_with_derived_settings(
             ModelAdapter(copy.deepcopy(learned.model), learned.tokenizer), "memit", config, progress=False
         ).weights.fingerprint()
     )
+
+
+@pytest.mark.parametrize("changed", ["layers", "rate"])
+def test_a_run_goes_on_where_another_version_derives_other_settings(
+    tiny_model: ModelAdapter, tiny_facts: EditSet, tmp_path: Path, changed: str
+) -> None:
+    fresh = copy.deepcopy(tiny_model.model)
+    third = ModelAdapter(copy.deepcopy(fresh), tiny_model.tokenizer)
+    config = {**SHORT, "memory": True}
+    first = Editor(tiny_model, "memit", config, progress=False)
+    first.edit(tiny_facts[:2], batch_size=1, run_dir=tmp_path / "run")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(derived, *(("DEPTH", 0.7) if changed == "layers" else ("LR", 0.9)))
+        second = Editor(ModelAdapter(fresh, tiny_model.tokenizer), "memit", config, progress=False)
+    assert second.config != first.config
+    second.edit(tiny_facts[:2], batch_size=1, run_dir=tmp_path / "run", resume=True)
+    assert second.config == first.config
+    assert second.weights.fingerprint() == first.weights.fingerprint()
+
+    # What the caller chooses still counts.
+    other = Editor(third, "memit", {**SHORT, "memory": False}, progress=False)
+    with pytest.raises(RunError, match="memory"):
+        other.edit(tiny_facts[:2], batch_size=1, run_dir=tmp_path / "run", resume=True)
 
 
 @pytest.mark.slow
