@@ -202,15 +202,19 @@ def _check(stream: Stream, ends: float) -> Calibration:
         known = counted(len(facts), "shipped fact")
         return Calibration(unchecked=f"the model surely knows {known}, and {FEWEST_FACTS} are needed")
 
+    text = _own_text(stream)
+    if not text.strip():
+        return Calibration(unchecked="the model writes no text whose perplexity could be measured")
+
     with (
         Interrupts() as interrupts,
         track(len(facts), "trying the derived settings", "facts", stream.progress) as advance,
     ):
-        trials = _Trials(stream, _Watchman(ends, interrupts, advance))
+        trials = _Trials(stream, text, _Watchman(ends, interrupts, advance))
         rows: list[CheckedFact] = []
         growths: list[float] = []
         for batch in _batches(stream, facts):
-            if not trials.have_time_for_another:
+            if rows and not trials.have_time_for_another:
                 break
             try:
                 found, growth = trials.one(batch)
@@ -233,12 +237,15 @@ def _batches(stream: Stream, facts: Sequence[Edit]) -> list[Sequence[Edit]]:
 
 
 class _Trials:
-    """Batches of facts that are written, looked at, and undone, each on the model as it was."""
+    """Batches of facts that are written, looked at, and undone, each on the model as it was.
 
-    def __init__(self, stream: Stream, watchman: _Watchman) -> None:
+    text: whose perplexity is measured
+    Raises _OutOfTime."""
+
+    def __init__(self, stream: Stream, text: str, watchman: _Watchman) -> None:
         self.stream = stream
         self.watchman = watchman
-        self.text = _own_text(stream)
+        self.text = text
         self.guard = Guard()
         self.guard.begin(stream.adapter, stream.weights)
         watchman(0)
@@ -317,9 +324,12 @@ def _rows(model: ModelAdapter, facts: Sequence[Edit], before: _Looks, after: _Lo
 
 
 def _own_text(stream: Stream) -> str:
-    """Text that the model writes."""
+    """Text that the model writes; "" for what is shorter than two tokens."""
+    tokenizer = stream.adapter.tokenizer
     windows = Source(seed=stream.seed).windows(stream.adapter, TEXT, show=False)
-    return "\n".join(stream.adapter.tokenizer.batch_decode(windows, skip_special_tokens=True))
+    text = "\n".join(tokenizer.batch_decode(windows, skip_special_tokens=True))
+
+    return text if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > 1 else ""
 
 
 def table(calibration: Calibration) -> str:

@@ -157,7 +157,8 @@ def suggest(
 
     candidates = []
     for name, config in configs.items():
-        found = calibrate(Stream(model, method, config, source, seed, 0, progress)) if method.is_checked else None
+        stream = Stream(model, method, config, source, seed, 0, progress)
+        found = calibrate(stream, again=True) if method.is_checked else None
         candidates.append(Candidate(name, config, found))
         tell(progress, f"{method.name}, {candidates[-1]}")
 
