@@ -141,7 +141,7 @@ class Bench:
             values = Batch(self.model, edits, editor.config, editor.state, trial).values()
 
         for number in range(len(edits)):
-            own = Values(*(tensor[number : number + 1] for tensor in vars(values).values()))
+            own = Values.from_tensors({name: rows[number : number + 1] for name, rows in values.tensors().items()})
             with Trial(editor.weights) as trial, torch.no_grad():
                 with cost.clock():
                     batch = Given(self.model, edits[number : number + 1], editor.config, editor.state, trial, known=own)

@@ -148,7 +148,7 @@ class ModelAdapter:
         """Whether a norm follows the down-projection.
 
         The hidden state after the layer is then not linear in W, and a value is optimised for the down-projection's
-        output instead."""
+        output instead (see :mod:`fastedit.model.post_norm`)."""
         return self.family.post_norm
 
     @property
@@ -200,11 +200,12 @@ class ModelAdapter:
         return upper
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Raise ValueError for several layers of a post-norm model, which cannot be edited towards one value."""
-        if self.post_norm and len(layers) != 1:
+        """Raise ValueError for several layers that cannot be edited towards one value: two norms stand behind each."""
+        family = self.family
+        if len(layers) > 1 and family.ffn_out_norm is not None and family.output_norm is not None:
             raise ValueError(
-                f"layers: {self.family.name} normalises what its feed-forward gives before adding it, so several layers"
-                f" cannot share one value: wanted one layer, got {list(layers)}"
+                f"layers: {family.name} has norms at {family.ffn_out_norm} and at {family.output_norm}, and a value can"
+                f" be carried back through one of them: wanted one layer, got {list(layers)}"
             )
 
     def layer_device(self, layer: int) -> torch.device:

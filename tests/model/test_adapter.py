@@ -251,17 +251,6 @@ def test_offloaded_weights_are_refused(random_llama, random_tokenizer):
         ModelAdapter(random_llama, random_tokenizer)
 
 
-def test_several_layers_cannot_share_a_value_behind_a_norm(family_adapter):
-    layers = (0, LAYER)
-    family_adapter.check_layers((LAYER,))
-    if not family_adapter.post_norm:
-        family_adapter.check_layers(layers)
-        return
-    for refused in (family_adapter.check_layers, lambda some: KeySweep(family_adapter, EDITS, ["{}"], some)):
-        with pytest.raises(ValueError, match=r"wanted one layer, got \[0, 1\]"):
-            refused(layers)
-
-
 def test_texts_end_where_a_longrope_would_turn_otherwise(family_models, random_tokenizer):
     config = copy.deepcopy(family_models["phi3"].config)
     # transformers 4 calls them otherwise.
@@ -320,7 +309,7 @@ def test_a_dispatched_model_is_edited_as_the_same_model_in_one_piece(family, fam
             assert hasattr(find(adapter.layers[0], adapter.family.down), "_hf_hook")
             assert hasattr(find(adapter.layers[2], adapter.family.attention), "_hf_hook")
             adapter.check_forward(1e-5)
-        layers = (LAYER,) if adapter.post_norm else (0, LAYER)
+        layers = (0, LAYER)
         config = NSEConfig(layers=layers, covariance_weight=1, value=VALUE, templates=texts)
         moments = accumulate(adapter, layers, [[5, 9, 31, 7], [7, 12, 80, 3]], 64)
         moments = {layer: moment + torch.eye(48) for layer, moment in moments.items()}
@@ -382,7 +371,7 @@ def spread_adapter(request, family_adapter):
 @pytest.mark.parametrize("family", ONE_PER_ROW)
 def test_every_tensor_goes_to_the_device_of_the_module_that_uses_it(spread_adapter):
     adapter, home = spread_adapter, spread_adapter.device
-    layers = (LAYER,) if adapter.post_norm else (0, LAYER)
+    layers = (0, LAYER)
     assert {part.device.type for part in adapter.model.parameters()} == {"cpu", "meta"}
     weights = EditableWeights(adapter, layers)
     with torch.no_grad(), adapter.packed():

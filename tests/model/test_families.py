@@ -37,7 +37,7 @@ EDITS = [
 
 
 def edited_layers(adapter):
-    return (LAYER,) if adapter.post_norm else (LAYER - 1, LAYER)
+    return (LAYER - 1, LAYER)
 
 
 def down_module(adapter, layer):
@@ -230,11 +230,11 @@ def test_an_update_is_of_one_matrix_and_of_its_neurons(family_adapter, index):
     assert changed_names(adapter, before) == set()
 
 
-def editor_for(adapter, **changes):
+def editor_for(adapter, layers=None, **changes):
     """An editor that writes what it is told: the ridge is next to nothing. A random model's keys have little in common
     between contexts, so the plain prompt is the only template."""
     templates = TemplateConfig(seeds=("The", "In"), length=6)
-    layers = edited_layers(adapter)
+    layers = layers or edited_layers(adapter)
     config = NSEConfig(layers=layers, covariance_weight=1e-6, value=VALUE, templates=templates, **changes)
     draws = torch.randn(len(layers), 200, 48, generator=torch.Generator().manual_seed(1))
     moments = {layer: part.T @ part / 200 for layer, part in zip(layers, draws, strict=True)}
@@ -259,16 +259,38 @@ def test_an_edit_is_of_the_edited_layers_is_saved_and_undone_bit_for_bit(family_
     assert changed_names(adapter, before) == set()
 
 
-def test_a_written_value_is_reached(family_adapter):
-    adapter = family_adapter
-    editor = editor_for(adapter, rounds=1)
-    wanted = optimise_values(adapter, EDITS, ["{}"], LAYER, VALUE)
+def moved_after(adapter, layers, values, **changes):
+    """How far an edit moves the hidden state after the value layer, and how far the values would move it."""
+    editor = editor_for(adapter, layers, **changes)
     editor.edit(EDITS)
     with torch.no_grad(), adapter.packed():
-        *_, captured = KeySweep(adapter, EDITS, ["{}"], edited_layers(adapter))
-    moved = captured.hidden - wanted.hidden
-    assert relative(moved, wanted.z - wanted.hidden) < 1e-2
-    assert float(moved.norm()) > 0.1
+        *_, captured = KeySweep(adapter, EDITS, ["{}"], layers)
+        if values.stream is None:
+            return captured.hidden - values.hidden, values.z - values.hidden
+        # Only the swept layers are edited, so the stream of a single one is that of the values.
+        present = (values.stream, captured.hidden) if captured.sites is None else captured.sites.value
+        ends = [(values.stream, values.hidden), present, (values.stream, values.z)]
+        before, now, wanted = (adapter.join(LAYER, *end) for end in ends)
+    return now - before, wanted - before
+
+
+@pytest.mark.parametrize("layers", [(LAYER,), (LAYER - 1, LAYER)], ids=str)
+def test_a_written_value_is_reached(family_adapter, layers):
+    adapter = family_adapter
+    before = state_of(adapter)
+    values = optimise_values(adapter, EDITS, ["{}"], LAYER, VALUE)
+    errors = []
+    for rounds in (1, 3):
+        adapter.model.load_state_dict(before)
+        moved, wanted = moved_after(adapter, layers, values, rounds=rounds)
+        assert float(moved.norm()) > 0.1
+        errors.append(relative(moved, wanted))
+
+    if len(layers) > 1 and adapter.family.ffn_out_norm is not None:
+        # What its norm cannot turn and what the damping holds back is left for the next round.
+        assert errors[1] < 0.9 * errors[0] < 0.15
+    else:
+        assert max(errors) < 1e-2
 
 
 def test_values_are_much_the_same_with_layers_above_in_half_precision(family_adapter):

@@ -79,7 +79,8 @@ class NSEConfig(ClosedFormConfig):
     covariance_weight: lambda, weight of the second moment C in the solve
     mass: p, share of the summed |key| that the selected neurons must reach; 1 selects every neuron
     rounds: writes per batch (the released max_iterations - 1)
-    residual_min, residual_max: an edit takes part in a round when residual_min < ||z - h|| < residual_max
+    residual_min, residual_max: an edit takes part in a round when residual_min < ||z - h|| < residual_max; in a
+        post-norm model z - h is what the output of the value layer's down-projection lacks, with one layer or several
     as_released: the released code's choices where they differ from the paper: the longest prefix not above p
     """
 

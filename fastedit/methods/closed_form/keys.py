@@ -17,11 +17,21 @@ from torch import Tensor
 from fastedit.methods.closed_form.selection import MassRule
 from fastedit.methods.closed_form.solver import PastKeys, RidgeSolver
 from fastedit.model.adapter import Mixed, ModelAdapter
-from fastedit.model.packed_passes import RowTree, TreePass, take
+from fastedit.model.packed_passes import RowTree, TreePass, ValueSite, take
 from fastedit.model.tokens import lookup_prefix, rewrite_sequences
 from fastedit.ops.capture_keys import Keys, capture_keys
 from fastedit.ops.system_chain import Chain, system_chain
 from fastedit.records.edit import Edit
+
+
+class Sites(NamedTuple):
+    """Where layers add to the residual stream, at the lookup tokens of the plain prompts, float32.
+
+    own: at the captured layer; value: at the value layer
+    """
+
+    own: ValueSite
+    value: ValueSite
 
 
 class LayerCapture(NamedTuple):
@@ -31,6 +41,7 @@ class LayerCapture(NamedTuple):
         tokens; up is None where the feed-forward block has no up projection
     hidden: (n_edits, d_model) float32, the present value on the plain prompt: the hidden state after the value layer,
         or the output of its down-projection where the model is post-norm
+    sites: where several layers of a post-norm model are swept; else None
     All tensors are on `ModelAdapter.device`.
     """
 
@@ -38,6 +49,7 @@ class LayerCapture(NamedTuple):
     gate: Tensor
     up: Tensor | None
     hidden: Tensor
+    sites: Sites | None = None
 
 
 class KeySweep:
@@ -48,7 +60,7 @@ class KeySweep:
     Iterating yields a LayerCapture per layer, lowest layer first. The caller may change that layer's down-projection
     before it asks for the next capture, and the sweep continues with the changed weight. Each round iterates again;
     the rows below the first edited layer are kept. Use inside `model.packed()` and `torch.no_grad()`.
-    Raises ValueError for several layers of a post-norm model.
+    Raises ValueError for layers that `ModelAdapter.check_layers` refuses.
     """
 
     def __init__(
@@ -79,12 +91,13 @@ class KeySweep:
 
         for position, layer in enumerate(self.layers):
             mixed = model.mix(layer, sweep.rows, sweep.plan, sweep.rotary)
-            hidden = self._hidden(layer, mixed)
+            sites = self._sites(layer, mixed)
+            hidden = self._hidden(layer, mixed) if sites is None else sites.value.output
 
             gate, up = model.gate_up(layer, take(mixed.ffn_input, self.lookup))
             gate = gate.to(model.device).reshape(shape)
             up = None if up is None else up.to(model.device).reshape(shape)
-            yield LayerCapture(layer, gate, up, hidden)
+            yield LayerCapture(layer, gate, up, hidden, sites)
 
             if position + 1 < len(self.layers):
                 between = range(layer + 1, self.layers[position + 1])
@@ -130,6 +143,27 @@ class KeySweep:
             above = range(layer + 1, last + 1)
             hidden = model.run(hidden, above, self.plain.plan, self.plain.rotary, tail=self.plain_lookup)
         return hidden.float().to(model.device)
+
+    def _sites(self, layer: int, mixed: Mixed) -> Sites | None:
+        """As `LayerCapture.sites`. Above `layer` only the rows of the plain prompts are run."""
+        model, last = self.model, self.layers[-1]
+        if not model.post_norm or len(self.layers) == 1:
+            return None
+
+        plain = Mixed(take(mixed.residual, self.plain_rows), take(mixed.ffn_input, self.plain_rows))
+        own = self._site(layer, plain)
+        if layer == last:
+            return Sites(own, own)
+
+        rows = model.feed_forward(layer, plain)
+        rows = model.run(rows, range(layer + 1, last), self.plain.plan, self.plain.rotary)
+        return Sites(own, self._site(last, model.mix(last, rows, self.plain.plan, self.plain.rotary)))
+
+    def _site(self, layer: int, plain: Mixed) -> ValueSite:
+        """plain: the rows of the plain prompts after the layer's attention"""
+        output = self.model.ffn_output(layer, take(plain.ffn_input, self.plain_lookup))
+        stream = take(plain.residual, self.plain_lookup)
+        return ValueSite(*(part.float().to(self.model.device) for part in (stream, output)))
 
 
 def template_weights(n_templates: int) -> Tensor:

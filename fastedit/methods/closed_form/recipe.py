@@ -16,6 +16,7 @@ from fastedit.methods.closed_form.config import ClosedFormConfig
 from fastedit.methods.closed_form.keys import KeySweep, LayerCapture
 from fastedit.methods.closed_form.second_moments import second_moments
 from fastedit.methods.closed_form.selection import MassRule
+from fastedit.methods.closed_form.shares import share_of
 from fastedit.methods.closed_form.solver import PastKeys, RidgeSolver, Solver
 from fastedit.methods.closed_form.templates import sample_templates
 from fastedit.methods.closed_form.values import Values, optimise_values, upper_layers
@@ -235,7 +236,7 @@ def write_sweep(
     choose_edits: Callable[[Tensor], Tensor] | None = None,
     rule: MassRule | None = None,
 ) -> bool:
-    """One pass from the first edited layer to the last; each writes its share of the residual z - h.
+    """One pass from the first edited layer to the last; each writes its share of the residual (see `share_of`).
 
     choose_edits: residuals (n_edits, d_model) at the first layer -> (n_edits,) bool, the edits written; None = all
     rule: selects the neurons written by their mass; None = every neuron
@@ -245,11 +246,11 @@ def write_sweep(
 
     for position, captured in enumerate(sweep):
         layer = captured.layer
-        residual = result.values.z.to(captured.hidden.device) - captured.hidden
+        share = share_of(batch.model, result.values, captured, sweep.layers[position:])
 
         if position == 0:
-            active = active.to(residual.device) if choose_edits is None else choose_edits(residual)
-            # The only wait for the device before the solve of a layer.
+            active = active.to(share.residual.device) if choose_edits is None else choose_edits(share.residual)
+            # The only wait for the device before the solve of a layer, but for what reads a norm behind the layer.
             rows = active.nonzero().flatten()
             if result.written and not len(rows):
                 return False
@@ -266,8 +267,7 @@ def write_sweep(
             continue
         result.keys[layer], chosen, solution = _solve(batch, sweep, captured, active, rows, rule)
 
-        layers_left = len(sweep.layers) - position
-        norm = apply_update(batch.trial, layer, chosen, residual[rows] / layers_left, solution, rows)
+        norm = apply_update(batch.trial, layer, chosen, share.written[rows], solution, rows)
         result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
         result.norms[layer] = result.norms.get(layer, 0.0) + norm
 

@@ -40,31 +40,36 @@ class Values:
     hidden: (n, d_model) float32, the start h0
     losses: (n,) float32, loss at the last forward
     steps: (n,) int64, Adam steps taken
+    stream: (n, d_model) float32, in a post-norm model the residual stream to which the value layer added; else None
     """
 
     z: Tensor
     hidden: Tensor
     losses: Tensor
     steps: Tensor
+    stream: Tensor | None = None
 
     @classmethod
-    def zeros(cls, n_edits: int, d_model: int) -> Values:
+    def zeros(cls, n_edits: int, d_model: int, with_stream: bool = False) -> Values:
         """Zeros on the CPU, to be filled group by group."""
         return cls(
             torch.zeros(n_edits, d_model),
             torch.zeros(n_edits, d_model),
             torch.zeros(n_edits),
             torch.zeros(n_edits, dtype=torch.int64),
+            torch.zeros(n_edits, d_model) if with_stream else None,
         )
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Values:
         """The inverse of `tensors`. Raises KeyError for a missing name."""
-        return cls(tensors["values"], tensors["hidden"], tensors["losses"], tensors["steps"])
+        stream = tensors.get("stream")
+        return cls(tensors["values"], tensors["hidden"], tensors["losses"], tensors["steps"], stream)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under the names that run directories store; z is stored as "values"."""
-        return {"values": self.z, "hidden": self.hidden, "losses": self.losses, "steps": self.steps}
+        tensors = {"values": self.z, "hidden": self.hidden, "losses": self.losses, "steps": self.steps}
+        return tensors if self.stream is None else {**tensors, "stream": self.stream}
 
     def fill(self, index: Tensor, part: Values) -> None:
         """Copy the values of `part` to the edits `index`, int64."""
@@ -72,6 +77,8 @@ class Values:
         self.hidden[index] = part.hidden.cpu()
         self.losses[index] = part.losses.cpu()
         self.steps[index] = part.steps.cpu()
+        if self.stream is not None and part.stream is not None:
+            self.stream[index] = part.stream.cpu()
 
 
 def optimise_values(
@@ -97,7 +104,7 @@ def optimise_values(
     subjects = subject_sequences(model.tokenizer, edits)
     sequences = [[*rows, subject] for rows, subject in zip(rewrites, subjects, strict=True)]
 
-    values = Values.zeros(len(edits), model.d_model)
+    values = Values.zeros(len(edits), model.d_model, with_stream=model.post_norm)
     with model.packed():
         for group in group_by_length(sequences, config.token_budget):
             loss = ValueLoss(model, [sequences[i] for i in group], layer, config, upper)
@@ -181,7 +188,7 @@ class ValueLoss:
 
     sequences: per edit its rewriting sequences, one per template, then its subject sequence
     layer: the value layer; upper: runs the layers above it
-    hidden: h0, (n, d_model) float32
+    hidden: h0, (n, d_model) float32; stream: see `Values`
     """
 
     def __init__(
@@ -199,7 +206,9 @@ class ValueLoss:
         subjects = [rows[-1] for rows in sequences]
         with torch.no_grad():
             self.live, hidden = live_rows(model, [*self.rewrites, *subjects], layer, upper)
-        self.hidden = hidden[: len(self.rewrites) : self.n_templates].float()
+        plain = slice(0, len(self.rewrites), self.n_templates)
+        self.hidden = hidden[plain].float()
+        self.stream = None if self.live.site is None else self.live.site.residual[plain].float()
 
         self.reference: Tensor | None = None
         self.buffer = LogitBuffer()
@@ -260,7 +269,7 @@ def _optimise_group(loss: ValueLoss, config: ValueConfig, progress: Callable[[fl
     report = progress or (lambda n: None)
     hidden = loss.hidden
     state = _AdamState.start(hidden, config)
-    values = Values(hidden.clone(), hidden, torch.zeros_like(hidden[:, 0]), torch.zeros_like(state.index))
+    values = Values(hidden.clone(), hidden, torch.zeros_like(hidden[:, 0]), torch.zeros_like(state.index), loss.stream)
     adam = AdamSettings(config.lr)
 
     # The published loop runs one forward more, prints its loss and ends.
