@@ -70,10 +70,15 @@ def records(count: int, seed: int = 0) -> EditSet:
     )
 
 
+def sentence(draw: random.Random) -> str:
+    """A sentence of the records' kind."""
+    return draw.choice(RELATIONS).format(f"{word(draw)} {word(draw)}") + f" {word(draw)}."
+
+
 def tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained on sentences of the records' kind."""
     draw = random.Random(seed)
-    text = [draw.choice(RELATIONS).format(f"{word(draw)} {word(draw)}") + f" {word(draw)}." for _ in range(4000)]
+    text = [sentence(draw) for _ in range(4000)]
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -85,13 +90,16 @@ def tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<end>")
 
 
-def random_model(shape: str, dtype: torch.dtype, device: str, seed: int = 0) -> ModelAdapter:
+def random_model(
+    shape: str, dtype: torch.dtype, device: str, seed: int = 0, n_layers: int | None = None
+) -> ModelAdapter:
     """A Llama of SHAPES[shape], made on the device; its tokenizer knows VOCABULARY of the model's tokens.
 
+    n_layers: in place of the shape's number
     Rows of the head beyond those are made small, so that none of them is ever sampled."""
     encoder = tokenizer(seed)
     config = LlamaConfig(
-        **SHAPES[shape],
+        **{**SHAPES[shape], **({} if n_layers is None else {"num_hidden_layers": n_layers})},
         rope_theta=500_000.0,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,

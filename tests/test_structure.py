@@ -46,6 +46,7 @@ NO_OP_NEEDED = {
         "run.py",
         "timing.py",
         "measure.py",
+        "memory.py",
         "plot.py",
         "pytest_ops.py",
         "random_model.py",

@@ -449,8 +449,9 @@ def check_weights(model: Any, family: Family, layers: nn.ModuleList) -> None:
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
         raise UnsupportedModel(
-            f"{type(model).__name__}: {len(offloaded)} weights are offloaded, {offloaded[0]} first; load it with a"
-            " device_map that leaves every weight in memory"
+            f"{type(model).__name__}: {len(offloaded)} weights are offloaded, {offloaded[0]} first, and offloaded"
+            " weights cannot be edited; load it with a device_map that leaves every weight in memory, or whole on the"
+            " CPU, in bfloat16 if it is large"
         )
 
 

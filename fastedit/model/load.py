@@ -156,7 +156,7 @@ def load_model(
     device: a torch device for the whole model, or "auto" or a device_map to spread it over several devices
     families: the rows to choose the model's family from, see `ModelAdapter`
     Raises ModelNotFound; UnsupportedModel; TypeError for what is no name; ValueError for another dtype, for a device
-    that is not here, and for a GGUF file that is to be spread over several."""
+    that is not here, for a device_map that offloads a part, and for a GGUF file that is to be spread over several."""
     source = _as_text(source)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -194,16 +194,41 @@ def _is_spread(device: str | Mapping[str, int | str]) -> bool:
 
 
 def _check_device(device: str | Mapping[str, int | str]) -> None:
-    """Raise ValueError for a single device that torch does not know, or that is not here."""
-    if _is_spread(device):
-        return
+    """Raise ValueError for a device that torch does not know, that is not here, or on which no weight would be."""
+    if isinstance(device, Mapping):
+        _check_map(device)
+    elif device != "auto":
+        _check_one_device(device)
 
+
+def _check_map(device_map: Mapping[str, int | str]) -> None:
+    """Raise ValueError for a device_map that offloads a part, before anything is read.
+
+    Beside a GPU, accelerate takes the CPU for a place from which weights are fetched when they are needed."""
+    on_gpu = any(str(place) not in ("cpu", "disk", "meta") for place in device_map.values())
+    offloading = ("disk", "meta", "cpu") if on_gpu else ("disk", "meta")
+
+    for part, place in device_map.items():
+        if str(place) in offloading:
+            beside = " beside a GPU" if str(place) == "cpu" else ""
+            raise ValueError(
+                f"device: the map puts {part or 'the whole model'!r} on {str(place)!r}{beside}, which offloads it, and"
+                " offloaded weights cannot be edited; put every part on a GPU, or load the whole model with"
+                " device='cpu', in bfloat16 if it is large"
+            )
+
+    for place in device_map.values():
+        _check_one_device(f"cuda:{place}" if isinstance(place, int) else place)
+
+
+def _check_one_device(device: str) -> None:
+    """Raise ValueError for a single device that torch does not know, or that is not here."""
     try:
-        wanted = torch.device(device)  # type: ignore[arg-type]
+        wanted = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(
-            f"device must be cpu, cuda, cuda:1 (or another number), auto or a device_map, got {device!r}"
-        ) from None
+        wanted = torch.device("meta")
+    if wanted.type == "meta":
+        raise ValueError(f"device must be cpu, cuda, cuda:1 (or another number), auto or a device_map, got {device!r}")
 
     count = torch.cuda.device_count()
     if wanted.type != "cuda" or (wanted.index or 0) < count:

@@ -23,7 +23,8 @@ class EditableWeights:
     """The down-projections of the edited layers.
 
     The original weights are copied when the object is made, so that rewinding needs no second model. A weight in half
-    precision has a float32 master, to which updates are added; the weight is the master rounded. Tensors returned are
+    precision has a float32 master, to which updates are added; the weight is the master rounded. The master is made
+    when the weight is first written, since it is the weight until then. Tensors returned are
     (d_model, d_ff), however the model stores them, on the device of their layer. Updates may be on another device.
     """
 
@@ -32,9 +33,9 @@ class EditableWeights:
         self.layers = tuple(layers)
         self._note_all()
         self._original = {layer: model.down_parameter(layer).detach().clone() for layer in self.layers}
-        self._master = {
-            layer: model.oriented(layer, weight).float() for layer, weight in self._original.items() if _is_half(weight)
-        }
+        self._master: dict[int, Tensor] = {}
+        # Layers that were ever written here; the others are their originals, bit for bit.
+        self._written: set[int] = set()
 
     def changed_elsewhere(self) -> list[int]:
         """Layers whose weights are not what was last left in them here: something else wrote into the model.
@@ -86,13 +87,26 @@ class EditableWeights:
         The second is None if the weight has no master."""
         weight = self.current(layer)
         master = self._master.get(layer)
+        index = None if index is None else index.to(weight.device)
 
-        if index is None:
-            return weight.clone(), None if master is None else master.clone()
+        columns = weight.clone() if index is None else weight[:, index]
+        if not _is_half(weight):
+            return columns, None
+        if master is None:
+            return columns, columns.float()
 
-        index = index.to(weight.device)
+        return columns, master.clone() if index is None else master[:, index]
 
-        return weight[:, index], None if master is None else master[:, index]
+    def saved(self, layer: int, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As `columns`, for `restore` alone: of a layer that was never written nothing is copied but single columns.
+
+        The second is then None even if the weight gets a master later."""
+        if layer in self._written:
+            return self.columns(layer, index)
+
+        original = self.original(layer)
+
+        return original if index is None else original[:, index.to(original.device)], None
 
     def working_dtype(self, layer: int) -> torch.dtype:
         """The dtype in which updates are added to a layer: float64 for a float64 weight, else float32."""
@@ -133,8 +147,10 @@ class EditableWeights:
         residual = residual.to(weight.device)
         solution = solution.to(weight.device)
 
+        master = self._own_master(layer)
         self._unsettled.add(layer)
-        apply_delta(weight, residual, solution, columns, self._master.get(layer))
+        self._written.add(layer)
+        apply_delta(weight, residual, solution, columns, master)
 
     def restore(self, layer: int, index: Tensor | None, saved: tuple[Tensor, Tensor | None]) -> None:
         """Put columns saved by `columns` back, bit for bit."""
@@ -142,10 +158,22 @@ class EditableWeights:
         columns = slice(None) if index is None else index.to(weight.device)
         saved_weight, saved_master = saved
 
+        master = self._own_master(layer)
         self._unsettled.add(layer)
+        self._written.add(layer)
         weight[:, columns] = saved_weight
-        if saved_master is not None:
-            self._master[layer][:, columns] = saved_master
+        if master is not None:
+            # What `saved` returned of a weight that was not written yet was its own master.
+            master[:, columns] = saved_weight.float() if saved_master is None else saved_master
+
+    def _own_master(self, layer: int) -> Tensor | None:
+        """The float32 master of a layer that is about to be written, (d_model, d_ff); None if the weight has none."""
+        if not _is_half(self.current(layer)):
+            return None
+        if layer not in self._master:
+            self._master[layer] = self.original(layer).float()
+
+        return self._master[layer]
 
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
@@ -209,6 +237,10 @@ class ColumnWeights(EditableWeights):
         master = columns.float() if touched is None else touched.masters(index, columns)
 
         return columns, master
+
+    def saved(self, layer: int, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As `columns`."""
+        return self.columns(layer, index)
 
     def add(self, layer: int, index: Tensor | None, residual: Tensor, solution: Tensor) -> None:
         """As `EditableWeights.add`."""

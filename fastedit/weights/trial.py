@@ -85,7 +85,7 @@ class Trial:
         """Copy columns before they are overwritten, unless the whole layer was copied before."""
         if any(layer == saved and whole is None for saved, whole, _ in self._saved):
             return
-        self._saved.append((layer, index, self.weights.columns(layer, index)))
+        self._saved.append((layer, index, self.weights.saved(layer, index)))
 
     def commit(self) -> None:
         """Keep the changes when the block ends."""

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -249,6 +250,17 @@ def test_offloaded_weights_are_refused(random_llama, random_tokenizer):
     random_llama.model.layers[3].to("meta")
     with pytest.raises(UnsupportedModel, match=r"9 weights are offloaded, model.layers.3.* device_map"):
         ModelAdapter(random_llama, random_tokenizer)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_model_that_accelerate_offloaded_is_refused(place, random_llama, random_tokenizer, tmp_path):
+    here = torch.device("cpu")
+    if place == "cpu":
+        accelerate.cpu_offload(random_llama, execution_device=here)
+    else:
+        accelerate.disk_offload(random_llama, tmp_path, execution_device=here)
+    with pytest.raises(UnsupportedModel, match=r"weights are offloaded, model.embed_tokens.weight.* whole on the CPU"):
+        Editor.from_model(random_llama, random_tokenizer)
 
 
 def test_texts_end_where_a_longrope_would_turn_otherwise(family_models, random_tokenizer):

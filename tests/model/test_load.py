@@ -145,10 +145,34 @@ def test_a_gguf_file_is_not_spread(device, package):
     assert ALIASES[ALIAS].install not in str(caught.value)
 
 
-@pytest.mark.parametrize("device", ["tpu9", "cuda:x", "", None])
+@pytest.mark.parametrize("device", ["tpu9", "cuda:x", "", None, "meta"])
 def test_a_device_that_is_none_is_told_before_anything_is_read(device):
     with pytest.raises(ValueError, match="device must be cpu, cuda, cuda:1"):
         load_model("/no/such/model", device=device)
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ({"": "disk"}, "the whole model' on 'disk', which"),
+        ({"model.embed_tokens": "cpu", "model.layers": "disk"}, "model.layers' on 'disk', which"),
+        ({"": "meta"}, "the whole model' on 'meta', which"),
+        ({"model.layers": 0, "lm_head": "cpu"}, "lm_head' on 'cpu' beside a GPU, which"),
+    ],
+    ids=str,
+)
+def test_a_map_that_offloads_a_part_is_refused_before_anything_is_read(device, told):
+    with pytest.raises(ValueError, match=rf"device: the map puts '{told} offloads it.*load the whole model with"):
+        load_model("/no/such/model", device=device)
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("gpu", "device must be cpu"), (99, "device 'cuda:99' was asked for"), ("cuda:99", "device 'cuda:99' was asked")],
+)
+def test_a_place_of_a_map_that_is_none_is_told_before_anything_is_read(place, told):
+    with pytest.raises(ValueError, match=told):
+        load_model("/no/such/model", device={"": place})
 
 
 def test_a_device_that_is_not_here_is_told(package):

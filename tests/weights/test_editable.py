@@ -1,5 +1,7 @@
 """Writing into weights and taking it back: columns, masters, rewinding, trials and undo, all bit for bit."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -238,3 +240,54 @@ def test_only_columns_that_were_written_are_kept(random_llama, random_tokenizer)
     (touched,) = weights._touched.values()
     assert touched.index.tolist() == [3, 7, 9, 40]
     assert touched.original.shape == touched.master.shape == (32, 4)
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_layer_that_was_never_written_is_saved_without_a_copy(weights, index):
+    """Its original is what a trial goes back to, and its own master: the hash counts it as one."""
+    saved, master = weights.saved(1, index)
+    fingerprint, before = weights.layer_hash(1), bits(weights)
+    if isinstance(weights, ColumnWeights):
+        assert same([(saved, master)], [weights.columns(1, index)])
+    else:
+        assert master is None
+        assert (saved.data_ptr() == weights.original(1).data_ptr()) is (index is None)
+
+    weights.add(1, index, *update(index, seed=1))
+    weights.add(1, None, *update(None, seed=2))
+    weights.restore(1, None, before[0])
+    weights.add(1, index, *update(index, seed=3))
+    weights.restore(1, index, (saved, master))
+    assert weights.layer_hash(1) == fingerprint
+    assert same(bits(weights), before)
+    original = weights.original(1).clone()
+    weights.add(1, index, *update(index, seed=4))
+    assert torch.equal(weights.original(1), original)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_hash_of_an_unwritten_half_weight_counts_its_master(random_llama, random_tokenizer, dtype):
+    """Runs recorded by versions that made every master at the start hold this hash."""
+    weights = EditableWeights(ModelAdapter(random_llama.to(dtype), random_tokenizer), LAYERS)
+    weight = weights.current(1)
+    both = hashlib.sha256()
+    for part in (weight.view(torch.int16), weight.float().view(torch.int32)):
+        both.update(part.contiguous().numpy().tobytes())
+    assert weights.layer_hash(1) == both.hexdigest()
+    assert not weights._master
+
+
+def test_a_trial_that_is_undone_leaves_master_and_weight_as_they_were(random_llama, random_tokenizer):
+    weights = EditableWeights(ModelAdapter(random_llama.bfloat16(), random_tokenizer), LAYERS)
+    before = weights.fingerprint()
+    with Trial(weights) as trial:
+        trial.add(1, None, *update(None))
+        trial.commit()
+    first = weights.fingerprint()
+    with Trial(weights) as second:
+        second.add(1, torch.tensor([3, 7]), *update(torch.tensor([3, 7]), seed=1))
+        second.commit()
+    second.rollback()
+    assert weights.fingerprint() == first
+    trial.rollback()
+    assert weights.fingerprint() == before != first

@@ -39,11 +39,12 @@ WEIGHT_DECAY = 0.0034
 RESIDUAL_MIN, RESIDUAL_MAX = 0.1, 1.0
 NULL_THRESHOLD = 1.0
 RIDGE = 0.3
-# A post-norm value is a direction: its length is lost in the norm, so it may grow, and one layer writes all of it.
-POST_NORM_LR = 0.18
+# A post-norm value is a direction: the norm takes its length, so it may grow. Chosen on Gemma 3 270M, records 500-549.
+POST_NORM_LAYERS = 3
+POST_NORM_LR = 0.19
 POST_NORM_CLAMP = 4.0
 POST_NORM_STEPS = 25
-POST_NORM_LAMBDA = 0.25
+POST_NORM_ROUNDS = 2
 # Background tokens per neuron, within these bounds.
 TOKENS_PER_NEURON = 10
 TOKENS_MIN, TOKENS_MAX = 30_000, 100_000
@@ -72,13 +73,14 @@ def nse_settings(model: ModelAdapter, changes: Mapping[str, Any]) -> dict[str, A
     if not model.post_norm:
         bounds["residual_max"] = two_digits(RESIDUAL_MAX * unedited.norm)
 
-    return {**memit_settings(model, changes, unedited), "mass": 0.95, "rounds": 1, **bounds}
+    rounds = POST_NORM_ROUNDS if model.post_norm else 1
+    return {**memit_settings(model, changes, unedited), "mass": 0.95, "rounds": rounds, **bounds}
 
 
 def memit_settings(model: ModelAdapter, changes: Mapping[str, Any], unedited: Unedited | None = None) -> dict[str, Any]:
     """Fields of `MEMITConfig`. changes: what the caller sets. Raises CannotDerive."""
-    weight = model.d_ff * (POST_NORM_LAMBDA if model.post_norm else 1)
-    return {**_shared(model, unedited or measure(model, changes)), "covariance_weight": two_digits(weight)}
+    shared = _shared(model, unedited or measure(model, changes))
+    return {**shared, "covariance_weight": two_digits(model.d_ff)}
 
 
 def alphaedit_settings(model: ModelAdapter, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,14 +94,12 @@ def alphaedit_settings(model: ModelAdapter, changes: Mapping[str, Any]) -> dict[
 
 
 def edited_layers(model: ModelAdapter) -> tuple[int, ...]:
-    """The layers up to the value layer; a post-norm model has one.
-
-    Raises CannotDerive for a model with a single layer."""
+    """The layers up to the value layer. Raises CannotDerive for a model with a single layer."""
     if model.n_layers < 2:
         raise CannotDerive("a closed form edits layers below the last one, and the model has one layer")
 
     value_layer = min(max(int(DEPTH * model.n_layers + 0.5) - 1, 0), model.n_layers - 2)
-    count = 1 if model.post_norm else N_LAYERS
+    count = POST_NORM_LAYERS if model.post_norm else N_LAYERS
     return tuple(range(max(0, value_layer - count + 1), value_layer + 1))
 
 

@@ -15,20 +15,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastedit.methods.closed_form.second_moments import BadMoments
+from fastedit.runtime.available_memory import Available, available_bytes, gigabytes
 from fastedit.runtime.cache import cache_folder, store_in_cache
-from fastedit.runtime.hashing import tensors_hash
+from fastedit.runtime.hashing import tensor_bytes, tensors_hash
 from fastedit.runtime.words import told_by
 
 FORMAT = "fastedit eigenvectors 1"
 
 
-def null_space(moment: Tensor, threshold: float, folder: Path | None = None) -> Tensor:
+def null_space(
+    moment: Tensor, threshold: float, folder: Path | None = None, available: Available = available_bytes
+) -> Tensor:
     """Orthonormal basis of the eigenvectors of C with eigenvalues below `threshold`, (d_ff, rank) float64.
 
     moment: C, (d_ff, d_ff) float32, second moment
     folder: where eigenvectors are stored; None = in the cache
-    Raises ValueError when no eigenvalue is below the threshold, BadMoments for a damaged file."""
-    eigenvalues, vectors = _eigenvectors(moment, folder or cache_folder() / "moments")
+    available: tells how much memory can be taken
+    Raises ValueError when no eigenvalue is below the threshold, and where eigenvectors have to be computed and memory
+    does not suffice; BadMoments for a damaged file."""
+    eigenvalues, vectors = _eigenvectors(moment, folder or cache_folder() / "moments", available)
     basis = vectors[:, eigenvalues < threshold].to(moment.device).double()
     if basis.shape[1] == 0:
         raise ValueError(
@@ -38,13 +43,29 @@ def null_space(moment: Tensor, threshold: float, folder: Path | None = None) -> 
     return basis
 
 
-def _eigenvectors(moment: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
+def _eigenvectors(moment: Tensor, folder: Path, available: Available) -> tuple[Tensor, Tensor]:
     """Eigenvalues (d_ff,) float64 and eigenvectors (d_ff, d_ff) float32, one per column, both on the CPU."""
-    digest = hashlib.sha256(moment.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(tensor_bytes(moment)).hexdigest()
     path = folder / f"{digest[:32]}-eigenvectors.safetensors"
-    if not os.path.isfile(path):
-        return _store_eigenvectors(path, moment, digest)
-    return _load_eigenvectors(path, moment, digest) or _store_eigenvectors(path, moment, digest)
+    if os.path.isfile(path) and (stored := _load_eigenvectors(path, moment, digest)) is not None:
+        return stored
+
+    _check_memory(moment, available)
+    return _store_eigenvectors(path, moment, digest)
+
+
+def _check_memory(moment: Tensor, available: Available) -> None:
+    """Raise ValueError if the eigenvectors of C cannot be computed in the available memory."""
+    # The matrix, its copy that becomes the vectors, and LAPACK's two more, in float64; the vectors in float32.
+    needed = 36 * moment.numel()
+    left = available(moment.device)
+
+    if left is not None and needed > left:
+        raise ValueError(
+            f"null space: the eigenvectors of a second moment of size {moment.shape[0]} take {gigabytes(needed)} to"
+            f" compute, and {gigabytes(left)} of memory are available; free memory, or compute them on a larger"
+            " machine and copy the cache folder's `moments`"
+        )
 
 
 def _store_eigenvectors(path: Path, moment: Tensor, digest: str) -> tuple[Tensor, Tensor]:

@@ -13,17 +13,19 @@ from torch import Tensor
 from fastedit.config import layers_in_short
 from fastedit.methods.base import Method, Progress, Start
 from fastedit.methods.closed_form.config import ClosedFormConfig
+from fastedit.methods.closed_form.holding import SolversOnDemand, all_fit, check_upper_copy
 from fastedit.methods.closed_form.keys import KeySweep, LayerCapture
-from fastedit.methods.closed_form.second_moments import second_moments
+from fastedit.methods.closed_form.second_moments import GivenMoments, second_moments, stored_moments
 from fastedit.methods.closed_form.selection import MassRule
 from fastedit.methods.closed_form.shares import share_of
 from fastedit.methods.closed_form.solver import PastKeys, RidgeSolver, Solver
 from fastedit.methods.closed_form.templates import sample_templates
-from fastedit.methods.closed_form.values import Values, optimise_values, upper_layers
+from fastedit.methods.closed_form.values import Values, optimise_values, upper_dtype, upper_layers
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.ops.select_neurons import select_neurons
 from fastedit.records.edit import Edit
+from fastedit.runtime.available_memory import Available, available_bytes
 from fastedit.runtime.hashing import tensors_hash
 from fastedit.runtime.progress import track
 from fastedit.weights.apply import apply_update
@@ -38,14 +40,14 @@ class ClosedFormState:
 
     templates: context templates
     upper: runs the layers above the value layer; the model itself, or a copy of these layers in another dtype
-    moments: layer -> second moment C (d_ff, d_ff)
+    moments: layer -> second moment C (d_ff, d_ff), which may be read only when it is asked for
     solvers, past: by layer; `past` holds the keys of committed edits
     """
 
     templates: tuple[str, ...]
     upper: ModelAdapter
-    moments: dict[int, Tensor]
-    solvers: dict[int, Solver]
+    moments: Mapping[int, Tensor]
+    solvers: Mapping[int, Solver]
     past: dict[int, PastKeys]
 
     def kept(self, result: BatchResult) -> dict[str, Tensor]:
@@ -162,10 +164,12 @@ class ClosedFormMethod(Method[F, ClosedFormState]):
 
     recipe: writes a batch; raises RejectedUpdate or NotPositiveDefinite, and the batch's trial is then rolled back
     solver: makes a layer's solver from its second moment (d_ff, d_ff)
+    available: tells how much memory can be taken, which decides what is held, see `holding`
     """
 
     recipe: Callable[[Batch[F]], BatchResult]
     solver: Callable[[Tensor, F], Solver]
+    available: Available = available_bytes
     token_budget_setting: str | None = "value.token_budget"
     text_setting: str | None = "moments"
     uses_second_moments: bool = True
@@ -187,19 +191,18 @@ class ClosedFormMethod(Method[F, ClosedFormState]):
     def prepare(self, start: Start[F]) -> ClosedFormState:
         """Sample templates, load or compute second moments, make the solvers.
 
-        Raises ValueError for layers without a second moment."""
+        Where memory does not suffice for all layers, second moments and solvers are those of one layer at a time.
+        Raises ValueError for layers without a second moment, and for layers above that do not fit as a copy."""
         model, config = start.model, start.config
+        if (dtype := upper_dtype(model, config.value)) is not None:
+            check_upper_copy(model, config.layers[-1] + 1, dtype.itemsize, self.available)
 
         with start.weights.rewound():
             templates = sample_templates(model, config.templates, start.seed)
-            moments = self._second_moments(start)
+            held = all_fit(model, config.layers, self.available)
+            moments = self._second_moments(start, held)
 
-        solvers: dict[int, Solver] = {}
-        with track(len(moments), "preparing the solvers", "layers", start.progress) as advance:
-            for layer, moment in moments.items():
-                solvers[layer] = self.solver(moment, config)
-                advance(1)
-
+        solvers = self._solvers(start, moments, held)
         past = {layer: PastKeys(model.d_ff, model.device) for layer in config.layers}
         upper = upper_layers(model, config.layers[-1], config.value)
         return ClosedFormState(templates, upper, moments, solvers, past)
@@ -217,16 +220,34 @@ class ClosedFormMethod(Method[F, ClosedFormState]):
         values = None if known is None else Values.from_tensors(known)
         return self.recipe(Batch(start.model, edits, start.config, state, trial, progress, values))
 
-    def _second_moments(self, start: Start[F]) -> dict[int, Tensor]:
-        """layer -> C (d_ff, d_ff), on the device where systems are solved."""
+    def _second_moments(self, start: Start[F], held: bool) -> Mapping[int, Tensor]:
+        """layer -> C (d_ff, d_ff), on the device where systems are solved. held: they are all held in memory"""
         model, config, moments = start.model, start.config, start.moments
         if moments is None or isinstance(moments, Source):
-            moments = second_moments(model, config.layers, start.text, config.moments, show=start.progress)
+            make = second_moments if held else stored_moments
+            made = make(model, config.layers, start.text, config.moments, None, start.progress, self.available)
+            return made
 
         missing = [layer for layer in config.layers if layer not in moments]
         if missing:
             raise ValueError(f"moments: layers {missing} are missing, got {sorted(moments)}")
-        return {layer: moments[layer].to(model.device) for layer in config.layers}
+        given = GivenMoments(moments, config.layers, model.device)
+        return dict(given) if held else given
+
+    def _solvers(self, start: Start[F], moments: Mapping[int, Tensor], held: bool) -> Mapping[int, Solver]:
+        """layer -> solver. Each is made once here, so that a damaged file and an empty null space are told now."""
+        config = start.config
+        on_demand = SolversOnDemand(moments, lambda moment: self.solver(moment, config))
+        solvers: dict[int, Solver] = {}
+
+        with track(len(moments), "preparing the solvers", "layers", start.progress) as advance:
+            for layer in moments:
+                if held:
+                    solvers[layer] = self.solver(moments[layer], config)
+                else:
+                    on_demand.check(layer)
+                advance(1)
+        return solvers if held else on_demand
 
 
 def write_sweep(

@@ -1,5 +1,7 @@
 """Second moments C = mean of k k^T over background keys, for all wanted layers in one pass that stops after the last.
 
+Where the sums of all layers do not fit into memory, there are several passes, each for as many layers as fit.
+
 Each layer has a safetensors file of its own with the lower triangle, packed, and its provenance: the weights that
 produce the keys, the layer, the source of the text, the number of tokens and the window. The file is named by a hash
 of the provenance. A second moment is therefore computed once, and never taken for that of another model or text.
@@ -11,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +25,10 @@ from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
 from fastedit.model.packed_attention import CausalPlan
 from fastedit.ops.gram_update import gram_update
+from fastedit.runtime.available_memory import Available, available_bytes, gigabytes
 from fastedit.runtime.cache import cache_folder, store_in_cache
-from fastedit.runtime.places import check_room, check_writable
+from fastedit.runtime.hashing import tensor_bytes
+from fastedit.runtime.places import PlaceError, check_room, check_writable
 from fastedit.runtime.progress import Show, track
 from fastedit.runtime.words import grouped, told_by
 
@@ -32,9 +36,63 @@ log = logging.getLogger(__name__)
 
 FORMAT = "fastedit second moment 1"
 
+# Rows and columns that are mirrored at a time: both tiles stay in the cache.
+TILE = 128
+
 
 class BadMoments(ValueError):
     """A file of second moments is damaged, or it belongs to another model, layer or text."""
+
+
+class StoredMoments(Mapping[int, Tensor]):
+    """Second moments that lie on the disk: layer -> C (d_ff, d_ff) float32, read and checked each time it is asked for.
+
+    paths, origins: layer -> file, and the provenance that it must have
+    device: of what is returned
+    A layer raises BadMoments for a file that is gone or does not hold what its name says."""
+
+    def __init__(
+        self,
+        paths: Mapping[int, Path],
+        origins: Mapping[int, dict[str, str]],
+        d_ff: int,
+        device: torch.device,
+    ) -> None:
+        self.paths = dict(paths)
+        self.origins = dict(origins)
+        self.d_ff = d_ff
+        self.device = device
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return load_moment(self.paths[layer], self.d_ff, self.origins[layer]).to(self.device)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class GivenMoments(Mapping[int, Tensor]):
+    """Second moments that the caller gave, of the wanted layers, moved to a device when they are asked for.
+
+    moments: layer -> C (d_ff, d_ff), of these layers at least"""
+
+    def __init__(self, moments: Mapping[int, Tensor], layers: Sequence[int], device: torch.device) -> None:
+        self.moments = moments
+        self.layers = tuple(layers)
+        self.device = device
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self.layers:
+            raise KeyError(layer)
+        return self.moments[layer].to(self.device)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 def second_moments(
@@ -44,43 +102,120 @@ def second_moments(
     config: MomentConfig,
     folder: Path | None = None,
     show: Show = None,
+    available: Available = available_bytes,
 ) -> dict[int, Tensor]:
     """Second moments by layer, each C (d_ff, d_ff) float32 on `ModelAdapter.device`.
 
-    Stored ones are loaded; the others are computed in one pass and stored.
+    Stored ones are loaded; the others are computed in one pass and stored, or in several passes of as many layers as
+    fit into memory.
 
     folder: where they are stored; None = in the cache
     show: True or False shows or hides the progress bar, None as the terminal can
+    available: tells how much memory can be taken
     Raises BadMoments for a stored file that does not hold what its name says, ValueError for an empty text, and
     PlaceError, before anything is computed, for a folder that was named and cannot be written."""
-    in_cache = folder is None
+    stored = _stored(model, layers, source, config, folder)
+    computed: dict[int, Tensor] = {}
+
+    def take(layer: int, moment: Tensor) -> None:
+        computed[layer] = moment
+
+    _compute_missing(model, stored, source, config, show, available, required=folder is not None, take=take)
+    return {layer: computed.pop(layer).to(model.device) if layer in computed else stored[layer] for layer in layers}
+
+
+def stored_moments(
+    model: ModelAdapter,
+    layers: Sequence[int],
+    source: Source,
+    config: MomentConfig,
+    folder: Path | None = None,
+    show: Show = None,
+    available: Available = available_bytes,
+) -> StoredMoments:
+    """As `second_moments`, but they stay on the disk, and each is read when it is asked for.
+
+    Raises also PlaceError or OSError where they cannot be stored."""
+    stored = _stored(model, layers, source, config, folder)
+    try:
+        _compute_missing(model, stored, source, config, show, available, required=True, take=None)
+    except PlaceError as error:
+        raise PlaceError(
+            f"{error} (FASTEDIT_CACHE): second moments of all edited layers do not fit into memory, so they have to lie"
+            " on the disk"
+        ) from error
+    return stored
+
+
+def _stored(
+    model: ModelAdapter, layers: Sequence[int], source: Source, config: MomentConfig, folder: Path | None
+) -> StoredMoments:
+    """Where the second moments of the layers lie, or will."""
     folder = folder or cache_folder() / "moments"
     origins = {layer: provenance(model, layer, source, config) for layer in layers}
     paths = {layer: folder / f"{content_key(origin)}.safetensors" for layer, origin in origins.items()}
 
-    computed: dict[int, Tensor] = {}
+    return StoredMoments(paths, origins, model.d_ff, model.device)
+
+
+def _compute_missing(
+    model: ModelAdapter,
+    stored: StoredMoments,
+    source: Source,
+    config: MomentConfig,
+    show: Show,
+    available: Available,
+    required: bool,
+    take: Callable[[int, Tensor], None] | None,
+) -> None:
+    """Compute and store the second moments that have no file yet.
+
+    required: raise where one cannot be stored, before anything is computed where that can be seen
+    take: given each that was computed, as its file holds it"""
     # os.path, unlike Path.exists, takes a folder that may not be entered for one that holds nothing.
-    missing = [layer for layer in layers if not os.path.isfile(paths[layer])]
-    if missing:
-        if not in_cache:
-            check_writable(folder)
-            check_room(folder, len(missing) * 4 * model.d_ff * (model.d_ff + 1) // 2)
-        windows = source.windows(model, config, show)
-        n_tokens = sum(len(window) for window in windows)
-        if n_tokens < model.d_ff:
-            _warn_of_few(n_tokens, model.d_ff)
+    missing = [layer for layer in stored if not os.path.isfile(stored.paths[layer])]
+    if not missing:
+        return
 
-        with track(n_tokens, f"second moments of layers {_range(missing)}", "tokens", show) as advance:
-            moments = accumulate(model, missing, windows, config.token_budget, advance)
-        for layer in missing:
-            origin = {**origins[layer], "tokens_used": str(n_tokens)}
-            computed[layer] = save_moment(paths[layer], moments.pop(layer), origin, required=not in_cache)
-            _check_numbers(paths[layer], computed[layer])
+    if required:
+        folder = stored.paths[missing[0]].parent
+        check_writable(folder)
+        check_room(folder, len(missing) * 4 * model.d_ff * (model.d_ff + 1) // 2)
+    windows = source.windows(model, config, show)
+    n_tokens = sum(len(window) for window in windows)
+    if n_tokens < model.d_ff:
+        _warn_of_few(n_tokens, model.d_ff)
 
-    for layer in layers:
-        if layer not in computed:
-            computed[layer] = load_moment(paths[layer], model.d_ff, origins[layer])
-    return {layer: computed[layer].to(model.device) for layer in layers}
+    for group in _groups(model, missing, config.token_budget, available):
+        with track(n_tokens, f"second moments of layers {_range(group)}", "tokens", show) as advance:
+            moments = accumulate(model, group, windows, config.token_budget, advance)
+        for layer in group:
+            origin = {**stored.origins[layer], "tokens_used": str(n_tokens)}
+            moment = save_moment(stored.paths[layer], moments.pop(layer), origin, required)
+            _check_numbers(stored.paths[layer], moment)
+            if take is not None:
+                take(layer, moment)
+
+
+def _groups(model: ModelAdapter, layers: list[int], token_budget: int, available: Available) -> list[list[int]]:
+    """The layers in groups whose sums fit into memory together, at least one layer each. Several groups are told."""
+    left = available(model.device)
+    # The sums of a layer; beside them a triangle and a copy while one is stored, and the rows of a batch of tokens.
+    one_sum = 4 * model.d_ff**2
+    beside = 6 * model.d_ff**2 + token_budget * (24 * model.d_ff + 32 * model.d_model)
+    together = len(layers) if left is None else min(len(layers), max(1, (left - beside) // one_sum))
+
+    if together < len(layers):
+        n_passes = -(-len(layers) // together)
+        log.warning(
+            "second moments of %d layers are summed in %d passes over the text, because %s of memory are available and"
+            " one pass needs %s",
+            len(layers),
+            n_passes,
+            gigabytes(left or 0),
+            gigabytes(len(layers) * one_sum + beside),
+        )
+    return [layers[start : start + together] for start in range(0, len(layers), together)]
 
 
 def _warn_of_few(n_tokens: int, d_ff: int) -> None:
@@ -176,8 +311,8 @@ def save_moment(path: Path, moment: Tensor, origin: dict[str, str], required: bo
 
     required: raise where it cannot be written, instead of a warning
     Returns what `load_moment` reads from the file, bit for bit, (d_ff, d_ff) float32 on the CPU."""
-    lower = moment.cpu()[torch.tril_indices(*moment.shape).unbind()].contiguous()
-    digest = hashlib.sha256(lower.numpy().tobytes()).hexdigest()
+    lower = _packed(moment.cpu())
+    digest = hashlib.sha256(tensor_bytes(lower)).hexdigest()
 
     about = {**origin, "d_ff": str(moment.shape[0]), "sha256": digest}
     store_in_cache(path, {"second_moment": lower}, about, required)
@@ -204,7 +339,9 @@ def load_moment(path: Path, d_ff: int, origin: dict[str, str] | None = None) -> 
 
 def _check_numbers(path: Path, moment: Tensor) -> None:
     """Raises BadMoments for what no second moment can be."""
-    if not bool(torch.isfinite(moment).all()) or not bool((moment.diagonal() >= 0).all()):
+    # In parts, because each takes two copies.
+    finite = all(bool(torch.isfinite(rows).all()) for rows in torch.chunk(moment, 64))
+    if not finite or not bool((moment.diagonal() >= 0).all()):
         raise BadMoments(f"{path}: holds NaN, Inf or a negative diagonal")
 
 
@@ -214,7 +351,7 @@ def _check_file(path: Path, metadata: dict[str, str], lower: Tensor, d_ff: int, 
         raise BadMoments(f"{path}: format {metadata.get('format')!r}, wanted {FORMAT!r}")
     if metadata.get("d_ff") != str(d_ff) or lower.numel() != d_ff * (d_ff + 1) // 2:
         raise BadMoments(f"{path}: made for d_ff {metadata.get('d_ff')}, the model has {d_ff}")
-    if hashlib.sha256(lower.numpy().tobytes()).hexdigest() != metadata.get("sha256"):
+    if hashlib.sha256(tensor_bytes(lower)).hexdigest() != metadata.get("sha256"):
         raise BadMoments(f"{path}: its numbers do not match their checksum; delete the file to compute it again")
 
     for name, wanted in origin.items():
@@ -222,10 +359,33 @@ def _check_file(path: Path, metadata: dict[str, str], lower: Tensor, d_ff: int, 
             raise BadMoments(f"{path}: {name} is {metadata.get(name)!r}, wanted {wanted!r}")
 
 
+def _packed(moment: Tensor) -> Tensor:
+    """The lower triangle of C (d_ff, d_ff), row by row, (d_ff * (d_ff + 1) / 2,)."""
+    d_ff = moment.shape[0]
+    lower = moment.new_empty(d_ff * (d_ff + 1) // 2)
+    for row in range(d_ff):
+        start = row * (row + 1) // 2
+        lower[start : start + row + 1] = moment[row, : row + 1]
+    return lower
+
+
 def _symmetric(lower: Tensor, d_ff: int) -> Tensor:
-    """The symmetric matrix (d_ff, d_ff) of a packed lower triangle (d_ff * (d_ff + 1) / 2,)."""
+    """The symmetric matrix (d_ff, d_ff) of a packed lower triangle (d_ff * (d_ff + 1) / 2,).
+
+    Indices of all elements would take four times the matrix."""
     moment = torch.zeros(d_ff, d_ff)
-    rows, columns = torch.tril_indices(d_ff, d_ff).unbind()
-    moment[rows, columns] = lower
-    moment[columns, rows] = lower
+    for row in range(d_ff):
+        start = row * (row + 1) // 2
+        moment[row, : row + 1] = lower[start : start + row + 1]
+
+    below = torch.ones(TILE, TILE, dtype=torch.bool).tril()
+    for start in range(0, d_ff, TILE):
+        rows = slice(start, min(start + TILE, d_ff))
+        for left in range(0, start, TILE):
+            columns = slice(left, left + TILE)
+            moment[columns, rows] = moment[rows, columns].T
+
+        square = moment[rows, rows]
+        # A sum of two triangles would lose the sign of a zero.
+        square.copy_(torch.where(below[: len(square), : len(square)], square, square.T))
     return moment

@@ -9,19 +9,25 @@ sum H from then on. With every neuron selected and past keys as rows, the Choles
 once per layer, and by the Woodbury identity
     X = L^-T U (I + U^T U)^-1 E,   U = L^-1 [past keys, keys]^T,   E the columns of this batch
 so that no other d_ff x d_ff system is factored. Everything is float64: C has a long tail of small eigenvalues.
+
+L takes 8 d_ff^2 bytes per layer. Where memory is short, `holding.SolversOnDemand` keeps it in a `FactorFile`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Protocol
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import IO, Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
 from fastedit.ops.gram_update import gram_update
 from fastedit.ops.masked_gram import masked_gram
+from fastedit.runtime.cache import cache_folder
+from fastedit.runtime.words import told_by
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +95,12 @@ class RidgeSolver:
     """Solves the ridge systems of one layer (MEMIT, Meng et al. 2023; NSE, Jiang et al. 2025).
 
     moment: second moment C, (d_ff, d_ff) float32; weight: its factor lambda > 0
+    file: where the factor L is kept; None = in memory
     """
 
-    def __init__(self, moment: Tensor, weight: float) -> None:
+    def __init__(self, moment: Tensor, weight: float, file: FactorFile | None = None) -> None:
         self.moment, self.weight = moment, weight
+        self.file = file
         self._factor: Tensor | None = None
 
     def solve(self, keys: Tensor, past: PastKeys, index: Tensor | None = None) -> Tensor:
@@ -114,17 +122,84 @@ class RidgeSolver:
 
     def _solve_low_rank(self, keys: Tensor, past: Tensor) -> Tensor:
         """X, (d_ff, n_edits), with one factor of C per layer; all float64. past: (n_past, d_ff)"""
-        if self._factor is None:
-            self._factor = cholesky(self.weight * self.moment.double())
-
-        whitened = torch.linalg.solve_triangular(self._factor, torch.cat([past, keys]).T, upper=False)
+        factor = self._lower_factor()
+        whitened = torch.linalg.solve_triangular(factor, torch.cat([past, keys]).T, upper=False)
         inner = whitened.T @ whitened
         inner.diagonal().add_(1)
 
         columns = torch.zeros(inner.shape[0], keys.shape[0], dtype=inner.dtype, device=inner.device)
         columns[past.shape[0] :].fill_diagonal_(1)
         combined = whitened @ torch.cholesky_solve(columns, cholesky(inner))
-        return torch.linalg.solve_triangular(self._factor.T, combined, upper=True)
+        return torch.linalg.solve_triangular(factor.T, combined, upper=True)
+
+    def _lower_factor(self) -> Tensor:
+        """L, (d_ff, d_ff) float64, computed once. Raises NotPositiveDefinite."""
+        if self._factor is not None:
+            return self._factor
+        if self.file is not None and (kept := self.file.read()) is not None:
+            return kept
+
+        factor = _cholesky(self._weighted, in_place=True)
+        if self.file is None:
+            self._factor = factor
+        else:
+            self.file.keep(factor)
+        return factor
+
+    def _weighted(self) -> Tensor:
+        """weight * C, (d_ff, d_ff) float64, its columns one after another as LAPACK wants them."""
+        system = torch.empty(self.moment.shape, dtype=torch.float64, device=self.moment.device).T
+        return system.copy_(self.moment).mul_(self.weight)
+
+
+class FactorFile:
+    """A factor on the disk, in a file without a name: it goes when the object or the process does.
+
+    The factor is mapped into memory when it is read, so the system can take its pages back."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._shape: tuple[int, ...] = ()
+        self._failed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: a copy computes its own factor."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def keep(self, factor: Tensor) -> None:
+        """Write a factor (n, n) float64 whose columns stand one after another. A full disk is a warning, told once.
+
+        On a GPU, where a factor is computed faster than it is read, nothing is written."""
+        if self._failed or factor.device.type != "cpu":
+            return
+
+        try:
+            folder = cache_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  open as long as the object
+            factor.T.numpy().tofile(self._file)
+            self._file.flush()
+            self._shape = tuple(factor.shape)
+        except OSError as error:
+            self._failed = True
+            self._file = None
+            log.warning(
+                "a factor was not kept on the disk (%s): it is computed again in every round and batch; FASTEDIT_CACHE"
+                " names another folder",
+                told_by(error),
+            )
+
+    def read(self) -> Tensor | None:
+        """The factor that was kept, (n, n) float64 on the CPU, mapped from the file; None if there is none."""
+        if self._file is None:
+            return None
+
+        # Private pages: what is written into them never reaches the file.
+        mapped = numpy.memmap(self._file, dtype=numpy.float64, mode="c", shape=self._shape)
+        return torch.from_numpy(mapped).T
 
 
 class NullSpaceSolver:
@@ -180,30 +255,56 @@ def cholesky(system: Tensor) -> Tensor:
 
     The condition number is bounded from below by the squared ratio of the factor's largest and smallest diagonal
     element."""
+    return _cholesky(lambda: system, in_place=False)
+
+
+def _cholesky(make: Callable[[], Tensor], in_place: bool) -> Tensor:
+    """As `cholesky`, of the matrix that `make` returns.
+
+    in_place: the factor takes the matrix's own memory; `make` has to return a new one each time, columns one after
+        another"""
+    system = make()
+    n, dtype = system.shape[0], system.dtype
     scale = float(system.diagonal().mean())
-    worst = 1 / torch.finfo(system.dtype).eps
+    worst = 1 / torch.finfo(dtype).eps
     condition = float("nan")
 
     for jitter in JITTERS:
-        shifted = system
         if jitter:
-            shifted = system.clone()
-            shifted.diagonal().add_(jitter * scale)
+            if in_place:
+                # What is left of the one that was overwritten goes before the next is made.
+                factor = system = system.new_empty(0)
+            system = make() if in_place else make().clone()
+            system.diagonal().add_(jitter * scale)
 
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+        factor, info = _factored(system, in_place)
+        if int(info) != 0 or not _is_finite(factor):
             continue
 
         pivots = factor.diagonal()
         condition = float((pivots.max() / pivots.min()) ** 2) if len(pivots) else 1.0
         if condition < worst:
             if jitter:
-                log.warning("system of size %d needed jitter %.0e of its mean diagonal", system.shape[0], jitter)
+                log.warning("system of size %d needed jitter %.0e of its mean diagonal", n, jitter)
             return factor
 
     raise NotPositiveDefinite(
-        f"a system of size {system.shape[0]} is not positive definite, or its condition is beyond {system.dtype}, with"
+        f"a system of size {n} is not positive definite, or its condition is beyond {dtype}, with"
         f" jitter up to {JITTERS[-1]:.0e} (mean diagonal {scale:.3g}, condition at least {condition:.3g});"
         " either the second moments were made of fewer tokens than d_ff (moments.tokens, --moment-tokens), or they or"
         " the keys are broken"
     )
+
+
+def _factored(system: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+    """(factor, info) of `torch.linalg.cholesky_ex`."""
+    if not in_place:
+        return torch.linalg.cholesky_ex(system)
+
+    info = torch.empty((), dtype=torch.int32, device=system.device)
+    return torch.linalg.cholesky_ex(system, out=(system, info))
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    """Whether all elements are finite, without a mask of the matrix's size."""
+    return all(bool(torch.isfinite(matrix[:, start : start + 1024]).all()) for start in range(0, matrix.shape[1], 1024))

@@ -116,9 +116,15 @@ def upper_layers(model: ModelAdapter, layer: int, config: ValueConfig) -> ModelA
     """The adapter that runs the layers above the value layer: `model` itself, or a copy of them in `config.dtype`.
 
     No edit changes these layers, so one copy serves a whole stream."""
+    dtype = upper_dtype(model, config)
+    return model if dtype is None else model.upper_copy(layer + 1, dtype)
+
+
+def upper_dtype(model: ModelAdapter, config: ValueConfig) -> torch.dtype | None:
+    """The dtype of the copy that `upper_layers` makes; None where it makes none."""
     emulated = model.dtype == torch.float16 and model.device.type == "cpu"
     dtype = ("float32" if emulated else "model") if config.dtype == "auto" else config.dtype
-    return model if dtype == "model" else model.upper_copy(layer + 1, getattr(torch, dtype))
+    return None if dtype == "model" else getattr(torch, dtype)
 
 
 def group_by_length(sequences: Sequence[Sequence[TokenSequence]], token_budget: int) -> list[list[int]]:

@@ -84,3 +84,13 @@ def test_without_a_cache_the_bits_are_the_same(
     assert torch.equal(null_space(moment(), 0.02), basis)
     assert "not written" in caplog.text
     assert "FASTEDIT_CACHE names another folder" in caplog.text
+
+
+def test_eigenvectors_that_do_not_fit_into_memory_are_refused_but_stored_ones_are_read(tmp_path: Path) -> None:
+    c = moment()
+    needed = 36 * c.numel()
+    with pytest.raises(ValueError, match=r"null space: the eigenvectors .* take 0.0 GB to compute, and 0.0 GB"):
+        null_space(c, 0.02, tmp_path, lambda device: needed - 1)
+    basis = null_space(c, 0.02, tmp_path, lambda device: needed)
+    assert torch.equal(null_space(c, 0.02, tmp_path, lambda device: 0), basis)
+    assert torch.equal(null_space(c, 0.02, tmp_path / "other", lambda device: None), basis)
