@@ -152,6 +152,11 @@ class ModelAdapter:
         return self.family.post_norm
 
     @property
+    def shares_a_value(self) -> bool:
+        """Whether several layers can be edited towards one value: at most one norm stands behind each."""
+        return self.family.ffn_out_norm is None or self.family.output_norm is None
+
+    @property
     def head(self) -> Head:
         """The unembedding. Its weight is a view of the model's."""
         head = self.model.get_output_embeddings()
@@ -202,7 +207,7 @@ class ModelAdapter:
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ValueError for several layers that cannot be edited towards one value: two norms stand behind each."""
         family = self.family
-        if len(layers) > 1 and family.ffn_out_norm is not None and family.output_norm is not None:
+        if len(layers) > 1 and not self.shares_a_value:
             raise ValueError(
                 f"layers: {family.name} has norms at {family.ffn_out_norm} and at {family.output_norm}, and a value can"
                 f" be carried back through one of them: wanted one layer, got {list(layers)}"

@@ -104,10 +104,17 @@ def test_a_model_in_other_units_is_edited_alike(
 def test_layers_are_shares_of_the_depth(n_layers: int, layers: tuple[int, ...]) -> None:
     class Deep:
         post_norm = False
+        shares_a_value = True
 
     deep: Any = Deep()
     deep.n_layers = n_layers
     assert edited_layers(deep) == layers
+
+    # The norm behind a layer: fewer share a value, and none behind two norms.
+    deep.post_norm = True
+    assert edited_layers(deep) == layers[-3:]
+    deep.shares_a_value = False
+    assert edited_layers(deep) == layers[-1:]
 
 
 def test_a_single_layer_leaves_none_below_it(tiny_model: ModelAdapter) -> None:

@@ -99,7 +99,7 @@ def edited_layers(model: ModelAdapter) -> tuple[int, ...]:
         raise CannotDerive("a closed form edits layers below the last one, and the model has one layer")
 
     value_layer = min(max(int(DEPTH * model.n_layers + 0.5) - 1, 0), model.n_layers - 2)
-    count = POST_NORM_LAYERS if model.post_norm else N_LAYERS
+    count = (POST_NORM_LAYERS if model.shares_a_value else 1) if model.post_norm else N_LAYERS
     return tuple(range(max(0, value_layer - count + 1), value_layer + 1))
 
 
