@@ -116,13 +116,15 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="its perplexity is measured")
     parser.add_argument("--text-tokens", type=int, default=20_000)
     parser.add_argument("--moments", type=Path, help="text for second moments; default: the model's own")
+    parser.add_argument("--neighbours", type=int, help="locality questions asked of each record; default: all")
     parser.add_argument("--methods", default="nse,memit,alphaedit,fine,kne")
     parser.add_argument("--paired", action="store_true", help="the preset, and derived settings beside it")
     given = parser.parse_args()
 
     print(machine_line())
     model = load_model(given.model)
-    edits = load_edits(given.data, start=given.start, limit=given.limit)
+    records = load_edits(given.data, start=given.start, limit=given.limit)
+    edits = [edit.model_copy(update={"locality": edit.locality[: given.neighbours]}) for edit in records]
     text = given.text.read_text(encoding="utf-8")
     bench = Bench(model, edits, text, given.text_tokens, Source(given.moments))
 
