@@ -20,11 +20,15 @@ from fastedit.methods.columns.derived import RATE_SWEEP, column_rms
 from fastedit.methods.presets import NoPreset, derived_settings, settle
 from fastedit.methods.registry import METHODS
 from fastedit.model.adapter import ModelAdapter
-from fastedit.records.edit import EditSet
+from fastedit.records.edit import Edit, EditSet
 from fastedit.records.shipped import shipped_facts
 
 # Settings are rounded to two digits, which a power of ten keeps.
 FACTOR = 10.0
+RANDOM_EDITS = [
+    Edit(prompt="The twin of Tavisk is", subject="Tavisk", target_new="Pell"),
+    Edit(prompt="The Orlen bridge is in", subject="Orlen bridge", target_new="Old Norse"),
+]
 STREAM_WRITERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
 
 
@@ -208,3 +212,17 @@ def test_nothing_is_tried_in_the_constructor(
     editor = Editor(tiny_model, method)
     assert editor.calibration is None
     assert editor.settings.origin == "derived"
+
+
+@pytest.mark.parametrize("method", ["nse", "alphaedit", "fine"])
+def test_every_family_is_edited_with_derived_settings(family_adapter: ModelAdapter, method: str) -> None:
+    config = {"train": {"steps": 5}} if method == "fine" else {"moments": {"tokens": 600}, "value": {"steps": 5}}
+    editor = Editor(family_adapter, method, config, progress=False)
+    assert editor.settings.origin == "derived"
+    before = editor.weights.fingerprint()
+
+    run = editor.edit(RANDOM_EDITS)
+    assert run.written == len(RANDOM_EDITS)
+    assert editor.weights.fingerprint() != before
+    editor.undo(to=0)
+    assert editor.weights.fingerprint() == before
