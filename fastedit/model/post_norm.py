@@ -70,6 +70,11 @@ class PostNorm:
         unit(x) is lost; that error is of first order in `change`."""
         return self._centre(self._scale(self._input(present)) * self._divided(change))
 
+    def factor(self, present: ValueSite) -> Tensor:
+        """g / s(x), (n, d_model): what a small change of the output at `present` is multiplied by on its way into the
+        hidden state, but for the part that lengthens x."""
+        return self.gain / self._scale(self._input(present)).clamp_min(_TINY)
+
     def completed(self, start: ValueSite, wanted: ValueSite, present: ValueSite) -> Tensor:
         """What the output at `present` must change by, so that the hidden state after the layer is that at `wanted`.
 

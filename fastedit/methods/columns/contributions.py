@@ -5,6 +5,10 @@ At the position whose logits predict target token y_j, with the beginning of the
 (FiNE, ICLR 2025, arXiv 2503.01090). The k pairs (l, i) with the largest c_j are chosen. Scores are signed; they contain
 no norm, bias or softmax; one ranking covers all layers but the last few. The slots of an edit are those of its target
 tokens one after the other, and a neuron that is chosen for two tokens has two slots.
+
+Where a norm stands behind the down-projection (Gemma 3), what a neuron writes is multiplied by the norm's gain over its
+scale, a factor that differs a thousandfold between layers. E[t_j] is multiplied by it first, which the paper, without
+such a model, has no need of.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from torch import Tensor
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.logits import LogitBuffer
-from fastedit.model.packed_passes import TreePass, group_by_budget, take
+from fastedit.model.packed_passes import TreePass, ValueSite, group_by_budget, take
+from fastedit.model.post_norm import PostNorm
 from fastedit.model.tokens import TokenSequence, target_sequences
 from fastedit.ops.capture_keys import activate
 from fastedit.ops.score_neurons import score_neurons
@@ -71,11 +76,18 @@ class Observation:
     """What a pass reads at the scored positions of sequences, one row per position.
 
     activations: layer -> (n_scored, d_ff) in the model's dtype, on the layer's device
+    factors: layer -> (n_scored, d_model) float32 on `ModelAdapter.device`, see `PostNorm.factor`; empty without a norm
+        behind the down-projection
     greedy: (n_scored,) int64, the token that the model ranks first, on `ModelAdapter.device`
     """
 
     activations: dict[int, Tensor]
+    factors: dict[int, Tensor]
     greedy: Tensor
+
+    def through_norm(self, layer: int, rows: Tensor) -> Tensor:
+        """rows (n_scored, d_model) times the factors of the layer; the rows themselves where it has none."""
+        return rows * self.factors[layer].to(rows.device) if layer in self.factors else rows
 
 
 def observe(
@@ -91,6 +103,7 @@ def observe(
     scored = torch.tensor([path[p] for path, s in zip(run.tree.paths, sequences, strict=True) for p in s.scored])
 
     activations: dict[int, Tensor] = {}
+    factors: dict[int, Tensor] = {}
     wanted = set(layers)
     for layer in range(model.n_layers):
         mixed = model.mix(layer, run.rows, run.plan, run.rotary)
@@ -100,12 +113,20 @@ def observe(
             activations[layer] = activate(gate, model.activation_name)
         elif layer in wanted:
             activations[layer] = take(keys, scored)
+        if layer in wanted and model.post_norm:
+            factors[layer] = _factor(model, layer, take(mixed.residual, scored), take(keys, scored))
         run = run.at(rows)
 
     final = model.final_norm(take(run.rows, scored))
     buffer = LogitBuffer(torch.promote_types(model.dtype, torch.float32))
     greedy = buffer.logits(final, model.head).argmax(1).to(model.device)
-    return Observation(activations, greedy)
+    return Observation(activations, factors, greedy)
+
+
+def _factor(model: ModelAdapter, layer: int, residual: Tensor, keys: Tensor) -> Tensor:
+    """`PostNorm.factor` at rows of a layer, (n_rows, d_model) float32."""
+    site = ValueSite(*(part.float().to(model.device) for part in (residual, model.down(layer, keys))))
+    return PostNorm.of(model, layer).factor(site)
 
 
 def choose_slots(
@@ -139,7 +160,9 @@ def choose_slots(
         keys = torch.cat([observation.activations[layer] for observation in observations])
         if excluded is not None:
             keys = keys.masked_fill(excluded[layer].to(keys.device), 0)
-        best = score_neurons(keys, weight, directions.to(weight.device, weight.dtype), min(k, model.d_ff))
+        parts = directions.split([len(observation.greedy) for observation in observations])
+        read = torch.cat([seen.through_norm(layer, part) for seen, part in zip(observations, parts, strict=True)])
+        best = score_neurons(keys, weight, read.to(weight.device, weight.dtype), min(k, model.d_ff))
         scores.append(best.values.to(model.device))
         neurons.append(best.neurons.to(model.device) + layer * model.d_ff)
 

@@ -1,5 +1,6 @@
 """The report of an edit's neurons against scores computed with hooks."""
 
+import copy
 import json
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from fastedit.methods.columns.neuron_report import locate_neurons
+from fastedit.model.adapter import ModelAdapter
 from fastedit.model.tokens import whole_sequences
 
 PROMPT, TARGET = "The main product of Kequunan is", "glass beads"
@@ -42,6 +44,34 @@ def test_neurons_scores_and_promoted_tokens_are_those_of_the_definition(tiny_mod
     assert best[0] == pytest.approx(float(report.largest[:-2, 0].max()), rel=1e-5)
     assert len(str(report).splitlines()) == 1 + len(report.neurons)
     assert json.loads(json.dumps(report.to_dict()))["neurons"][0]["layer"] == report.neurons[0].layer
+
+
+def test_behind_a_norm_a_neuron_counts_as_the_norm_passes_it_on(family_models, random_tokenizer):
+    """Gemma 3: gain 1 + w over the root mean square of the down-projection's output, at the scored position."""
+    model = ModelAdapter(copy.deepcopy(family_models["gemma3"]).requires_grad_(False), random_tokenizer)
+    prompt, target = "The twin of Tavisk is", "Pell"
+    report = locate_neurons(model, prompt, target, k=6, frozen_layers=0)
+    (sequence,) = whole_sequences(model.tokenizer, [prompt], [target])
+    seen = {}
+    for number, layer in enumerate(model.layers):
+        layer.mlp.down_proj.register_forward_hook(
+            lambda _, i, o, number=number: seen.__setitem__(number, (i[0][0], o[0]))
+        )
+    with torch.no_grad():
+        logits = model.model.eval()(input_ids=torch.tensor([sequence.ids])).logits[0]
+
+    bare = []
+    for slot, neuron in enumerate(report.neurons):
+        position = sequence.scored[slot // 6]
+        layer = model.layers[neuron.layer]
+        keys, output = seen[neuron.layer]
+        gain = 1 + layer.post_feedforward_layernorm.weight
+        passed = gain / output[position].square().mean().sqrt() * layer.mlp.down_proj.weight[:, neuron.neuron]
+        said = model.unembedding(logits[position].argmax()[None])[0]
+        assert neuron.score == pytest.approx(float(keys[position, neuron.neuron] * (passed @ said)), rel=1e-3)
+        bare.append(float(keys[position, neuron.neuron] * (layer.mlp.down_proj.weight[:, neuron.neuron] @ said)))
+    # Without the norm the scores are others.
+    assert [neuron.score for neuron in report.neurons] != pytest.approx(bare, rel=0.1)
 
 
 def test_the_heat_map_is_a_png(tiny_model, tmp_path):
