@@ -160,7 +160,7 @@ def choose_slots(
         keys = torch.cat([observation.activations[layer] for observation in observations])
         if excluded is not None:
             keys = keys.masked_fill(excluded[layer].to(keys.device), 0)
-        parts = directions.split([len(observation.greedy) for observation in observations])
+        parts = torch.split(directions, [len(observation.greedy) for observation in observations])
         read = torch.cat([seen.through_norm(layer, part) for seen, part in zip(observations, parts, strict=True)])
         best = score_neurons(keys, weight, read.to(weight.device, weight.dtype), min(k, model.d_ff))
         scores.append(best.values.to(model.device))
