@@ -116,7 +116,7 @@ def stats(
     """Compute and store second moments, or say that they are stored already."""
     console = open_console()
     with errors(console):
-        from fastedit.methods.closed_form.second_moments import second_moments
+        from fastedit.methods.closed_form.second_moments import stored_moments
         from fastedit.runtime.cache import cache_folder
 
         asked = None if layers is None else _layers(layers)
@@ -132,9 +132,9 @@ def stats(
         wanted, windows = _asked_of(chosen, adapter, asked)
 
         started = time.perf_counter()
-        # Named, the folder must take them; otherwise a cache that cannot be written is only a warning.
+        # Named, the folder must take them. They are read one by one for their traces.
         folder = cache_folder() / "moments"
-        made = second_moments(adapter, wanted, source, windows, folder, show=lines)
+        made = stored_moments(adapter, wanted, source, windows, folder, show=lines)
         seconds = time.perf_counter() - started
 
         traces = {layer: float(moment.trace()) for layer, moment in made.items()}

@@ -140,6 +140,8 @@ def stored_moments(
     try:
         _compute_missing(model, stored, source, config, show, available, required=True, take=None)
     except PlaceError as error:
+        if folder is not None:
+            raise
         raise PlaceError(
             f"{error} (FASTEDIT_CACHE): second moments of all edited layers do not fit into memory, so they have to lie"
             " on the disk"
