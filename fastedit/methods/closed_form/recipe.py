@@ -266,8 +266,8 @@ def write_sweep(
             continue
         result.keys[layer], chosen, solution = _solve(batch, sweep, captured, active, rows, rule)
 
-        layers_left = len(sweep.layers) - position
-        norm = apply_update(batch.trial, layer, chosen, residual[rows] / layers_left, solution, rows)
+        share = residual[rows] / (len(sweep.layers) - position) / batch.model.value_gain
+        norm = apply_update(batch.trial, layer, chosen, share, solution, rows)
         result.neurons[layer] = batch.model.d_ff if chosen is None else len(chosen)
         result.norms[layer] = result.norms.get(layer, 0.0) + norm
 
