@@ -28,13 +28,13 @@ from fastedit.model.families import (
     UnsupportedModel,
     activation_name,
     check_weights,
-    choose,
     factor,
     find,
     max_positions,
     refuse_wrapped,
     text_config,
 )
+from fastedit.model.family_search import choose
 from fastedit.model.logits import Head, LogitBuffer
 from fastedit.model.packed_attention import Plan, Rotary, plan_sequences
 from fastedit.ops.capture_keys import activate

@@ -113,7 +113,7 @@ class Family:
 
         layers = find(model, self.layers)
         if isinstance(layers, nn.ModuleList) and len(layers):
-            reasons += self._layers_misfits(layers)
+            reasons += self.layers_misfits(layers)
         else:
             reasons.append(f"{self.layers} is no list of layers")
 
@@ -123,7 +123,7 @@ class Family:
 
         return reasons
 
-    def _layers_misfits(self, layers: nn.ModuleList) -> list[str]:
+    def layers_misfits(self, layers: nn.ModuleList) -> list[str]:
         """As `misfits`, for all decoder layers; a reason that not all layers share names those that it holds for."""
         numbers: dict[str, list[int]] = {}
         for i, layer in enumerate(layers):
@@ -509,26 +509,6 @@ def refuse_wrapped(model: Any) -> None:
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None or get_head() is None:
         raise UnsupportedModel(f"{name} has no language-model head: load it with AutoModelForCausalLM")
-
-
-def choose(model: Any, families: Sequence[Family]) -> Family:
-    """The first row that fits the model.
-
-    Raises UnsupportedModel, which says why the closest row does not fit; what a row needs is in its notes, which a
-    traceback shows."""
-    misfits = [row.misfits(model) for row in families]
-    for row, reasons in zip(families, misfits, strict=True):
-        if not reasons:
-            return row
-
-    closest = min(range(len(families)), key=lambda i: len(misfits[i]), default=None)
-    why = "" if closest is None else f"; {families[closest].name!r} comes closest, but {', '.join(misfits[closest])}"
-    error = UnsupportedModel(
-        f"{type(model).__name__}: no known family fits (known: {', '.join(row.name for row in families)}){why}"
-    )
-    # What BaseException.add_note sets, which Python 3.10 does not have.
-    error.__notes__ = [f"Pass families=(Family(...),) with fastedit.model.families.Family, a row of\n{Family.needs()}"]  # type: ignore[attr-defined]
-    raise error
 
 
 def refuse_quantised(name: str, config: Any) -> None:

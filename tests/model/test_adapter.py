@@ -8,7 +8,6 @@ import torch
 import transformers
 from accelerate import dispatch_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MptConfig, MptForCausalLM
 
 from fastedit.editor import Editor
 from fastedit.methods.closed_form.config import NSEConfig, TemplateConfig, ValueConfig
@@ -16,7 +15,7 @@ from fastedit.methods.closed_form.keys import KeySweep
 from fastedit.methods.closed_form.second_moments import accumulate
 from fastedit.methods.closed_form.values import ValueLoss
 from fastedit.model.adapter import ModelAdapter
-from fastedit.model.families import FAMILIES, LLAMA, Family, UnsupportedModel, find
+from fastedit.model.families import FAMILIES, LLAMA, UnsupportedModel, find
 from fastedit.model.load import ModelNotFound, load_model
 from fastedit.model.tokens import rewrite_sequences, subject_sequences
 from fastedit.records.edit import Edit
@@ -44,27 +43,6 @@ EDITS = [
     Edit(prompt="The twin of Tavisk is", subject="Tavisk", target_new="Pell"),
     Edit(prompt="The Orlen bridge is in", subject="Orlen bridge", target_new="Old Norse"),
 ]
-
-
-@pytest.fixture
-def mpt():
-    """A model of no family that has a row."""
-    return MptForCausalLM(MptConfig(vocab_size=320, d_model=32, n_layers=2, n_heads=4))
-
-
-def test_an_unknown_family_is_refused_with_all_that_a_row_needs(mpt, random_tokenizer):
-    with pytest.raises(UnsupportedModel, match="MptForCausalLM: no known family fits") as caught:
-        ModelAdapter(mpt, random_tokenizer)
-    message = str(caught.value)
-    for row in FAMILIES:
-        assert row.name in message
-    assert "comes closest, but has no " in message
-    assert "\n" not in message
-    (notes,) = caught.value.__notes__
-    for field in Family.__dataclass_fields__.values():
-        assert f"  {field.name}" in notes
-        assert field.metadata["what"] in notes
-    assert "families=(Family(...),)" in notes
 
 
 def test_a_misfit_names_what_is_missing_and_what_is_too_much(random_llama, random_tokenizer):
