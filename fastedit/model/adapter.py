@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastedit.model import lora
 from fastedit.model.attention_modules import BY_INTERFACE
 from fastedit.model.families import (
     FAMILIES,
@@ -74,14 +75,18 @@ class Mixed(NamedTuple):
 class ModelAdapter:
     """A causal language model and its tokenizer, with the same interface for every family.
 
-    model: a transformers causal language model, whose weights are edited in place
+    model: a transformers causal language model, whose weights are edited in place, or PEFT's `PeftModel` around one
+        with LoRA adapters: its base weights are edited, with the adapters on (:mod:`fastedit.model.lora`)
     tokenizer: its fast tokenizer, since character offsets are needed
     families: the rows to choose from; the first that fits is taken. For another family put a row of your own in front
     Raises UnsupportedModel if no row fits, if the model is quantised or has offloaded weights, if the tokenizer is not
-    a fast one, or if the model is wrapped, has adapter layers, or has no head.
+    a fast one, or if the model is wrapped otherwise, has other adapters, or has no head.
     """
 
     def __init__(self, model: Any, tokenizer: Any, families: Sequence[Family] = FAMILIES) -> None:
+        # What was handed over: the model, or the wrapper around it.
+        self.given = model
+        model = lora.unwrapped(model)
         refuse_wrapped(model)
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedModel(f"{type(tokenizer).__name__}: a fast tokenizer with character offsets is needed")
@@ -195,15 +200,16 @@ class ModelAdapter:
 
         For passes through the layers above the value layer. Rotary tables are still computed in float32."""
         shared = [self.model.config, text_config(self.model), *self.layers[:first]]
-        copied = copy.deepcopy(self.model, {id(part): part for part in shared})
+        upper = ModelAdapter(
+            copy.deepcopy(self.given, {id(part): part for part in shared}), self.tokenizer, (self.family,)
+        )
 
-        upper_layers = find(copied, self.family.layers)[first:]
-        behind_layers = [_optional(copied, path) for path in (self.family.final_norm, self.family.project_out)]
-        for part in (*upper_layers, *behind_layers, copied.get_output_embeddings()):
+        behind_layers = [_optional(upper.model, path) for path in (self.family.final_norm, self.family.project_out)]
+        for part in (*upper.layers[first:], *behind_layers, upper.model.get_output_embeddings()):
             if part is not None:
-                part.to(dtype)
+                # `packed` does this for the model alone, and a model in training mode would drop rows in its copy.
+                part.to(dtype).eval().requires_grad_(False)
 
-        upper = ModelAdapter(copied, self.tokenizer, (self.family,))
         # The config is shared, and with it what packed passes change.
         upper.lock = self.lock
 
@@ -233,8 +239,36 @@ class ModelAdapter:
         """A tensor in the layout of `down_parameter(layer)` as a (d_model, d_ff) view, and the other way around."""
         return stored.T if self._layers[layer].transposed else stored
 
+    def output_weight(self, layer: int) -> Tensor:
+        """What the down-projection of a layer multiplies keys with, (d_model, d_ff): W, and on it what adapters add."""
+        added = lora.added(self._layers[layer].down)
+        weight = self.down_weight(layer)
+
+        return weight if added is None else weight + self.oriented(layer, added.detach()).to(weight.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's state dict without what adapters have in it, under the names of a model without them."""
+        named = dict(self.model.state_dict())
+        if not self.has_adapters:
+            return named
+
+        return {stored: part for name, part in named.items() if (stored := lora.stored_name(name)) is not None}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by the names that `state` has."""
+        named = dict(self.model.named_parameters())
+        if not self.has_adapters:
+            return named
+
+        return {stored: part for name, part in named.items() if (stored := lora.stored_name(name)) is not None}
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters of PEFT are on the model."""
+        return self.given is not self.model
+
     def weight_name(self, layer: int) -> str:
-        """Full parameter name of `down_parameter(layer)` in the model's state dict."""
+        """Full parameter name of `down_parameter(layer)` in `state`."""
         return f"{self.family.layers}.{layer}.{self.family.down}.weight"
 
     @contextlib.contextmanager
@@ -276,6 +310,7 @@ class ModelAdapter:
         embeddings = [part for path in paths if (part := _optional(self.model, path)) is not None]
 
         for module in (*embeddings, *self.layers[: layer + 1]):
+            digest.update(lora.describe(module).encode())
             for name, parameter in module.named_parameters():
                 digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
                 digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -600,7 +635,7 @@ class _LayerParts:
 
         parts = {field.name: _optional(layer, getattr(family, field.name)) for field in fields(cls)[2:]}
 
-        return cls(kind, isinstance(parts["down"], Conv1D), **parts)
+        return cls(kind, isinstance(lora.without(parts["down"]), Conv1D), **parts)
 
     @property
     def device(self) -> torch.device:

@@ -499,13 +499,6 @@ def refuse_wrapped(model: Any) -> None:
     if not isinstance(model, nn.Module) or getattr(model, "config", None) is None:
         raise UnsupportedModel(f"{name} is no model of transformers: load one with AutoModelForCausalLM")
 
-    adapted = [path for path, part in model.named_modules() if type(part).__module__.startswith("peft.")]
-    if adapted:
-        where = f"{name} is a wrapper of peft" if adapted[0] == "" else f"{name} has adapter layers in {adapted[0]}"
-        raise UnsupportedModel(
-            f"{where}: merge the adapter and edit the model that `merge_and_unload()` of peft gives, or `unload()` it"
-        )
-
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None or get_head() is None:
         raise UnsupportedModel(f"{name} has no language-model head: load it with AutoModelForCausalLM")

@@ -16,6 +16,7 @@ import torch
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.families import FAMILIES
 from fastedit.model.family_file import as_data
+from fastedit.model.lora import stored_name
 from fastedit.ops import cpp
 from fastedit.ops._dispatch import PACKAGES, wanted
 from fastedit.runs.log import RunError
@@ -63,7 +64,7 @@ def _own_family(model: ModelAdapter) -> dict[str, Any]:
 def _other_weights_hash(model: ModelAdapter, edited: set[str]) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.model.state_dict().items():
-        if name in edited:
+        if (stored_name(name) if model.has_adapters else name) in edited:
             continue
 
         flat = tensor.detach().reshape(-1)

@@ -112,7 +112,7 @@ def locate_neurons(
         slots = choose_slots(model, sequences, k, range(n_candidates))
         directions = model.unembedding(observed.greedy)
         largest = [
-            score_neurons(keys, model.down_weight(layer), directions.to(keys.device, keys.dtype), 1).values.cpu()
+            score_neurons(keys, model.output_weight(layer), directions.to(keys.device, keys.dtype), 1).values.cpu()
             for layer, keys in observed.activations.items()
         ]
         neurons = _describe(model, sequences[0], observed, slots, n_promoted)
@@ -130,7 +130,7 @@ def _describe(
     neurons: list[Neuron] = []
     for number, (layer, neuron) in enumerate(zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True)):
         place = number // per_token
-        added = observed.activations[layer][place, neuron] * model.down_weight(layer)[:, neuron]
+        added = observed.activations[layer][place, neuron] * model.output_weight(layer)[:, neuron]
         logits = unembedding @ added.to(model.device)
         promoted = logits.topk(min(n_promoted, len(logits))).indices.tolist()
         neurons.append(
