@@ -27,7 +27,7 @@ from fastedit.methods.closed_form.second_moments import second_moments
 from fastedit.methods.columns.config import AttributionConfig, FiNEConfig, KNConfig, KNEConfig, TrainConfig
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
-from fastedit.model.load import load_transformers
+from fastedit.model.load import auto_class, load_transformers
 from fastedit.records.edit import EditSet
 from fastedit.records.load import load_edits
 
@@ -349,6 +349,10 @@ FALCON = {**SIZES, "ffn_hidden_size": 48, "initializer_range": 0.2, "hidden_drop
 SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.1}
 SCALED["original_max_position_embeddings"] = 48
 
+CLIP = {**VISION, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, "num_hidden_layers": 2}
+THRICE = {**GATED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "fullatt_block_indexes": [0]}
+
 # name: config class and its settings. Caps are low and rotary angles differ, so that leaving one out
 # shows; dropouts are left where a family has them.
 FAMILY_MODELS = {
@@ -375,6 +379,19 @@ FAMILY_MODELS = {
     "gemma3": ("Gemma3TextConfig", {**GEMMA, "layer_types": KINDS, "final_logit_softcapping": 3.0}),
     "gemma3 with images": ("Gemma3Config", {"text_config": {**GEMMA, "layer_types": KINDS}, "vision_config": VISION}),
     "starcoder": ("GPTBigCodeConfig", PLAIN),
+    "llava": ("LlavaConfig", {"text_config": {**GATED, "model_type": "llama"}, "vision_config": CLIP}),
+    "qwen2-vl": ("Qwen2VLConfig", {"text_config": THRICE, "vision_config": {**EYES, "embed_dim": 16}}),
+    "qwen2.5-vl": (
+        "Qwen2_5_VLConfig",
+        {"text_config": THRICE, "vision_config": {**EYES, "hidden_size": 16, "out_hidden_size": 32}},
+    ),
+    "ministral3 with images": (
+        "Mistral3Config",
+        {
+            "text_config": {**GATED, "head_dim": 16, "rope_parameters": SCALED, "model_type": "ministral3"},
+            "vision_config": {**CLIP, "model_type": "pixtral", "head_dim": 8},
+        },
+    ),
     "gpt2": ("GPT2Config", {**PLAIN, "scale_attn_by_inverse_layer_idx": True}),
     "gpt-neo": ("GPTNeoConfig", GPT_NEO),
     "codegen": ("CodeGenConfig", {**PLAIN, "n_positions": 64, "n_ctx": 64, "rotary_dim": 4}),
@@ -393,7 +410,7 @@ FAMILY_MODELS = {
 
 
 # Before transformers 5 their attention called no interface; rope_parameters are of 5 too.
-FROM_5_ON = ("stablelm", "stablelm in parallel", "ministral3")
+FROM_5_ON = ("stablelm", "stablelm in parallel", "ministral3", "qwen2-vl", "qwen2.5-vl", "ministral3 with images")
 
 
 def family_missing(name: str) -> str | None:
@@ -417,7 +434,7 @@ def family_models():
             torch.manual_seed(7)
             config = getattr(transformers, kind)(**copy.deepcopy(settings))
             attention = "eager" if "attn_logit_softcapping" in settings else None
-            model = made[name] = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            model = made[name] = auto_class(transformers, config).from_config(config, attn_implementation=attention)
             for part, parameter in model.named_parameters():
                 # Gemma's norms multiply by one plus their weight.
                 if parameter.ndim == 1 and part.endswith("weight"):

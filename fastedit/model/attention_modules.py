@@ -112,14 +112,20 @@ def attend_fused_with_scaled_bias(module: Any, rows: Tensor, plan: Plan, table: 
 
 
 def rotate_by_module(module: Any, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Rotary tables from a rotary embedding module for positions (n_rows,), one per layer type if it has several."""
+    """Rotary tables from a rotary embedding module for positions (n_rows,), one per layer type if it has several.
+
+    One that is cut into sections for images, as Qwen VL's, takes the positions of a text three times."""
     like = torch.empty(0, dtype=dtype, device=positions.device)
     kinds = getattr(module, "layer_types", None)
 
-    if kinds is None:
-        return Rotary({"": module(like, positions[None])})
+    config = getattr(module, "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    ids = positions.expand(3, 1, -1) if "mrope_section" in rope else positions[None]
 
-    return Rotary({kind: module(like, positions[None], kind) for kind in kinds})
+    if kinds is None:
+        return Rotary({"": module(like, ids)})
+
+    return Rotary({kind: module(like, ids, kind) for kind in kinds})
 
 
 def rotate_by_table(table: Tensor, positions: Tensor, dtype: torch.dtype) -> Rotary:

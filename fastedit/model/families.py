@@ -322,14 +322,20 @@ GEMMA = replace(
     activation="hidden_activation",
 )
 
-GEMMA_VISION = replace(
-    GEMMA,
-    name="gemma with images",
-    layers="model.language_model.layers",
-    embedding="model.language_model.embed_tokens",
-    final_norm="model.language_model.norm",
-    rotary="model.language_model.rotary_emb",
-)
+
+def _with_images(row: Family) -> Family:
+    """The row of a model that reads images too, whose language model, below `model.language_model`, is of another row.
+
+    Texts alone are edited and measured. The rotary embedding of Qwen 2 and 3 VL gives a text its positions three times,
+    so that its tables are the ordinary ones."""
+    paths: dict[str, Any] = {
+        name: f"model.language_model.{path.removeprefix('model.')}"
+        for name in ("layers", "embedding", "final_norm", "rotary")
+        if (path := getattr(row, name)) is not None
+    }
+
+    return replace(row, name=f"{row.name} with images", **paths)
+
 
 GPT2 = Family(
     name="gpt2",
@@ -364,6 +370,7 @@ GPTJ = replace(
 GPTJ_SHARED = replace(GPTJ, name="gptj with one table", rotary="transformer.rotary_emb.embed_positions")
 
 CODEGEN = replace(GPTJ, name="codegen", attend=attend_fused_in_pairs, config=(("model_type", "codegen"),))
+CODEGEN_SHARED = replace(CODEGEN, name="codegen with one table", rotary=GPTJ_SHARED.rotary)
 
 GPT_NEO = replace(GPT2, name="gpt-neo", attention="attn.attention", attend=attend_unscaled)
 
@@ -484,7 +491,16 @@ OPT_350M = replace(
 # The first row that fits is taken: one that another row fits too stands in front of that.
 FAMILIES = (
     *(MINISTRAL_3, GRANITE, LLAMA, COHERE, STABLELM, STABLELM_PARALLEL, STARCODER2, PHI, PHI3, GLM, GLM4, OLMO2),
-    *(GEMMA, GEMMA_VISION, GPT_NEO, GPT2, CODEGEN, GPTJ, GPTJ_SHARED),
+    *(
+        GEMMA,
+        *map(_with_images, (MINISTRAL_3, LLAMA, GEMMA)),
+        GPT_NEO,
+        GPT2,
+        CODEGEN,
+        CODEGEN_SHARED,
+        GPTJ,
+        GPTJ_SHARED,
+    ),
     *(NEOX, replace(NEOX, name="gpt-neox in sequence", parallel=False, config=(("use_parallel_residual", False),))),
     *(FALCON, FALCON_NEW, FALCON_IN_SEQUENCE, FALCON_WITH_ALIBI, BLOOM, OPT, OPT_350M),
 )

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from fastedit.editor import Editor
 from fastedit.methods.closed_form.config import NSEConfig, TemplateConfig, ValueConfig
@@ -28,12 +27,14 @@ ROWS = {
     "cohere2": "cohere",
     **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
     "gemma3 with images": "gemma with images",
+    "ministral3 with images": "ministral 3 with images",
+    **dict.fromkeys(("llava", "qwen2-vl", "qwen2.5-vl"), "llama with images"),
     "pythia": "gpt-neox",
 }
 # d_model and d_ff, and positions of a text, where they are not 32, 48 and 64.
 SIZES = {"bloom": (48, 192)}
 WINDOWED = ("gemma2", "gemma3", "gemma3 with images", "cohere2", "starcoder2", "gpt-neo", "exaone4")
-POSITIONS = {**dict.fromkeys(WINDOWED, 40), "ministral3": 48}
+POSITIONS = {**dict.fromkeys(WINDOWED, 40), "ministral3": 48, "ministral3 with images": 48}
 LAYER = 1
 TEMPLATES = ("{}", "The old house. {}", "In one day. {}")
 VALUE = ValueConfig(steps=12, lr=0.2, stop_loss=0)
@@ -269,7 +270,7 @@ def test_an_edit_is_of_the_edited_layers_is_saved_and_undone_bit_for_bit(family_
     assert [report.error for report in run.batches] == [None, None]
     assert changed_names(adapter, before) == {adapter.weight_name(layer) for layer in edited_layers(adapter)}
     editor.save_pretrained(tmp_path)
-    stored = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    stored = type(adapter.model).from_pretrained(tmp_path, dtype=dtype).state_dict()
     assert all(torch.equal(stored[name], tensor) for name, tensor in adapter.model.state_dict().items())
     editor.undo(last=2)
     assert changed_names(adapter, before) == set()
