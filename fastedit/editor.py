@@ -175,8 +175,8 @@ class Editor:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The edited transformers model."""
-        return self.adapter.model
+        """The edited transformers model, or the `PeftModel` around it that was given."""
+        return self.adapter.given
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -27,7 +27,7 @@ from fastedit.methods.closed_form.second_moments import second_moments
 from fastedit.methods.columns.config import AttributionConfig, FiNEConfig, KNConfig, KNEConfig, TrainConfig
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
-from fastedit.model.load import load_transformers
+from fastedit.model.load import auto_class, load_transformers
 from fastedit.records.edit import EditSet
 from fastedit.records.load import load_edits
 
@@ -332,6 +332,26 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "n
 PLAIN = {**SIZES, "n_inner": 48, "initializer_range": 0.2}
 NEOX = {**SIZES, "intermediate_size": 48, "initializer_range": 0.2, "hidden_dropout": 0.2}
 OPT = {**SIZES, "ffn_dim": 48, "init_std": 0.2}
+GPT_NEO = {
+    **{name: SIZES[name] for name in ("vocab_size", "hidden_size", "max_position_embeddings", "pad_token_id")},
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "num_layers": 3,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "attention_types": [[["global", "local", "global"], 1]],
+    "window_size": 40,
+    "initializer_range": 0.2,
+}
+STABLELM = {**GATED, "use_qkv_bias": True, "qk_layernorm": True, "hidden_dropout": 0.2}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 5.0}
+FALCON = {**SIZES, "ffn_hidden_size": 48, "initializer_range": 0.2, "hidden_dropout": 0.2, "bias": True}
+SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.1}
+SCALED["original_max_position_embeddings"] = 48
+
+CLIP = {**VISION, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, "num_hidden_layers": 2}
+THRICE = {**GATED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "fullatt_block_indexes": [0]}
 
 # name: config class and its settings. Caps are low and rotary angles differ, so that leaving one out
 # shows; dropouts are left where a family has them.
@@ -340,17 +360,67 @@ FAMILY_MODELS = {
     "mistral": ("MistralConfig", {**GATED, "sliding_window": None, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", {**GATED, "hidden_act": "gelu"}),
     "qwen3": ("Qwen3Config", {**GATED, "head_dim": 16}),
+    "smollm3": ("SmolLM3Config", {**GATED, "no_rope_layer_interval": 2}),
+    "ministral3": ("Ministral3Config", {**GATED, "head_dim": 16, "rope_parameters": SCALED}),
+    "granite": ("GraniteConfig", {**GATED, **GRANITE}),
+    "cohere": ("CohereConfig", {**GATED, "logit_scale": 0.3, "use_qk_norm": True}),
+    "cohere2": ("Cohere2Config", {**GATED, "logit_scale": 0.3, "sliding_window": 40}),
+    "stablelm": ("StableLmConfig", STABLELM),
+    "stablelm in parallel": ("StableLmConfig", {**STABLELM, "use_parallel_residual": True}),
+    "starcoder2": ("Starcoder2Config", {**GATED, "sliding_window": 40}),
+    "phi": ("PhiConfig", {**GATED, "resid_pdrop": 0.2, "qk_layernorm": True}),
     "phi3": ("Phi3Config", {**GATED, "resid_pdrop": 0.2}),
+    "glm": ("GlmConfig", {**GATED, "head_dim": 16, "attention_bias": True}),
+    "glm4": ("Glm4Config", {**GATED, "head_dim": 16}),
+    "olmo2": ("Olmo2Config", GATED),
+    "exaone4": ("Exaone4Config", {**GATED, "sliding_window": 40, "sliding_window_pattern": 3}),
+    "gemma": ("GemmaConfig", {**GATED, "head_dim": 16}),
     "gemma2": ("Gemma2Config", {**GEMMA, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("Gemma3TextConfig", {**GEMMA, "layer_types": KINDS, "final_logit_softcapping": 3.0}),
     "gemma3 with images": ("Gemma3Config", {"text_config": {**GEMMA, "layer_types": KINDS}, "vision_config": VISION}),
+    "starcoder": ("GPTBigCodeConfig", PLAIN),
+    "llava": ("LlavaConfig", {"text_config": {**GATED, "model_type": "llama"}, "vision_config": CLIP}),
+    "qwen2-vl": ("Qwen2VLConfig", {"text_config": THRICE, "vision_config": {**EYES, "embed_dim": 16}}),
+    "qwen2.5-vl": (
+        "Qwen2_5_VLConfig",
+        {"text_config": THRICE, "vision_config": {**EYES, "hidden_size": 16, "out_hidden_size": 32}},
+    ),
+    "ministral3 with images": (
+        "Mistral3Config",
+        {
+            "text_config": {**GATED, "head_dim": 16, "rope_parameters": SCALED, "model_type": "ministral3"},
+            "vision_config": {**CLIP, "model_type": "pixtral", "head_dim": 8},
+        },
+    ),
     "gpt2": ("GPT2Config", {**PLAIN, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt-neo": ("GPTNeoConfig", GPT_NEO),
+    "codegen": ("CodeGenConfig", {**PLAIN, "n_positions": 64, "n_ctx": 64, "rotary_dim": 4}),
     "gptj": ("GPTJConfig", {**PLAIN, "rotary_dim": 4}),
     "pythia": ("GPTNeoXConfig", NEOX),
     "gpt-neox in sequence": ("GPTNeoXConfig", {**NEOX, "use_parallel_residual": False}),
+    "falcon": ("FalconConfig", {**FALCON, "multi_query": True, "parallel_attn": True}),
+    "falcon with two norms": ("FalconConfig", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon in sequence": ("FalconConfig", {**FALCON, "multi_query": False, "parallel_attn": False}),
+    "falcon with alibi": ("FalconConfig", {**FALCON, "multi_query": False, "parallel_attn": False, "alibi": True}),
+    # Three quarters of a power of two as the number of heads, so that slopes between two powers are used.
+    "bloom": ("BloomConfig", {**SIZES, "n_layer": 3, "n_head": 6, "hidden_size": 48, "initializer_range": 0.2}),
     "opt": ("OPTConfig", OPT),
     "opt-350m": ("OPTConfig", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 24}),
 }
+
+
+# Before transformers 5 their attention called no interface; rope_parameters are of 5 too.
+FROM_5_ON = ("stablelm", "stablelm in parallel", "ministral3", "qwen2-vl", "qwen2.5-vl", "ministral3 with images")
+
+
+def family_missing(name: str) -> str | None:
+    """Why the installed transformers has no model of a family that can be edited; None if it has."""
+    kind, _ = FAMILY_MODELS[name]
+    if not hasattr(transformers, kind):
+        return f"transformers {transformers.__version__} has no {kind}"
+    if name in FROM_5_ON and transformers.__version__.startswith("4."):
+        return f"{name} is edited from transformers 5 on, this is {transformers.__version__}"
+    return None
 
 
 @pytest.fixture(scope="session")
@@ -359,10 +429,12 @@ def family_models():
     made = {}
     with torch.random.fork_rng(devices=[]):
         for name, (kind, settings) in FAMILY_MODELS.items():
+            if family_missing(name) is not None:
+                continue
             torch.manual_seed(7)
             config = getattr(transformers, kind)(**copy.deepcopy(settings))
             attention = "eager" if "attn_logit_softcapping" in settings else None
-            model = made[name] = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            model = made[name] = auto_class(transformers, config).from_config(config, attn_implementation=attention)
             for part, parameter in model.named_parameters():
                 # Gemma's norms multiply by one plus their weight.
                 if parameter.ndim == 1 and part.endswith("weight"):
@@ -375,10 +447,13 @@ def family_models():
 @pytest.fixture(params=FAMILY_MODELS)
 def family(request):
     """Name of a model in FAMILY_MODELS."""
+    if (reason := family_missing(request.param)) is not None:
+        pytest.skip(reason)
     return request.param
 
 
 @pytest.fixture
 def family_adapter(family, family_models, random_tokenizer):
-    """A fresh float32 model of the family, in training mode as its config makes it: 3 layers, d_model 32, d_ff 48."""
+    """A fresh float32 model of the family, in training mode as its config makes it: 3 layers, d_model 32, d_ff 48;
+    BLOOM's d_model is 48, its d_ff 192."""
     return ModelAdapter(copy.deepcopy(family_models[family]), random_tokenizer)

@@ -123,6 +123,9 @@ def _tell(console: Console, error: Exception) -> None:
         text = f"{error.filename}: {error.strerror}"
 
     console.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    # Such as a file to start from.
+    for note in getattr(error, "__notes__", ()):
+        say(console, note)
 
 
 def given(context: typer.Context) -> set[str]:

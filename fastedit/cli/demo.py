@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastedit.editor import Editor
+from fastedit.model.families import FAMILIES, Family
 from fastedit.model.sampling import sample_background
 from fastedit.records.edit import Edit
 from fastedit.records.shipped import shipped_facts
@@ -21,17 +22,23 @@ MOMENT_TOKENS = 16_000
 
 
 def run_demo(
-    source: str, n_edits: int, seed: int, console: Console, device: str = "cpu", lines: Lines | None = None
+    source: str,
+    n_edits: int,
+    seed: int,
+    console: Console,
+    device: str = "cpu",
+    lines: Lines | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> tuple[dict[str, Any], str]:
     """Edit `source` with the shipped facts; returns the data and the closing text. Steps go to `console`.
 
-    lines: what tells of progress in place of bars"""
+    lines: what tells of progress in place of bars; families: the rows to choose the model's family from"""
     started = time.perf_counter()
     edits = shipped_facts(n_edits)
 
     console.print(f"loading {source} ...")
     config = {"moments": {"tokens": MOMENT_TOKENS}}
-    editor = Editor.from_pretrained(source, config=config, seed=seed, device=device, progress=lines)
+    editor = Editor.from_pretrained(source, config=config, seed=seed, device=device, progress=lines, families=families)
 
     console.print(
         f"preparing: {MOMENT_TOKENS:,} tokens of the model's own text give the second moments (once, then stored) ..."

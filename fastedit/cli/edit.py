@@ -29,6 +29,7 @@ from fastedit.cli.inputs import (
     background,
     check_device,
     choose,
+    families,
     make_editor,
     open_model,
     read_prose,
@@ -40,6 +41,7 @@ from fastedit.cli.options import (
     Device,
     Dtype,
     Edits,
+    FamilyFile,
     Fluency,
     Form,
     Join,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from fastedit.editing.guard import Guard
     from fastedit.editing.watch import Watch
     from fastedit.editor import Editor
+    from fastedit.model.families import Family
     from fastedit.records.edit import EditSet
     from fastedit.runs.reports import Run, Watcher
 
@@ -83,6 +86,7 @@ def _edit_meg(
     console: Console,
     typed: set[str],
     model: tuple[str, Dtype, str],
+    rows: Sequence[Family],
     method: str,
     path: Path,
     reading: Reading,
@@ -97,7 +101,7 @@ def _edit_meg(
 ) -> None:
     """`edit --method meg`: nothing is written into a weight, so the flags about weights are refused.
 
-    model: what `open_model` takes"""
+    model, rows: what `open_model` takes"""
     from fastedit.cli import meg
     from fastedit.methods.meg.config import method_name
     from fastedit.methods.meg.editor import MeG
@@ -110,7 +114,7 @@ def _edit_meg(
     beside = [] if others is None else read_records(console, others, Reading(on_invalid=reading.on_invalid))
 
     lines = open_lines(console)
-    editor = MeG(open_model(*model, lines), method_name(method), config, seed, lines)
+    editor = MeG(open_model(*model, lines, rows), method_name(method), config, seed, lines)
     emit(as_json, *meg.edit(editor, records, beside, work_dir, reading.on_invalid, evaluation, place, force))
 
 
@@ -212,6 +216,7 @@ def edit(
     calibrate: Calibrate = True,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    family: FamilyFile = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="edits written together; default: the method's")] = None,
     start: Start = 0,
     limit: Limit = None,
@@ -246,8 +251,8 @@ def edit(
         reading = Reading(start, limit, form, target_field, on_invalid, join)
         if method in MEG_METHODS:
             return _edit_meg(
-                console, typed, (model, dtype, device), method, edits, reading, others, settings or [], seed, work_dir,
-                evaluation, save, force, as_json,
+                console, typed, (model, dtype, device), families(family), method, edits, reading, others,
+                settings or [], seed, work_dir, evaluation, save, force, as_json,
             )  # fmt: skip
 
         chosen = choose(method, preset, settings or [], moment_tokens, typed)
@@ -257,11 +262,12 @@ def edit(
         saving.check(model, typed)
         check_device(device)
         _tell_run(console, run_dir, resume)
+        rows = families(family, run_dir)
         records = read_records(console, edits, reading)
         guard = _guard(records, canaries, max_growth)
 
         lines = open_lines(console)
-        adapter = open_model(model, dtype, device, lines)
+        adapter = open_model(model, dtype, device, lines, rows)
         editor = make_editor(adapter, chosen, source, seed, typed, lines, calibrate)
         stage(lines, f"settings of {method}: {_origin(editor)}")
         saving.check_loaded(editor)

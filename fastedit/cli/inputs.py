@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastedit.methods.base import AnyMethod
     from fastedit.model.adapter import ModelAdapter
     from fastedit.model.background_text import Source
+    from fastedit.model.families import Family
     from fastedit.records.edit import EditSet, Problem
 
 TEXT_FLAGS = ("moments", "moment_tokens")
@@ -168,13 +169,33 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device: {device} is not here; there is {there}")
 
 
-def open_model(model: str, dtype: Dtype | None, device: str, lines: Lines | None) -> ModelAdapter:
-    """A loaded model. dtype: None = float32"""
+def open_model(
+    model: str, dtype: Dtype | None, device: str, lines: Lines | None, rows: Sequence[Family] | None = None
+) -> ModelAdapter:
+    """A loaded model. dtype: None = float32; rows: to choose its family from, None = those that ship"""
     check_device(device)
     stage(lines, f"loading {model}")
     from fastedit.model.load import load_model
 
-    return load_model(model, dtype or "float32", device)
+    return load_model(model, dtype or "float32", device, families(None) if rows is None else rows)
+
+
+def families(file: Path | None, run_dir: Path | None = None) -> Sequence[Family]:
+    """The rows to choose a model's family from: the one of a file, or those that ship.
+
+    run_dir: of a run that goes on, whose own row counts where no file is given
+    Raises ValueError for what is no row; OSError."""
+    from fastedit.model.families import FAMILIES
+    from fastedit.model.family_file import read_family
+    from fastedit.runs.log import is_run
+    from fastedit.runs.recorder import Recorder
+
+    if file is not None:
+        return (read_family(file),)
+    if run_dir is not None and is_run(run_dir):
+        return Recorder.open(run_dir, quiet=True).families
+
+    return FAMILIES
 
 
 def make_editor(

@@ -16,9 +16,9 @@ from fastedit.cli import runs
 from fastedit.cli.cache import cache
 from fastedit.cli.console import AsJson, emit, errors, open_console, open_lines
 from fastedit.cli.edit import edit
-from fastedit.cli.inputs import check_device
+from fastedit.cli.inputs import check_device, families
 from fastedit.cli.measure import evaluate_command, locate, stats
-from fastedit.cli.options import Device, Seed
+from fastedit.cli.options import Device, FamilyFile, Seed
 from fastedit.cli.suggest import suggest_command
 
 app = typer.Typer(
@@ -73,6 +73,7 @@ def demo(
     n_edits: Annotated[int, typer.Option(min=1, help="how many of the shipped facts")] = 50,
     seed: Seed = 0,
     device: Device = "cpu",
+    family: FamilyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Edit a real model with the facts that ship with fastedit, and show what changed and what did not."""
@@ -81,7 +82,7 @@ def demo(
         check_device(device)
         from fastedit.cli.demo import run_demo
 
-        data, text = run_demo(model, n_edits, seed, console, device, open_lines(console))
+        data, text = run_demo(model, n_edits, seed, console, device, open_lines(console), families(family))
         emit(as_json, data, text)
 
 

@@ -16,6 +16,7 @@ from fastedit.cli.inputs import (
     background,
     check_device,
     choose,
+    families,
     open_model,
     read_prose,
     read_records,
@@ -25,6 +26,7 @@ from fastedit.cli.options import (
     Device,
     Dtype,
     Edits,
+    FamilyFile,
     Fluency,
     Form,
     Join,
@@ -64,6 +66,7 @@ def evaluate_command(
     fluency_prompts: Fluency = 50,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    family: FamilyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on edit records, beside the unedited one."""
@@ -73,6 +76,7 @@ def evaluate_command(
         from fastedit.records.check import check_edits
 
         check_device(device)
+        rows = families(family)
         prose = read_prose(text)
         records = read_records(console, edits, Reading(start, limit, form, target_field, on_invalid, join))
         lines = open_lines(console)
@@ -81,11 +85,11 @@ def evaluate_command(
             from fastedit.methods.meg.editor import MeG
 
             refuse(given(context), command.UNUSED_BY_EVAL)
-            opened = MeG(open_model(model, dtype, device, lines), progress=lines)
+            opened = MeG(open_model(model, dtype, device, lines, rows), progress=lines)
             return emit(as_json, *command.evaluate(opened, meg, records))
 
-        after = open_model(model, dtype, device, lines)
-        before = after if unedited is None else open_model(unedited, dtype, device, lines)
+        after = open_model(model, dtype, device, lines, rows)
+        before = after if unedited is None else open_model(unedited, dtype, device, lines, rows)
         limits = {
             "tokenizer": after.tokenizer,
             "max_positions": after.max_positions,
@@ -108,6 +112,7 @@ def stats(
     settings: Settings = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    family: FamilyFile = None,
     seed: Seed = 0,
     moments: MomentText = None,
     moment_tokens: MomentTokens = None,
@@ -123,10 +128,10 @@ def stats(
         chosen = choose(method, preset, settings or [], moment_tokens, given(context))
         if not chosen.method.uses_second_moments:
             raise ValueError(f"{method} uses no second moments")
-        source = background(moments, seed)
+        source, rows = background(moments, seed), families(family)
 
         lines = open_lines(console)
-        adapter = open_model(model, dtype, device, lines)
+        adapter = open_model(model, dtype, device, lines, rows)
         if asked is not None and asked[-1] >= adapter.n_layers:
             raise ValueError(f"--layers must lie in 0-{adapter.n_layers - 1}, got {layers}")
         wanted, windows = _asked_of(chosen, adapter, asked)
@@ -184,6 +189,7 @@ def locate(
     force: Annotated[bool, typer.Option("--force", help="replace a PNG that stands there")] = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    family: FamilyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the neurons that FiNE would write for one edit, and the tokens that they promote."""
@@ -194,7 +200,7 @@ def locate(
 
         if plot is not None:
             check_file(plot, force)
-        adapter = open_model(model, dtype, device, open_lines(console))
+        adapter = open_model(model, dtype, device, open_lines(console), families(family))
         report = locate_neurons(adapter, prompt, target, neurons, frozen_layers)
         if plot is not None:
             with new_file(plot, force) as file:

@@ -25,6 +25,9 @@ MomentText = Annotated[Path | None, typer.Option(help="text for second moments; 
 MomentTokens = Annotated[int | None, typer.Option(min=1, help="tokens for second moments")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the weights")]
 Device = Annotated[str, typer.Option(help="where the model runs: cpu, cuda, cuda:1, or auto, spread over all devices")]
+FamilyFile = Annotated[
+    Path | None, typer.Option("--family", help="YAML of module paths and names, for a model of no known family")
+]
 Preset = Annotated[
     str | None,
     typer.Option(help="settings: a name, or a .yaml file; default: those made for this model, or derived"),

@@ -264,7 +264,7 @@ def _model(recorder: Recorder, onto: str | None, device: str, lines: Lines | Non
     """The unedited model of a run. onto: None = from where it was loaded"""
     about = recorder.header["model"]
     if onto is not None:
-        return open_model(onto, about["dtype"], device, lines)
+        return open_model(onto, about["dtype"], device, lines, recorder.families)
 
     stage(lines, f"loading {about['source']}")
     return recorder.load_model(device)

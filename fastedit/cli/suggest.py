@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from fastedit.cli.console import AsJson, emit, errors, given, open_console, open_lines
-from fastedit.cli.inputs import background, check_device, choose, open_model
-from fastedit.cli.options import Device, Dtype, Model, MomentText, MomentTokens, Seed, Settings
+from fastedit.cli.inputs import background, check_device, choose, families, open_model
+from fastedit.cli.options import Device, Dtype, FamilyFile, Model, MomentText, MomentTokens, Seed, Settings
 
 Tried = Annotated[
     Literal["nse", "memit", "alphaedit", "fine", "kne", "kn"], typer.Option(help="the method whose settings are wanted")
@@ -29,6 +29,7 @@ def suggest_command(
     force: Force = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    family: FamilyFile = None,
     seed: Seed = 0,
     moments: MomentText = None,
     moment_tokens: MomentTokens = None,
@@ -46,10 +47,10 @@ def suggest_command(
                 check_file(place, force)
         check_device(device)
         chosen = choose(method, None, settings or [], moment_tokens, given(context))
-        source = background(moments, seed)
+        source, rows = background(moments, seed), families(family)
 
         lines = open_lines(console)
-        adapter = open_model(model, dtype, device, lines)
+        adapter = open_model(model, dtype, device, lines, rows)
         found = suggest(adapter, chosen.method, chosen.changes, source, seed, lines)
 
         if out is not None:

@@ -38,7 +38,7 @@ def rounded_weights(
     rounded: dict[Hashable, Tensor] = {}
     found = {}
 
-    for name, tensor in model.model.state_dict().items():
+    for name, tensor in model.state().items():
         wanted = _saved_dtype(model, name, tensor, dtype)
         key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), wanted
 

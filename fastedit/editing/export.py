@@ -23,6 +23,7 @@ from fastedit.editing.gguf_file import base_model, write_gguf
 from fastedit.evaluation.answers import answer
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.load import ALIASES
+from fastedit.model.save import ADAPTERS
 from fastedit.records.edit import Edit
 from fastedit.records.join import joined
 from fastedit.runtime.hashing import canonical
@@ -47,6 +48,10 @@ STALE = {
     "lora": ("adapter_config.json", "adapter_model.safetensors"),
     "gguf": (),
 }
+ADAPTERS_BESIDE = (
+    f"the weights are those of the edited base model; its LoRA adapters are in {ADAPTERS}/ beside them, unchanged, and"
+    " peft puts them on (PeftModel.from_pretrained(base, folder))"
+)
 # Edits whose texts the saved tokenizer must read as the model's does.
 TEXTS_COMPARED = 100
 
@@ -202,7 +207,8 @@ def _save_checkpoint(
         log.warning("%s", wrong)
 
     unedited = None if edits else "no edit is in force: this is the unedited model"
-    notes = tuple(note for note in (wrong, unedited) if note is not None)
+    beside = None if not adapter.has_adapters else ADAPTERS_BESIDE
+    notes = tuple(note for note in (wrong, unedited, beside) if note is not None)
     return Exported("", "checkpoint", _name(main_dtype(tensors)), notes=notes), tensors
 
 
@@ -379,7 +385,7 @@ def _holds(adapter: ModelAdapter, edits: Sequence[Edit], saved: Mapping[str, Ten
 
     saved: by the names of the state dict, in any dtype
     None without edits, and unless `always` where the model has them already, bit for bit."""
-    parameters = dict(adapter.model.named_parameters())
+    parameters = adapter.parameters()
     other = {
         name: tensor.to(parameters[name].device, parameters[name].dtype)
         for name, tensor in saved.items()

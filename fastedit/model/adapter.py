@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,19 +21,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastedit.model import lora
+from fastedit.model.attention_modules import BY_INTERFACE
 from fastedit.model.families import (
     FAMILIES,
     Family,
     UnsupportedModel,
     activation_name,
-    attend_by_interface,
     check_weights,
-    choose,
+    factor,
     find,
     max_positions,
     refuse_wrapped,
     text_config,
 )
+from fastedit.model.family_search import choose
 from fastedit.model.logits import Head, LogitBuffer
 from fastedit.model.packed_attention import Plan, Rotary, plan_sequences
 from fastedit.ops.capture_keys import activate
@@ -72,14 +75,18 @@ class Mixed(NamedTuple):
 class ModelAdapter:
     """A causal language model and its tokenizer, with the same interface for every family.
 
-    model: a transformers causal language model, whose weights are edited in place
+    model: a transformers causal language model, whose weights are edited in place, or PEFT's `PeftModel` around one
+        with LoRA adapters: its base weights are edited, with the adapters on (:mod:`fastedit.model.lora`)
     tokenizer: its fast tokenizer, since character offsets are needed
     families: the rows to choose from; the first that fits is taken. For another family put a row of your own in front
     Raises UnsupportedModel if no row fits, if the model is quantised or has offloaded weights, if the tokenizer is not
-    a fast one, or if the model is wrapped, has adapter layers, or has no head.
+    a fast one, or if the model is wrapped otherwise, has other adapters, or has no head.
     """
 
     def __init__(self, model: Any, tokenizer: Any, families: Sequence[Family] = FAMILIES) -> None:
+        # What was handed over: the model, or the wrapper around it.
+        self.given = model
+        model = lora.unwrapped(model)
         refuse_wrapped(model)
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedModel(f"{type(tokenizer).__name__}: a fast tokenizer with character offsets is needed")
@@ -106,7 +113,10 @@ class ModelAdapter:
         self.d_model, self.d_ff = (int(size) for size in self.down_weight(0).shape)
         self.n_layers = len(self.layers)
         self.activation_name = activation_name(config, self.family.activation)
-        self.max_positions = max_positions(config)
+        self.max_positions = max_positions(config, self.family.n_positions)
+        self._embedding_factor = factor(config, self.family.embedding_factor)
+        self._residual_factor = factor(config, self.family.residual_factor)
+        self._logit_factor = factor(config, self.family.logit_factor)
 
     def __repr__(self) -> str:
         return (
@@ -157,8 +167,13 @@ class ModelAdapter:
         return self.family.ffn_out_norm is None or self.family.output_norm is None
 
     @property
+    def value_gain(self) -> float:
+        """What a change of the down-projection's output is multiplied by where it becomes a change of the value."""
+        return 1.0 if self.post_norm else self._residual_factor
+
+    @property
     def head(self) -> Head:
-        """The unembedding. Its weight is a view of the model's."""
+        """The unembedding. Its weight is a view of the model's; a factor of the logits is in `final_norm`."""
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         softcap = getattr(text_config(self.model), "final_logit_softcapping", None)
@@ -173,7 +188,7 @@ class ModelAdapter:
         if (project := _optional(self.model, self.family.project_out)) is not None:
             rows = rows.to(project.weight.device) @ project.weight.detach()
 
-        return rows.to(self.device)
+        return _times(rows, self._logit_factor).to(self.device)
 
     def token_embedding(self, tokens: Tensor) -> Tensor:
         """Input embeddings of token ids (n,) without positions, (n, d_model)."""
@@ -190,15 +205,16 @@ class ModelAdapter:
 
         For passes through the layers above the value layer. Rotary tables are still computed in float32."""
         shared = [self.model.config, text_config(self.model), *self.layers[:first]]
-        copied = copy.deepcopy(self.model, {id(part): part for part in shared})
+        upper = ModelAdapter(
+            copy.deepcopy(self.given, {id(part): part for part in shared}), self.tokenizer, (self.family,)
+        )
 
-        upper_layers = find(copied, self.family.layers)[first:]
-        behind_layers = [_optional(copied, path) for path in (self.family.final_norm, self.family.project_out)]
-        for part in (*upper_layers, *behind_layers, copied.get_output_embeddings()):
+        behind_layers = [_optional(upper.model, path) for path in (self.family.final_norm, self.family.project_out)]
+        for part in (*upper.layers[first:], *behind_layers, upper.model.get_output_embeddings()):
             if part is not None:
-                part.to(dtype)
+                # `packed` does this for the model alone, and a model in training mode would drop rows in its copy.
+                part.to(dtype).eval().requires_grad_(False)
 
-        upper = ModelAdapter(copied, self.tokenizer, (self.family,))
         # The config is shared, and with it what packed passes change.
         upper.lock = self.lock
 
@@ -229,8 +245,36 @@ class ModelAdapter:
         """A tensor in the layout of `down_parameter(layer)` as a (d_model, d_ff) view, and the other way around."""
         return stored.T if self._layers[layer].transposed else stored
 
+    def output_weight(self, layer: int) -> Tensor:
+        """What the down-projection of a layer multiplies keys with, (d_model, d_ff): W, and on it what adapters add."""
+        added = lora.added(self._layers[layer].down)
+        weight = self.down_weight(layer)
+
+        return weight if added is None else weight + self.oriented(layer, added.detach()).to(weight.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's state dict without what adapters have in it, under the names of a model without them."""
+        named = dict(self.model.state_dict())
+        if not self.has_adapters:
+            return named
+
+        return {stored: part for name, part in named.items() if (stored := lora.stored_name(name)) is not None}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by the names that `state` has."""
+        named = dict(self.model.named_parameters())
+        if not self.has_adapters:
+            return named
+
+        return {stored: part for name, part in named.items() if (stored := lora.stored_name(name)) is not None}
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters of PEFT are on the model."""
+        return self.given is not self.model
+
     def weight_name(self, layer: int) -> str:
-        """Full parameter name of `down_parameter(layer)` in the model's state dict."""
+        """Full parameter name of `down_parameter(layer)` in `state`."""
         return f"{self.family.layers}.{layer}.{self.family.down}.weight"
 
     @contextlib.contextmanager
@@ -247,7 +291,7 @@ class ModelAdapter:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, _attend)
-        config = self._layers[0].attention.config if self.family.attend is attend_by_interface else None
+        config = self._layers[0].attention.config if self.family.attend in BY_INTERFACE else None
         implementation = getattr(config, "_attn_implementation", None)
 
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -268,10 +312,11 @@ class ModelAdapter:
     def weights_hash(self, layer: int) -> str:
         """SHA-256 over the embeddings and the layers up to `layer`, on which keys of that layer depend, hexadecimal."""
         digest = hashlib.sha256()
-        paths = (self.family.embedding, self.family.positions, self.family.project_in)
+        paths = (self.family.embedding, self.family.embedding_norm, self.family.positions, self.family.project_in)
         embeddings = [part for path in paths if (part := _optional(self.model, path)) is not None]
 
         for module in (*embeddings, *self.layers[: layer + 1]):
+            digest.update(lora.describe(module).encode())
             for name, parameter in module.named_parameters():
                 digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
                 digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -293,15 +338,20 @@ class ModelAdapter:
         return rows
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
-        """Rows of the token embedding. transformers 4 scales Gemma 2's behind the embedding, later releases in it."""
+        """Rows of the token embedding, times its factor, behind its norm.
+
+        transformers 4 scales those of Gemma 1 and 2 behind the embedding, later releases in it."""
         embedding = find(self.model, self.family.embedding)
         rows = embedding(token_ids)
 
         config = text_config(self.model)
-        if config.model_type == "gemma2" and not hasattr(embedding, "embed_scale"):
+        if config.model_type in ("gemma", "gemma2") and not hasattr(embedding, "embed_scale"):
             rows = rows * torch.tensor(config.hidden_size**0.5, dtype=rows.dtype)
 
-        return rows
+        rows = _times(rows, self._embedding_factor)
+        norm = _optional(self.model, self.family.embedding_norm)
+
+        return rows if norm is None else norm(_on_device_of(rows, norm))
 
     def rotary(self, positions: Tensor) -> Rotary:
         """Rotary tables for rows at positions (n_rows,)."""
@@ -327,7 +377,7 @@ class ModelAdapter:
         if parts.attention_out_norm is not None:
             attended = parts.attention_out_norm(attended)
 
-        residual = rows + attended
+        residual = rows + _times(attended, self._residual_factor)
         if parts.sum_norm is not None:
             residual = parts.sum_norm(residual)
 
@@ -368,7 +418,8 @@ class ModelAdapter:
         """End of a decoder layer: the rows that enter the next layer, from the residual stream and the
         down-projection's output, (n_rows, d_model) each."""
         parts = self._layers[layer]
-        rows = residual + (output if parts.ffn_out_norm is None else parts.ffn_out_norm(output))
+        output = output if parts.ffn_out_norm is None else parts.ffn_out_norm(output)
+        rows = residual + _times(output, self._residual_factor)
 
         return rows if parts.output_norm is None else parts.output_norm(rows)
 
@@ -396,14 +447,16 @@ class ModelAdapter:
         return rows
 
     def final_norm(self, rows: Tensor) -> Tensor:
-        """What the head reads, (n_rows, d_head) on its device, of rows (n_rows, d_model) after the last layer."""
+        """What the head reads, (n_rows, d_head) on its device, of rows (n_rows, d_model) after the last layer.
+
+        A factor of the logits is in it."""
         if (norm := _optional(self.model, self.family.final_norm)) is not None:
             rows = norm(_on_device_of(rows, norm))
 
         if (project := _optional(self.model, self.family.project_out)) is not None:
             rows = project(_on_device_of(rows, project))
 
-        return _on_device_of(rows, self.model.get_output_embeddings())
+        return _times(_on_device_of(rows, self.model.get_output_embeddings()), self._logit_factor)
 
     @torch.no_grad()
     def generate(self, token_ids: Tensor, n_new: int, top_k: int, generator: torch.Generator | None = None) -> Tensor:
@@ -416,9 +469,13 @@ class ModelAdapter:
         new = token_ids
         cache = None
 
+        # BLOOM of transformers 4 refuses what it does not know.
+        takes = inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
         with self.lock, self._evaluating():
             for _ in range(n_new):
-                output = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                output = self.model(input_ids=new, past_key_values=cache, use_cache=True, **options)
                 cache = output.past_key_values
                 logits = output.logits[:, -1].float()
 
@@ -584,7 +641,7 @@ class _LayerParts:
 
         parts = {field.name: _optional(layer, getattr(family, field.name)) for field in fields(cls)[2:]}
 
-        return cls(kind, isinstance(parts["down"], Conv1D), **parts)
+        return cls(kind, isinstance(lora.without(parts["down"]), Conv1D), **parts)
 
     @property
     def device(self) -> torch.device:
@@ -623,6 +680,11 @@ def _local_rotary(model: Any, family: Family) -> Any:
 
 def _is_half(weight: Tensor) -> bool:
     return weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _times(rows: Tensor, number: float) -> Tensor:
+    """The rows times a number; the rows themselves for 1."""
+    return rows if number == 1 else rows * number
 
 
 def _optional(module: Any, path: str | None) -> Any:

@@ -3,19 +3,34 @@
 A row describes a decoder layer as
     sum    = rows + attention(attention_norm(rows))
     output = sum + down(activation(gate(x)) * up(x))        x = ffn_norm(sum), or ffn_norm(rows) in a parallel layer
-Further norms are optional fields. The family of a model is chosen by the model's structure, not by its name.
+Further norms, and factors that the config names, are optional fields. The family of a model is chosen by the model's
+structure, and by entries of its config where models of one structure compute different things.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastedit.model.packed_attention import Plan, Rotary
+from fastedit.model.attention_modules import (
+    Attend,
+    Rotate,
+    attend_before_scaling,
+    attend_by_interface,
+    attend_fused,
+    attend_fused_in_pairs,
+    attend_fused_with_bias,
+    attend_fused_with_scaled_bias,
+    attend_in_pairs,
+    attend_unscaled,
+    bias_by_position,
+    bias_in_bfloat16,
+    rotate_by_module,
+    rotate_by_table,
+)
 from fastedit.ops.apply_delta import WEIGHT_DTYPES
 
 ACTIVATION_NAMES = {
@@ -34,66 +49,9 @@ QUANTISED = (
     " save_pretrained wrote"
 )
 
-Attend = Callable[[Any, Tensor, Plan, tuple[Tensor, Tensor] | None], Tensor]
-Rotate = Callable[[Any, Tensor, torch.dtype], Rotary]
-
 
 class UnsupportedModel(ValueError):
     """A model of no known family, one whose weights cannot be edited, or one whose logits packed passes get wrong."""
-
-
-def attend_by_interface(module: Any, rows: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Run an attention module that calls transformers' attention interface, which `ModelAdapter.packed` replaces."""
-    return module(hidden_states=rows[None], position_embeddings=rotary, attention_mask=None, packed_plan=plan)[0][0]
-
-
-def attend_in_pairs(module: Any, rows: Tensor, plan: Plan, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Run GPT-J's attention, which does not call transformers' interface.
-
-    Its rotary embedding turns neighbouring elements together, and its scores are float32.
-    Raises ValueError without rotary tables."""
-    if rotary is None:
-        raise ValueError("attend_in_pairs: a row that uses it needs rotary tables")
-
-    shape = (1, rows.shape[0], module.num_attention_heads, module.head_dim)
-    query, key, value = (
-        project(rows).view(shape).transpose(1, 2) for project in (module.q_proj, module.k_proj, module.v_proj)
-    )
-
-    working = torch.promote_types(rows.dtype, torch.float32)
-    query, key = (_turn_pairs(part, *rotary).to(working) for part in (query, key))
-    mixed = plan(module.layer_idx, query, key, value.to(working), module.head_dim**-0.5)
-
-    return module.out_proj(mixed[0].flatten(1).to(rows.dtype))
-
-
-def _turn_pairs(part: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate the first n_pairs pairs of neighbouring elements of queries or keys.
-
-    part: (1, n_heads, n_rows, head_dim); cosine, sine: (1, n_rows, n_pairs)"""
-    width = 2 * cosine.shape[-1]
-    even, odd = part[..., 0:width:2], part[..., 1:width:2]
-    turned = torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1).flatten(-2)
-
-    return torch.cat((turned, part[..., width:]), dim=-1)
-
-
-def rotate_by_module(module: Any, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Rotary tables from a rotary embedding module for positions (n_rows,), one per layer type if it has several."""
-    like = torch.empty(0, dtype=dtype, device=positions.device)
-    kinds = getattr(module, "layer_types", None)
-
-    if kinds is None:
-        return Rotary({"": module(like, positions[None])})
-
-    return Rotary({kind: module(like, positions[None], kind) for kind in kinds})
-
-
-def rotate_by_table(table: Tensor, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Rotary tables for positions (n_rows,) from a table (n_positions, 2 * n_pairs) of sines, then cosines."""
-    sine, cosine = table[positions.to(table.device)].to(dtype).chunk(2, dim=-1)
-
-    return Rotary({"": (cosine[None], sine[None])})
 
 
 def _part(what: str, default: Any = MISSING) -> Any:
@@ -105,9 +63,9 @@ def _part(what: str, default: Any = MISSING) -> Any:
 class Family:
     """The row of a family; `Family.needs()` describes each field.
 
-    Paths of `layers`, `embedding`, `final_norm`, `rotary`, `positions`, `project_in` and `project_out` start at the
-    model, all others at a decoder layer. A decoder layer must have exactly the children `layer_modules`: one more, such
-    as a norm after the feed-forward, would change what the layer computes.
+    Paths of `layers`, `embedding`, `embedding_norm`, `final_norm`, `rotary`, `positions`, `project_in` and
+    `project_out` start at the model, all others at a decoder layer. A decoder layer must have exactly the children
+    `layer_modules`: one more, such as a norm after the feed-forward, would change what the layer computes.
     """
 
     name: str = _part("the name of the family")
@@ -118,7 +76,8 @@ class Family:
     down: str = _part("path of the projection out of the neurons, whose weight is edited, in a layer")
     layer_modules: frozenset[str] = _part("names of all children of a decoder layer")
     final_norm: str | None = _part("path of the norm before the head", None)
-    rotary: str | None = _part("path of the rotary embedding", None)
+    embedding_norm: str | None = _part("path of a norm of the embedded tokens", None)
+    rotary: str | None = _part("path of what the tables of positions are made from, such as a rotary embedding", None)
     positions: str | None = _part("path of learned position embeddings", None)
     project_in: str | None = _part("path of a projection after the embedding, used if the model has it", None)
     project_out: str | None = _part("path of a projection before the head, used if the model has it", None)
@@ -130,7 +89,11 @@ class Family:
     ffn_out_norm: str | None = _part("norm of the output of the feed-forward, before it is added", None)
     output_norm: str | None = _part("norm of the layer's output", None)
     parallel: bool = _part("True when attention and feed-forward read the same rows", False)
-    activation: str = _part("name of the config entry that names the activation", "hidden_act")
+    embedding_factor: str | None = _part("config entry by which embedded tokens are multiplied", None)
+    residual_factor: str | None = _part("config entry by which both halves' outputs are multiplied", None)
+    logit_factor: str | None = _part("config entry by which logits are multiplied; 1/ENTRY divides", None)
+    activation: str = _part("config entry that names the activation, or the activation itself", "hidden_act")
+    n_positions: int | None = _part("positions of a text, if neither its config nor the model bounds them", None)
     config: tuple[tuple[str, object], ...] = _part("(name, value) of config entries that the model must have", ())
     rotate: Rotate = field(default=rotate_by_module, metadata={"what": "function that makes the rotary tables"})
     attend: Attend = field(default=attend_by_interface, metadata={"what": "function that runs an attention module"})
@@ -145,14 +108,14 @@ class Family:
 
     def misfits(self, model: Any) -> list[str]:
         """Why `model` is not of this family, one phrase per reason; empty if it is."""
-        paths = (self.layers, self.embedding, self.final_norm, self.rotary, self.positions)
+        paths = (self.layers, self.embedding, self.embedding_norm, self.final_norm, self.rotary, self.positions)
         reasons = [f"has no {path}" for path in paths if not _has(model, path)]
 
         layers = find(model, self.layers)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            return [*reasons, f"{self.layers} is no list of layers"]
-
-        reasons += self._layers_misfits(layers)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            reasons += self.layers_misfits(layers)
+        else:
+            reasons.append(f"{self.layers} is no list of layers")
 
         for name, value in self.config:
             if (actual := getattr(text_config(model), name, None)) != value:
@@ -160,7 +123,7 @@ class Family:
 
         return reasons
 
-    def _layers_misfits(self, layers: nn.ModuleList) -> list[str]:
+    def layers_misfits(self, layers: nn.ModuleList) -> list[str]:
         """As `misfits`, for all decoder layers; a reason that not all layers share names those that it holds for."""
         numbers: dict[str, list[int]] = {}
         for i, layer in enumerate(layers):
@@ -226,21 +189,31 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def max_positions(config: Any) -> int:
+# Names under which configs keep the number of positions, or the width of a window.
+POSITION_ENTRIES = ("max_position_embeddings", "seq_length", "sliding_window")
+
+
+def max_positions(config: Any, otherwise: int | None = None) -> int:
     """The number of positions up to which packed passes equal the model's own, at most as many as the model has.
 
-    Packed passes know no sliding window, and not the other rotary factors of a "longrope" in longer texts.
+    Packed passes know no sliding window, not the other rotary factors of a "longrope" in longer texts, and no scale of
+    queries that depends on the position (Ministral 3).
+    otherwise: the number for a config that names none
     Raises UnsupportedModel for a config that names no such number."""
-    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
+    limits = [getattr(config, name, None) for name in POSITION_ENTRIES]
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        limits.append(getattr(config, "window_size", None))
 
     # transformers 4 calls it rope_scaling, and keeps the number beside it.
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     beside = getattr(config, "original_max_position_embeddings", None)
     for table in [rope] if rope.keys() & {"rope_type", "type"} else rope.values():
-        if isinstance(table, dict) and "longrope" in (table.get("rope_type"), table.get("type")):
+        if not isinstance(table, dict):
+            continue
+        if "longrope" in (table.get("rope_type"), table.get("type")) or table.get("llama_4_scaling_beta"):
             limits.append(table.get("original_max_position_embeddings") or beside)
 
-    known = [int(limit) for limit in limits if limit]
+    known = [int(limit) for limit in limits if limit] or ([] if otherwise is None else [otherwise])
     if not known:
         raise UnsupportedModel(f"{type(config).__name__}: no max_position_embeddings, so no text has a known room")
 
@@ -266,12 +239,77 @@ LLAMA = Family(
     layer_modules=frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}),
 )
 
+# Structured as Llama, but its attention wants to know the positions.
+MINISTRAL_3 = replace(LLAMA, name="ministral 3", attend=attend_before_scaling, config=(("model_type", "ministral3"),))
+
+GRANITE = replace(
+    LLAMA,
+    name="granite",
+    embedding_factor="embedding_multiplier",
+    residual_factor="residual_multiplier",
+    logit_factor="1/logits_scaling",
+    config=(("model_type", "granite"),),
+)
+
+COHERE = replace(
+    LLAMA,
+    name="cohere",
+    ffn_norm=None,
+    layer_modules=LLAMA.layer_modules - {"post_attention_layernorm"},
+    parallel=True,
+    logit_factor="logit_scale",
+)
+
+STABLELM = replace(LLAMA, name="stablelm", layer_modules=LLAMA.layer_modules | {"dropout"})
+
+STABLELM_PARALLEL = replace(
+    STABLELM,
+    name="stablelm in parallel",
+    ffn_norm=None,
+    layer_modules=STABLELM.layer_modules - {"post_attention_layernorm"},
+    parallel=True,
+)
+
+STARCODER2 = replace(LLAMA, name="starcoder2", gate="mlp.c_fc", up=None, down="mlp.c_proj")
+
+PHI = replace(
+    LLAMA,
+    name="phi",
+    final_norm="model.final_layernorm",
+    ffn_norm=None,
+    gate="mlp.fc1",
+    up=None,
+    down="mlp.fc2",
+    layer_modules=frozenset({"self_attn", "mlp", "input_layernorm", "resid_dropout"}),
+    parallel=True,
+)
+
 PHI3 = replace(
     LLAMA,
     name="phi3",
     gate="mlp.gate_up_proj",
     up="mlp.gate_up_proj",
     layer_modules=LLAMA.layer_modules | {"resid_attn_dropout", "resid_mlp_dropout"},
+)
+
+GLM = replace(LLAMA, name="glm", gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
+
+GLM4 = replace(
+    GLM,
+    name="glm4",
+    attention_out_norm="post_self_attn_layernorm",
+    ffn_out_norm="post_mlp_layernorm",
+    layer_modules=LLAMA.layer_modules | {"post_self_attn_layernorm", "post_mlp_layernorm"},
+)
+
+OLMO2 = replace(
+    LLAMA,
+    name="olmo2",
+    attention_norm=None,
+    attention_out_norm="post_attention_layernorm",
+    ffn_norm=None,
+    ffn_out_norm="post_feedforward_layernorm",
+    layer_modules=LLAMA.layer_modules - {"input_layernorm"} | {"post_feedforward_layernorm"},
 )
 
 GEMMA = replace(
@@ -284,14 +322,20 @@ GEMMA = replace(
     activation="hidden_activation",
 )
 
-GEMMA_VISION = replace(
-    GEMMA,
-    name="gemma with images",
-    layers="model.language_model.layers",
-    embedding="model.language_model.embed_tokens",
-    final_norm="model.language_model.norm",
-    rotary="model.language_model.rotary_emb",
-)
+
+def _with_images(row: Family) -> Family:
+    """The row of a model that reads images too, whose language model, below `model.language_model`, is of another row.
+
+    Texts alone are edited and measured. The rotary embedding of Qwen 2 and 3 VL gives a text its positions three times,
+    so that its tables are the ordinary ones."""
+    paths: dict[str, Any] = {
+        name: f"model.language_model.{path.removeprefix('model.')}"
+        for name in ("layers", "embedding", "final_norm", "rotary")
+        if (path := getattr(row, name)) is not None
+    }
+
+    return replace(row, name=f"{row.name} with images", **paths)
+
 
 GPT2 = Family(
     name="gpt2",
@@ -324,6 +368,76 @@ GPTJ = replace(
 
 # From transformers 5.24 on, all layers share one table.
 GPTJ_SHARED = replace(GPTJ, name="gptj with one table", rotary="transformer.rotary_emb.embed_positions")
+
+CODEGEN = replace(GPTJ, name="codegen", attend=attend_fused_in_pairs, config=(("model_type", "codegen"),))
+CODEGEN_SHARED = replace(CODEGEN, name="codegen with one table", rotary=GPTJ_SHARED.rotary)
+
+GPT_NEO = replace(GPT2, name="gpt-neo", attention="attn.attention", attend=attend_unscaled)
+
+FALCON = Family(
+    name="falcon",
+    layers="transformer.h",
+    embedding="transformer.word_embeddings",
+    final_norm="transformer.ln_f",
+    rotary="transformer.rotary_emb",
+    attention="self_attention",
+    attention_norm="input_layernorm",
+    gate="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    layer_modules=frozenset({"self_attention", "mlp", "input_layernorm"}),
+    parallel=True,
+    activation="activation",
+    config=(("alibi", False),),
+    attend=attend_fused,
+)
+
+# 40B and 180B: attention and feed-forward have a norm each.
+FALCON_NEW = replace(
+    FALCON,
+    name="falcon with two norms",
+    attention_norm="ln_attn",
+    ffn_norm="ln_mlp",
+    layer_modules=FALCON.layer_modules - {"input_layernorm"} | {"ln_attn", "ln_mlp"},
+)
+
+FALCON_IN_SEQUENCE = replace(
+    FALCON,
+    name="falcon in sequence",
+    ffn_norm="post_attention_layernorm",
+    layer_modules=FALCON.layer_modules | {"post_attention_layernorm"},
+    parallel=False,
+)
+
+# RefinedWeb's models.
+FALCON_WITH_ALIBI = replace(
+    FALCON_IN_SEQUENCE,
+    name="falcon with alibi",
+    rotary="transformer",
+    config=(("alibi", True),),
+    rotate=bias_in_bfloat16,
+    attend=attend_fused_with_scaled_bias,
+)
+
+BLOOM = Family(
+    name="bloom",
+    layers="transformer.h",
+    embedding="transformer.word_embeddings",
+    embedding_norm="transformer.word_embeddings_layernorm",
+    final_norm="transformer.ln_f",
+    rotary="transformer",
+    attention="self_attention",
+    attention_norm="input_layernorm",
+    ffn_norm="post_attention_layernorm",
+    gate="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    layer_modules=frozenset({"self_attention", "mlp", "input_layernorm", "post_attention_layernorm"}),
+    activation="gelu_new",
+    # Its texts had 2048 tokens in training, which not every config says.
+    n_positions=2048,
+    config=(("apply_residual_connection_post_layernorm", False),),
+    rotate=bias_by_position,
+    attend=attend_fused_with_bias,
+)
 
 NEOX = Family(
     name="gpt-neox",
@@ -374,10 +488,21 @@ OPT_350M = replace(
     config=(("do_layer_norm_before", False),),
 )
 
+# The first row that fits is taken: one that another row fits too stands in front of that.
 FAMILIES = (
-    *(LLAMA, PHI3, GEMMA, GEMMA_VISION, GPT2, GPTJ, GPTJ_SHARED),
+    *(MINISTRAL_3, GRANITE, LLAMA, COHERE, STABLELM, STABLELM_PARALLEL, STARCODER2, PHI, PHI3, GLM, GLM4, OLMO2),
+    *(
+        GEMMA,
+        *map(_with_images, (MINISTRAL_3, LLAMA, GEMMA)),
+        GPT_NEO,
+        GPT2,
+        CODEGEN,
+        CODEGEN_SHARED,
+        GPTJ,
+        GPTJ_SHARED,
+    ),
     *(NEOX, replace(NEOX, name="gpt-neox in sequence", parallel=False, config=(("use_parallel_residual", False),))),
-    *(OPT, OPT_350M),
+    *(FALCON, FALCON_NEW, FALCON_IN_SEQUENCE, FALCON_WITH_ALIBI, BLOOM, OPT, OPT_350M),
 )
 
 
@@ -390,36 +515,9 @@ def refuse_wrapped(model: Any) -> None:
     if not isinstance(model, nn.Module) or getattr(model, "config", None) is None:
         raise UnsupportedModel(f"{name} is no model of transformers: load one with AutoModelForCausalLM")
 
-    adapted = [path for path, part in model.named_modules() if type(part).__module__.startswith("peft.")]
-    if adapted:
-        where = f"{name} is a wrapper of peft" if adapted[0] == "" else f"{name} has adapter layers in {adapted[0]}"
-        raise UnsupportedModel(
-            f"{where}: merge the adapter and edit the model that `merge_and_unload()` of peft gives, or `unload()` it"
-        )
-
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None or get_head() is None:
         raise UnsupportedModel(f"{name} has no language-model head: load it with AutoModelForCausalLM")
-
-
-def choose(model: Any, families: Sequence[Family]) -> Family:
-    """The first row that fits the model.
-
-    Raises UnsupportedModel, which says why the closest row does not fit; what a row needs is in its notes, which a
-    traceback shows."""
-    misfits = [row.misfits(model) for row in families]
-    for row, reasons in zip(families, misfits, strict=True):
-        if not reasons:
-            return row
-
-    closest = min(range(len(families)), key=lambda i: len(misfits[i]), default=None)
-    why = "" if closest is None else f"; {families[closest].name!r} comes closest, but {', '.join(misfits[closest])}"
-    error = UnsupportedModel(
-        f"{type(model).__name__}: no known family fits (known: {', '.join(row.name for row in families)}){why}"
-    )
-    # What BaseException.add_note sets, which Python 3.10 does not have.
-    error.__notes__ = [f"Pass families=(Family(...),) with fastedit.model.families.Family, a row of\n{Family.needs()}"]  # type: ignore[attr-defined]
-    raise error
 
 
 def refuse_quantised(name: str, config: Any) -> None:
@@ -456,12 +554,27 @@ def check_weights(model: Any, family: Family, layers: nn.ModuleList) -> None:
 
 
 def activation_name(config: Any, entry: str) -> str:
-    """The activation's name in :mod:`fastedit.ops.capture_keys`, from the config's `entry`.
+    """The activation's name in :mod:`fastedit.ops.capture_keys`, from the config's `entry`, or `entry` itself.
 
     Raises UnsupportedModel for an unknown activation."""
-    name = getattr(config, entry, None)
+    name = getattr(config, entry, entry if entry in ACTIVATION_NAMES else None)
 
     if name not in ACTIVATION_NAMES:
         raise UnsupportedModel(f"activation {name!r} is not known; known: {', '.join(ACTIVATION_NAMES)}")
 
     return ACTIVATION_NAMES[name]
+
+
+def factor(config: Any, entry: str | None) -> float:
+    """The number in the config's `entry`, or one over it for "1/ENTRY"; 1 for None.
+
+    Raises UnsupportedModel for an entry that is missing or no number other than 0."""
+    if entry is None:
+        return 1.0
+
+    name = entry.removeprefix("1/")
+    number = getattr(config, name, None)
+    if not isinstance(number, (int, float)) or not number:
+        raise UnsupportedModel(f"{type(config).__name__}: {name} is {number!r}, and a number other than 0 is needed")
+
+    return float(number) if name == entry else 1 / float(number)

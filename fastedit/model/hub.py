@@ -79,8 +79,8 @@ def _refuse_adapter_file(file: Path | None) -> None:
 def _what_to_do(base: str | None) -> str:
     of = f" of {base}" if base else ""
     return (
-        f"it holds an adapter{of}, whose layers cannot be edited: merge it into its base model (peft's"
-        " merge_and_unload), save that, and give the saved folder"
+        f"it holds an adapter{of} and no model: load it with peft and give the PeftModel to Editor.from_model, or merge"
+        " it into its base model (peft's merge_and_unload), save that, and give the saved folder"
     )
 
 

@@ -333,7 +333,7 @@ def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: A
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     options = {"device_map": device_map, "attn_implementation": "eager" if capped else None}
     model, report = _own_code_refused(
-        transformers.AutoModelForCausalLM,
+        auto_class(transformers, config),
         place,
         config=config,
         dtype=dtype,
@@ -346,6 +346,16 @@ def _read_model(transformers: Any, place: str, dtype: torch.dtype, device_map: A
     _leave_files(model)
 
     return model, tokenizer
+
+
+def auto_class(transformers: Any, config: Any) -> Any:
+    """transformers' class that makes the language model of a config, alone or inside a model that reads images too."""
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and (
+        type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return transformers.AutoModelForImageTextToText
+
+    return transformers.AutoModelForCausalLM
 
 
 def _look_at(place: str) -> dict[str, bool]:

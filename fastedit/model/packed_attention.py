@@ -124,25 +124,28 @@ class CausalPlan:
 Plan = AttentionPlan | CausalPlan
 
 
-class Rotary:
-    """Cosines and sines of the packed rows' positions, by type of layer.
+# (cosine, sine), each (1, n_rows, rotary_dim); or of a model with ALiBi (bias,), (1, n_rows, n_heads).
+Table = tuple[Tensor, ...]
 
-    tables: layer type -> (cosine, sine), each (1, n_rows, rotary_dim); empty for a model without rotary embeddings
+
+class Rotary:
+    """Cosines and sines of the packed rows' positions, or ALiBi's biases, by type of layer.
+
+    tables: layer type -> its `Table`; empty for a model whose attention reads no positions
     """
 
-    def __init__(self, tables: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, tables: Mapping[str, Table]) -> None:
         self._tables = tables
-        self._placed: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._placed: dict[tuple[str, torch.device], Table] = {}
 
-    def at(self, kind: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """The table for layers of type `kind`, on `device`; None for a model without rotary embeddings."""
+    def at(self, kind: str, device: torch.device) -> Table | None:
+        """The table for layers of type `kind`, on `device`; None for a model whose attention reads no positions."""
         if not self._tables:
             return None
 
         key = (kind, device)
         if key not in self._placed:
-            cosine, sine = self._tables[kind]
-            self._placed[key] = (cosine.to(device), sine.to(device))
+            self._placed[key] = tuple(part.to(device) for part in self._tables[kind])
 
         return self._placed[key]
 

@@ -11,6 +11,10 @@ import torch
 
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.load import quiet_transformers, read_tokenizer_of
+from fastedit.model.lora import save_adapters
+
+# Folder beside the base weights for the adapters on them, which PEFT reads.
+ADAPTERS = "adapter"
 
 
 def write_model(adapter: ModelAdapter, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: str) -> None:
@@ -24,6 +28,8 @@ def write_model(adapter: ModelAdapter, folder: Path, tensors: Mapping[str, torch
         try:
             model.save_pretrained(folder, state_dict=dict(tensors), max_shard_size=max_shard_size)
             adapter.tokenizer.save_pretrained(folder)
+            if adapter.has_adapters:
+                save_adapters(adapter.given, folder / ADAPTERS)
         finally:
             for name, value in config.items():
                 setattr(model.config, name, value)

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastedit.model.adapter import ModelAdapter
+from fastedit.model.families import FAMILIES
+from fastedit.model.family_file import as_data
+from fastedit.model.lora import stored_name
 from fastedit.ops import cpp
 from fastedit.ops._dispatch import PACKAGES, wanted
 from fastedit.runs.log import RunError
@@ -43,13 +46,25 @@ def identity(model: ModelAdapter, weights: EditableWeights) -> dict[str, Any]:
         "other": _other_weights_hash(model, {model.weight_name(layer) for layer in weights.layers}),
         "tokenizer": _tokenizer_hash(model),
         "config": _deciding_settings(model),
+        **_own_family(model),
     }
+
+
+def _own_family(model: ModelAdapter) -> dict[str, Any]:
+    """The row of the model's family, if it is none of those that ship; without its fields if data cannot hold them."""
+    row = model.family
+    if row in FAMILIES:
+        return {}
+
+    data = as_data(row)
+
+    return {"family": {"name": row.name, **({} if data is None else {"row": data})}}
 
 
 def _other_weights_hash(model: ModelAdapter, edited: set[str]) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.model.state_dict().items():
-        if name in edited:
+        if (stored_name(name) if model.has_adapters else name) in edited:
             continue
 
         flat = tensor.detach().reshape(-1)

@@ -27,6 +27,8 @@ from fastedit.config import EditConfig
 from fastedit.methods.base import AnyState
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
+from fastedit.model.families import FAMILIES, Family
+from fastedit.model.family_file import family_from
 from fastedit.model.load import load_model
 from fastedit.records.edit import Edit, EditSet
 from fastedit.runs.fields import completed, recorded
@@ -148,7 +150,24 @@ class Recorder:
         about = self.header["model"]
         if about["source"] is None:
             raise RunError(f"{self.log.folder}: its model was handed over loaded; hand it over again")
-        return load_model(about["source"], about["dtype"], device)
+        return load_model(about["source"], about["dtype"], device, self.families)
+
+    @property
+    def families(self) -> Sequence[Family]:
+        """The rows to look the run's model up in: one of the user's, if the run was made with it, or those that ship.
+
+        Raises RunError for a row with a function of the user's own, which no run can hold; ValueError for a row that
+        this version does not understand."""
+        about = self.header["model"].get("family")
+        if about is None:
+            return FAMILIES
+        if "row" not in about:
+            raise RunError(
+                f"{self.log.folder}: its family, {about['name']!r}, has a function of your own; load the model with"
+                " families= in Python, and pass it as adapter="
+            )
+
+        return (family_from(about["row"], f"{self.log.folder}: the family {about['name']!r}"),)
 
     @property
     def live(self) -> list[Record]:

@@ -17,7 +17,7 @@ def standing_in(model: ModelAdapter, tensors: Mapping[str, Tensor]) -> Iterator[
     tensors: parameter name -> tensor of its shape, dtype and device
     Other threads wait until the block ends."""
     with model.lock:
-        parameters = dict(model.model.named_parameters())
+        parameters = model.parameters()
         present = {name: parameters[name].data for name in tensors}
 
         try:

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from fastedit.editor import Editor
 from fastedit.methods.closed_form.config import NSEConfig, TemplateConfig, ValueConfig
@@ -21,11 +20,21 @@ from fastedit.records.edit import Edit
 from fastedit.weights.editable import EditableWeights
 
 ROWS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "llama"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"), "llama"),
+    **dict.fromkeys(("olmo2", "exaone4"), "olmo2"),
+    "starcoder": "gpt2",
+    "ministral3": "ministral 3",
+    "cohere2": "cohere",
     **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
     "gemma3 with images": "gemma with images",
+    "ministral3 with images": "ministral 3 with images",
+    **dict.fromkeys(("llava", "qwen2-vl", "qwen2.5-vl"), "llama with images"),
     "pythia": "gpt-neox",
 }
+# d_model and d_ff, and positions of a text, where they are not 32, 48 and 64.
+SIZES = {"bloom": (48, 192)}
+WINDOWED = ("gemma2", "gemma3", "gemma3 with images", "cohere2", "starcoder2", "gpt-neo", "exaone4")
+POSITIONS = {**dict.fromkeys(WINDOWED, 40), "ministral3": 48, "ministral3 with images": 48}
 LAYER = 1
 TEMPLATES = ("{}", "The old house. {}", "In one day. {}")
 VALUE = ValueConfig(steps=12, lr=0.2, stop_loss=0)
@@ -65,11 +74,14 @@ def watched(adapter, module, ids, side):
 
 def own_logits(adapter, ids, layer=LAYER, lookup=0, delta=None):
     """Logits (length, n_vocabulary) of the model's own forward with `delta` added to what a layer's down-projection
-    gives at `lookup`; where no norm stands behind that, it is the same as adding it to the layer's output."""
+    gives at `lookup`; where no norm stands behind that, it is the same as adding it to the layer's output.
+
+    Granite multiplies what it gives, so that less of it is the same."""
+    gain = getattr(adapter.text_config, "residual_multiplier", 1)
 
     def add(module, inputs, output):
         rows = output.reshape(-1, output.shape[-1])
-        return rows.index_add(0, torch.tensor([lookup]), delta[None].to(rows.dtype)).view(output.shape)
+        return rows.index_add(0, torch.tensor([lookup]), delta[None].to(rows.dtype) / gain).view(output.shape)
 
     hook = None if delta is None else down_module(adapter, layer).register_forward_hook(add)
     logits = adapter.model.eval()(input_ids=torch.tensor([ids])).logits[0]
@@ -81,19 +93,23 @@ def own_logits(adapter, ids, layer=LAYER, lookup=0, delta=None):
 def test_the_row_is_found_and_the_packed_forward_is_the_models_own(family, family_adapter):
     adapter = family_adapter
     assert adapter.family.name.removesuffix(" with one table") == ROWS.get(family, family)
-    assert (adapter.n_layers, adapter.d_model, adapter.d_ff) == (3, 32, 48)
-    assert adapter.max_positions == (40 if "gemma" in family else 64)
+    assert (adapter.n_layers, adapter.d_model, adapter.d_ff) == (3, *SIZES.get(family, (32, 48)))
+    assert adapter.max_positions == POSITIONS.get(family, 64)
     adapter.check_forward(tolerance=1e-5)
     assert dict(adapter.model.named_parameters())[adapter.weight_name(LAYER)] is adapter.down_parameter(LAYER)
-    assert adapter.down_weight(LAYER).shape == (32, 48)
+    assert adapter.down_weight(LAYER).shape == (adapter.d_model, adapter.d_ff)
 
 
-NORMS = ("attention_norm", "attention_out_norm", "sum_norm", "ffn_norm", "ffn_out_norm", "output_norm", "final_norm")
+NORMS = (
+    *("attention_norm", "attention_out_norm", "sum_norm", "ffn_norm", "ffn_out_norm", "output_norm", "final_norm"),
+    "embedding_norm",
+)
+FACTORS = ("embedding_factor", "residual_factor", "logit_factor")
 
 
 def test_a_part_that_is_left_out_is_noticed(family_adapter):
     row = family_adapter.family
-    fields = [name for name in (*NORMS, "positions", "parallel", "up") if getattr(row, name)]
+    fields = [name for name in (*NORMS, *FACTORS, "positions", "parallel", "up") if getattr(row, name)]
     assert len(fields) > 2
     # Without its second half, a projection of both in one would not fit at all.
     for name in (name for name in fields if name != "up" or row.up != row.gate):
@@ -209,14 +225,15 @@ def test_an_update_is_of_one_matrix_and_of_its_neurons(family_adapter, index):
     adapter.model.eval()
     before, weights, down = state_of(adapter), EditableWeights(adapter, (0, LAYER)), down_module(adapter, LAYER)
     generator = torch.Generator().manual_seed(3)
-    chosen = torch.arange(48) if index is None else index
+    d_model, d_ff = adapter.d_model, adapter.d_ff
+    chosen = torch.arange(d_ff) if index is None else index
     residual, solution, keys = (
-        torch.randn(*shape, generator=generator) for shape in [(2, 32), (len(chosen), 2), (5, 48)]
+        torch.randn(*shape, generator=generator) for shape in [(2, d_model), (len(chosen), 2), (5, d_ff)]
     )
     output, fingerprint, saved = down(keys), weights.fingerprint(), weights.columns(LAYER, index)
     weights.add(LAYER, index, residual, solution)
     assert changed_names(adapter, before) == {adapter.weight_name(LAYER)}
-    others = [column for column in range(48) if column not in chosen]
+    others = [column for column in range(d_ff) if column not in chosen]
     assert torch.equal(weights.current(LAYER)[:, others], weights.original(LAYER)[:, others])
     torch.testing.assert_close(down(keys) - output, keys[:, chosen] @ solution @ residual, rtol=1e-4, atol=1e-4)
     assert weights.fingerprint() != fingerprint
@@ -236,7 +253,7 @@ def editor_for(adapter, layers=None, **changes):
     templates = TemplateConfig(seeds=("The", "In"), length=6)
     layers = layers or edited_layers(adapter)
     config = NSEConfig(layers=layers, covariance_weight=1e-6, value=VALUE, templates=templates, **changes)
-    draws = torch.randn(len(layers), 200, 48, generator=torch.Generator().manual_seed(1))
+    draws = torch.randn(len(layers), 200, adapter.d_ff, generator=torch.Generator().manual_seed(1))
     moments = {layer: part.T @ part / 200 for layer, part in zip(layers, draws, strict=True)}
     editor = Editor(adapter, config=config, moments=moments, progress=False)
     editor.state.templates = ("{}",)
@@ -253,7 +270,7 @@ def test_an_edit_is_of_the_edited_layers_is_saved_and_undone_bit_for_bit(family_
     assert [report.error for report in run.batches] == [None, None]
     assert changed_names(adapter, before) == {adapter.weight_name(layer) for layer in edited_layers(adapter)}
     editor.save_pretrained(tmp_path)
-    stored = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    stored = type(adapter.model).from_pretrained(tmp_path, dtype=dtype).state_dict()
     assert all(torch.equal(stored[name], tensor) for name, tensor in adapter.model.state_dict().items())
     editor.undo(last=2)
     assert changed_names(adapter, before) == set()

@@ -105,7 +105,7 @@ def test_a_hub_that_does_not_answer_is_told_at_once_in_one_line(tmp_path):
 def test_models_adapters_and_names_that_are_not_there(hub, tmp_path):
     loaded, adapter, none = load(hub, tmp_path, "someone/tiny", "someone/lora", "someone/else")
     assert loaded.startswith("loaded 8 ")
-    assert "it holds an adapter, whose layers cannot be edited: merge it" in adapter
+    assert "it holds an adapter and no model: load it with peft" in adapter
     assert "the hub has no model of that name, or shows it only to those who are logged in" in none
 
     # From the cache, where the hub is gone.
@@ -124,4 +124,4 @@ def test_an_adapter_in_the_cache_is_refused(tmp_path):
     for name, content in REPOSITORIES["someone/lora"].items():
         (snapshot / name).write_bytes(content)
     [said] = load(NOBODY, tmp_path, "someone/lora")
-    assert "it holds an adapter of someone/tiny, whose layers cannot be edited: merge it" in said
+    assert "it holds an adapter of someone/tiny and no model: load it with peft" in said

@@ -18,7 +18,7 @@ class Share(NamedTuple):
     """What one layer has to write, (n_edits, d_model) float32 each.
 
     residual: z - h; in a post-norm model, what the output of the value layer's down-projection lacks
-    written: the change that the layer's down-projection is solved for
+    written: the change that the layer's down-projection is solved for, which `ModelAdapter.value_gain` multiplies
     """
 
     residual: Tensor
@@ -37,7 +37,7 @@ def share_of(model: ModelAdapter, values: Values, captured: LayerCapture, layers
     z = values.z.to(device)
     if captured.sites is None:
         residual = z - captured.hidden
-        return Share(residual, residual / len(layers))
+        return Share(residual, residual / len(layers) / model.value_gain)
 
     if values.stream is None:
         raise ValueError("values: several layers of a post-norm model need the residual stream beside them (`stream`)")

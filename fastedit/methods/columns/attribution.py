@@ -90,7 +90,7 @@ def integrated_gradients(
 
         for layer, grad in zip(group, totals, strict=True):
             keys = live.observed[layer].keys
-            weight = model.down_weight(layer)
+            weight = model.output_weight(layer)
             row_scores = score_neurons(keys, weight, (grad / steps).to(weight.dtype))
             scores[:, layer].index_add_(0, owners, row_scores.cpu())
         if progress is not None:

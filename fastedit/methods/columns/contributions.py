@@ -156,7 +156,7 @@ def choose_slots(
     scores: list[Tensor] = []
     neurons: list[Tensor] = []
     for layer in layers:
-        weight = model.down_weight(layer)
+        weight = model.output_weight(layer)
         keys = torch.cat([observation.activations[layer] for observation in observations])
         if excluded is not None:
             keys = keys.masked_fill(excluded[layer].to(keys.device), 0)

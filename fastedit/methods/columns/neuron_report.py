@@ -111,12 +111,10 @@ def locate_neurons(
         observed = observe(model, sequences, range(model.n_layers))
         slots = choose_slots(model, sequences, k, range(n_candidates))
         directions = model.unembedding(observed.greedy)
-        largest = [
-            score_neurons(
-                keys, model.down_weight(layer), observed.through_norm(layer, directions).to(keys.device, keys.dtype), 1
-            ).values.cpu()
-            for layer, keys in observed.activations.items()
-        ]
+        largest = []
+        for layer, keys in observed.activations.items():
+            read = observed.through_norm(layer, directions).to(keys.device, keys.dtype)
+            largest.append(score_neurons(keys, model.output_weight(layer), read, 1).values.cpu())
         neurons = _describe(model, sequences[0], observed, slots, n_promoted)
     return NeuronReport(prompt, neurons, torch.cat(largest, 1).T.float(), n_candidates)
 
@@ -132,7 +130,7 @@ def _describe(
     neurons: list[Neuron] = []
     for number, (layer, neuron) in enumerate(zip(slots.layers.tolist(), slots.neurons.tolist(), strict=True)):
         place = number // per_token
-        added = observed.activations[layer][place, neuron] * model.down_weight(layer)[:, neuron]
+        added = observed.activations[layer][place, neuron] * model.output_weight(layer)[:, neuron]
         rows = added.to(model.device).expand(len(observed.greedy), -1)
         logits = unembedding @ observed.through_norm(layer, rows)[place]
         promoted = logits.topk(min(n_promoted, len(logits))).indices.tolist()
