@@ -269,7 +269,7 @@ def edit(
         lines = open_lines(console)
         adapter = open_model(model, dtype, device, lines, rows)
         editor = make_editor(adapter, chosen, source, seed, typed, lines, calibrate)
-        stage(lines, f"settings of {method}: {_origin(editor)}")
+        say(console, f"settings of {method}: {_origin(editor)}")
         saving.check_loaded(editor)
         watching = _watching(editor, records, watch, prose)
         watchers = _watchers(editor, records, batch_size, lines, watching)
