@@ -251,6 +251,22 @@ def test_a_model_that_accelerate_offloaded_is_refused(place, random_llama, rando
         Editor.from_model(random_llama, random_tokenizer)
 
 
+def test_texts_of_a_model_without_a_bound_end_where_those_of_its_training_did(family_models, random_tokenizer):
+    config = copy.deepcopy(family_models["bloom"].config)
+    for number, wanted in ((None, 2048), (128, 128)):
+        config.max_position_embeddings, config.seq_length = None, number
+        model = type(family_models["bloom"])(config)
+        assert ModelAdapter(model, random_tokenizer).max_positions == wanted
+
+
+@pytest.mark.parametrize("value", [0, None, "2"])
+def test_a_factor_that_is_none_is_refused(family_models, random_tokenizer, value):
+    model = copy.deepcopy(family_models["granite"])
+    vars(model.config)["logits_scaling"] = value
+    with pytest.raises(UnsupportedModel, match=f"logits_scaling is {value!r}, and a number other than 0 is needed"):
+        ModelAdapter(model, random_tokenizer)
+
+
 def test_texts_end_where_a_longrope_would_turn_otherwise(family_models, random_tokenizer):
     config = copy.deepcopy(family_models["phi3"].config)
     # transformers 4 calls them otherwise.
