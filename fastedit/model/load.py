@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -509,8 +510,13 @@ def _check_layer_count(place: str) -> None:
 
 def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) of a GGUF file, from the cache if it was read before."""
-    kept = gguf_cache.kept_folder(Path(place))
-    if gguf_cache.is_whole(kept):
+    with ThreadPoolExecutor(1) as pool:
+        # Hashing leaves the interpreter to the imports that every model needs.
+        looking = pool.submit(_kept, Path(place))
+        _ = transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.PreTrainedModel
+        kept, is_whole = looking.result()
+
+    if is_whole:
         return _read_model(transformers, str(kept), dtype, None)
 
     with _no_gguf_bar():
@@ -523,6 +529,12 @@ def _read_gguf(transformers: Any, place: str, dtype: torch.dtype) -> tuple[Any, 
     n_bytes = sum(parameter.nbytes for parameter in model.parameters())
     gguf_cache.keep(Path(place), kept, n_bytes, write)
     return model.to(dtype), tokenizer
+
+
+def _kept(file: Path) -> tuple[Path, bool]:
+    """The folder in the cache of a GGUF file, and whether it holds what was kept."""
+    folder = gguf_cache.kept_folder(file)
+    return folder, gguf_cache.is_whole(folder)
 
 
 def _folder_and_file(place: str) -> tuple[str, str]:
