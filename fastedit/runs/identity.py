@@ -132,7 +132,7 @@ def machine() -> dict[str, Any]:
 
 def _own_version() -> str:
     try:
-        return version("fastedit")
+        return version("fastedit-engine")
     except PackageNotFoundError:
         return "not installed"
 
