@@ -325,7 +325,8 @@ class Editor:
 
         The first `edit` with derived settings does it of itself.
         again: also where the cache holds the result for this model, method and settings
-        Raises ValueError inside `unedited`, and WeightsChanged where something else wrote into the model."""
+        Raises ValueError inside `unedited` and where edits are in force, and WeightsChanged where something else wrote
+        into the model."""
         from fastedit.editing.calibration import calibrate
 
         with self.stream.turn():

@@ -22,9 +22,8 @@ from fastedit.methods.closed_form.solver import NotPositiveDefinite
 from fastedit.methods.registry import METHODS
 from fastedit.model.adapter import ModelAdapter
 from fastedit.model.background_text import Source
-from fastedit.records.check import check_edits
-from fastedit.records.edit import Edit, EditSet, InvalidEdits
-from fastedit.records.shipped import shipped_facts
+from fastedit.records.edit import Edit, EditSet
+from fastedit.records.shipped import usable_facts
 from fastedit.runs.identity import identity
 from fastedit.runtime.cache import cache_folder, load_json, store_json
 from fastedit.runtime.hashing import canonical
@@ -175,7 +174,12 @@ def calibrate(stream: Stream, again: bool = False, time_limit_s: float = TIME_LI
 
     again: also where the cache holds the result
     time_limit_s: of the check, without second moments; beyond it the settings are unchecked
-    Raises KeyboardInterrupt after a Ctrl-C, and what preparing the method's state raises."""
+    Raises ValueError where edits are in force, since the result is kept for the unedited model; KeyboardInterrupt after
+    a Ctrl-C; and what preparing the method's state raises."""
+    if stream.committed:
+        batches = counted(len(stream.committed), "batch is", "batches are")
+        raise ValueError(f"calibrate: wanted the unedited model, but {batches} in force; take them back first")
+
     # A method of the user's own may change under its name.
     path = _path(stream) if stream.method.name in METHODS else None
     kept = None if path is None or again else _kept(path)
@@ -276,20 +280,13 @@ class _Trials:
 def known_facts(stream: Stream) -> Sequence[Edit]:
     """The shipped facts whose true answer the model gives with confidence, the surest first, at most N_FACTS."""
     model = stream.adapter
-    limits = {
-        "tokenizer": model.tokenizer,
-        "max_positions": model.max_positions,
-        "template_tokens": stream.method.template_tokens(stream.config),
-        "n_embeddings": model.n_embeddings,
-        "needs_subject": stream.method.needs_subject,
-    }
-    shipped = shipped_facts()
-    try:
-        batches, _ = check_edits(shipped, len(shipped), **limits, on_invalid="skip")
-    except InvalidEdits:
-        return []
-
-    facts = [edit for batch in batches for edit in batch]
+    facts = usable_facts(
+        tokenizer=model.tokenizer,
+        max_positions=model.max_positions,
+        template_tokens=stream.method.template_tokens(stream.config),
+        n_embeddings=model.n_embeddings,
+        needs_subject=stream.method.needs_subject,
+    )
     answers = answer(model, [(edit.prompt, str(edit.target_true), edit.join) for edit in facts])
     sure = [at for at, given in enumerate(answers) if given.exact and given.log_prob >= math.log(SURE)]
     sure.sort(key=lambda at: -answers[at].log_prob)

@@ -24,7 +24,7 @@ from fastedit.model.background_text import Source
 from fastedit.runtime.progress import Show, tell
 from fastedit.runtime.words import counted
 
-# What another candidate must have more than the derived settings to be preferred: ten facts tell no less.
+# What another candidate must have more than the derived settings to be preferred: eight facts tell no less.
 MARGIN = 0.05
 
 

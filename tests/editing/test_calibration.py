@@ -96,6 +96,16 @@ def test_the_edits_are_those_without_a_check(knowing: ModelAdapter, learned: Mod
     assert prints[0] == prints[1]
 
 
+def test_a_check_is_one_of_the_unedited_model(knowing: ModelAdapter, tiny_facts: EditSet) -> None:
+    """Its result is kept under the unedited model's name."""
+    editor = Editor(knowing, "memit", SHORT, calibrate=False, progress=False)
+    editor.edit(tiny_facts[:2], verify=False)
+    with pytest.raises(ValueError, match=r"wanted the unedited model, but 1 batch is in force"):
+        editor.calibrate()
+    editor.undo()
+    assert editor.calibrate().facts
+
+
 def test_settings_that_fail_are_an_error_with_the_table(
     knowing: ModelAdapter, tiny_facts: EditSet, tmp_path: Path
 ) -> None:

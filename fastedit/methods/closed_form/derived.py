@@ -16,7 +16,7 @@ facts that ship with fastedit, in one forward up to the value layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +26,7 @@ from fastedit.methods.base import CannotDerive, Sweep
 from fastedit.methods.closed_form.config import ClosedFormConfig
 from fastedit.methods.closed_form.keys import KeySweep
 from fastedit.model.adapter import ModelAdapter
-from fastedit.records.check import check_edits
-from fastedit.records.edit import Edit, InvalidEdits
-from fastedit.records.shipped import shipped_facts
+from fastedit.records.shipped import usable_facts
 from fastedit.runtime.words import two_digits
 
 # Share of the layers up to the value layer, and how many layers are edited.
@@ -115,31 +113,25 @@ LAYER_SWEEP = Sweep("layers", _windows)
 def measure(model: ModelAdapter, changes: Mapping[str, Any]) -> Unedited:
     """Measure the unedited value. changes: its `layers` count, where they are set
 
-    Raises CannotDerive where the tokenizer reads none of the shipped facts."""
+    Raises CannotDerive for a model that takes none of the shipped facts."""
     layers = tuple(layer_list(changes.get("layers", edited_layers(model))))
     # Layers that the model does not have are refused where the settings are judged.
     layer = min(layers[-1], model.n_layers - 2)
 
-    facts = readable_facts(model)
+    facts = usable_facts(
+        MEASURED_FACTS,
+        tokenizer=model.tokenizer,
+        max_positions=model.max_positions,
+        n_embeddings=model.n_embeddings,
+    )
+    if not facts:
+        raise CannotDerive("it takes none of the facts by which it would be measured")
+
     with torch.no_grad(), model.packed():
         (captured,) = KeySweep(model, facts, ("{}",), (layer,))
         norm = float(captured.hidden.float().norm(dim=1).median())
 
     return Unedited(layers, norm, norm / model.d_model**0.5)
-
-
-def readable_facts(model: ModelAdapter) -> Sequence[Edit]:
-    """The first shipped facts that the model can take. Raises CannotDerive where there is none."""
-    limits = {
-        "tokenizer": model.tokenizer,
-        "max_positions": model.max_positions,
-        "n_embeddings": model.n_embeddings,
-    }
-    try:
-        batches, _ = check_edits(shipped_facts(MEASURED_FACTS), MEASURED_FACTS, **limits, on_invalid="skip")
-    except InvalidEdits as error:
-        raise CannotDerive(f"the model takes none of the facts by which it would be measured ({error})") from error
-    return batches[0].edits
 
 
 def _shared(model: ModelAdapter, unedited: Unedited) -> dict[str, Any]:
